@@ -1,0 +1,43 @@
+"""Views of a photo that can be replayed: the same (seed, photo, number) always gives the same pixels.
+
+Shape legend: S side of the square view in pixels.
+View 0 is the evaluation transform, so that the student also sees pictures as it will meet them; the others are random crops, flipped
+half of the time. Teacher and student are shown the same pixels, which lets the teacher's answers be computed once and replayed.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from sparse_vlm.preprocess import resize_and_crop
+
+CROP_AREA = (0.4, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+
+
+def make_view(image: Image.Image, size: int, key: str, view: int, seed: int) -> Image.Image:
+    """View number `view` of the photo `key`, S x S.
+
+    Args:
+        image: the decoded photo, RGB.
+        key: the photo's name in its set; part of the seed, so that a view does not depend on the order of the photos.
+    """
+    if view == 0:
+        return resize_and_crop(image, size)
+    rng = np.random.default_rng([seed, view, zlib.crc32(key.encode())])
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+        crop_w, crop_h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if crop_w <= width and crop_h <= height:
+            break
+    else:
+        crop_w = crop_h = min(width, height)
+    left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
+    out = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + crop_w, top + crop_h))
+    return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else out

@@ -1,0 +1,159 @@
+"""Photos on disk: webdataset tars and image folders, with random access and one clear error for each way a picture can be bad.
+
+Notable: a tar is indexed once by member offsets and then read by seeking, so that a training run can resume at any photo and an
+evaluation can take every tenth one. Only the picture a caller asks for is decoded.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import tarfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sparse_vlm.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 89_478_485  # Pillow's own bomb limit: a quarter of a GiB of RGB
+
+
+class PhotoError(UserError):
+    """A picture that cannot be used; the message is one line that names it and says why."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo: where its bytes lie and what is known about it (`info`, the json beside it; empty for plain files)."""
+
+    key: str
+    source: Path
+    offset: int
+    size: int
+    info: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        with open(self.source, "rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.size)
+
+    def load(self) -> Image.Image:
+        """The decoded RGB picture, upright by its EXIF orientation.
+
+        Raises:
+            PhotoError: not an image, truncated, or above `MAX_PIXELS`.
+        """
+        return decode_image(self.read(), name=f"{self.source.name}:{self.key}")
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode a picture to upright RGB; transparent pixels become white.
+
+    Raises:
+        PhotoError: with one line that names the picture and the reason.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise PhotoError(f"{name}: {width} x {height} pixels is more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first")
+            image.load()
+    except UnidentifiedImageError:
+        raise PhotoError(f"{name}: not an image (or in a format Pillow cannot read)") from None
+    except Image.DecompressionBombError:
+        raise PhotoError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first") from None
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        if isinstance(error, PhotoError):
+            raise
+        raise PhotoError(f"{name}: truncated or damaged image ({error})") from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+    return image.convert("RGB")
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode the picture in a file.
+
+    Raises:
+        PhotoError: also when there is no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PhotoError(f"{path}: no such file")
+    if path.is_dir():
+        raise PhotoError(f"{path}: is a folder, not an image")
+    return decode_image(path.read_bytes(), name=str(path))
+
+
+class PhotoSet(Sequence[Photo]):
+    """Photos of tars and folders, in a stable order.
+
+    Args:
+        patterns: tar files, image folders, single pictures, or glob patterns of them.
+
+    Raises:
+        PhotoError: a pattern that matches nothing, or a file that is no tar.
+    """
+
+    def __init__(self, patterns: str | Path | Sequence[str | Path]) -> None:
+        if isinstance(patterns, (str, Path)):
+            patterns = [patterns]
+        self._photos: list[Photo] = []
+        for path in _expand(patterns):
+            self._photos += _index_tar(path) if path.suffix == ".tar" else _index_files(path)
+        if not self._photos:
+            raise PhotoError(f"no photo in {', '.join(map(str, patterns))}")
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __getitem__(self, index: int) -> Photo:  # type: ignore[override]
+        return self._photos[index]
+
+    def __iter__(self) -> Iterator[Photo]:
+        return iter(self._photos)
+
+
+def _expand(patterns: Sequence[str | Path]) -> list[Path]:
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(str(pattern)))
+        if not found:
+            raise PhotoError(f"{pattern}: no such file or folder")
+        paths += map(Path, found)
+    return paths
+
+
+def _index_files(path: Path) -> list[Photo]:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+    root = path if path.is_dir() else path.parent
+    return [Photo(p.relative_to(root).as_posix(), p, 0, p.stat().st_size) for p in files]
+
+
+def _index_tar(path: Path) -> list[Photo]:
+    members: dict[str, tuple[int, int]] = {}
+    infos: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                stem, _, suffix = member.name.rpartition(".")
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    members[stem] = (member.offset_data, member.size)
+                elif suffix == "json":
+                    stream = archive.extractfile(member)
+                    infos[stem] = json.load(stream) if stream else {}
+    except (tarfile.TarError, json.JSONDecodeError) as error:
+        raise PhotoError(f"{path}: not a readable webdataset tar ({error})") from None
+    return [Photo(key, path, offset, size, infos.get(key, {})) for key, (offset, size) in members.items()]
