@@ -1,0 +1,42 @@
+"""`sparse-vlm look photo.jpg`: draw what a tower's tokens look at over a photo.
+
+sparse-vlm look photo.jpg --model tiny --output look.png
+sparse-vlm look photo.jpg --json                        # the RoIs as one JSON object; a picture only with --output
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_vlm.photos import load_image
+from sparse_vlm.store import locate
+
+
+def look(
+    photo: Annotated[Path, typer.Argument(help="The photo.")],
+    model: Annotated[str, typer.Option(help="A tower: a folder or a name of the model zoo.")] = "tiny",
+    out: Annotated[
+        Path | None, typer.Option("--output", "--out", help="The picture to write; its suffix decides the format. [default: look.png]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the RoIs of every look as one JSON object.")] = False,
+) -> None:
+    """Draw what the tokens look at over a photo."""
+    picture = load_image(photo)
+    folder = locate(model, kind="tower")
+
+    from sparse_vlm.look import draw, follow, save_figure
+    from sparse_vlm.tower import SparseFormer
+
+    gaze = follow(SparseFormer.from_pretrained(folder), picture)
+    if out is None and not as_json:
+        out = Path("look.png")
+    if out is not None:
+        save_figure(draw(gaze, f"What {Path(model).name} looks at in {photo.name}"), out)
+    if as_json:
+        print(json.dumps({"model": model, "image": str(photo), **gaze.to_dict()}))
+    else:
+        print(f"wrote {out}")

@@ -1,0 +1,140 @@
+"""What the tokens look at: numbers read back from the points, the crop on the photo, and the picture itself."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_vlm.cli import main
+from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import grid_rois, points_in_rois, standardize_offsets
+from sparse_vlm.look import crop_box, draw, follow, rois_of_points, save_figure, token_colours
+from sparse_vlm.preprocess import resize_and_crop
+from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
+
+
+@pytest.fixture(scope="module")
+def tower() -> SparseFormer:
+    """9 tokens that look twice with the same weights and once more, and move their RoIs a lot."""
+    torch.manual_seed(0)
+    config = SparseFormerConfig(
+        units=(UnitConfig(64, ("SAMPLING_M", "ROI_ADJ"), repeats=2), UnitConfig(64, ("SAMPLING_M", "ATTN", "MLP"))),
+        num_latent_tokens=9,
+        embed_dim=16,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        image_size=64,
+        conv_dim=8,
+        num_points=5,
+        head="avg",
+        token_init="each",
+    )
+    tower = SparseFormer(config).eval()
+    with torch.no_grad():
+        tower.units()[0].roi_adjust_module[-1].weight.normal_(std=0.3)
+    return tower
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 140, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the real command line."""
+    monkeypatch.setattr("sys.argv", ["sparse-vlm", "look", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_rois_are_read_back_from_points():
+    rois = torch.tensor([[0.1, 0.2, 0.5, 0.9], [-0.3, 0.0, 1.4, 0.2]])
+    offsets = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0))
+    points = points_in_rois(rois, standardize_offsets(offsets))
+    torch.testing.assert_close(rois_of_points(points), rois, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 451), (64, 64), (50, 40)])
+def test_crop_box_is_what_the_tower_sees(size):
+    """A picture whose pixels say where they are: the crop's own corners must agree with the box."""
+    width, height = size
+    across = np.broadcast_to(np.linspace(0, 255, width), (height, width))
+    down = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+    ramp = Image.fromarray(np.stack([across, down, down], axis=-1).astype(np.uint8))
+    seen = np.asarray(resize_and_crop(ramp, 64)).astype(float)
+    x0, y0, x1, y1 = crop_box(size, 64)
+    tolerance = 255 * 1.5 / min(64, *size)
+    assert seen[32, :, 0].min() == pytest.approx(255 * x0 / width, abs=tolerance)
+    assert seen[32, :, 0].max() == pytest.approx(255 * x1 / width, abs=tolerance)
+    assert seen[:, 32, 1].min() == pytest.approx(255 * y0 / height, abs=tolerance)
+    assert seen[:, 32, 1].max() == pytest.approx(255 * y1 / height, abs=tolerance)
+
+
+def test_follow_has_every_look(tower, photo):
+    gaze = follow(tower, photo)
+    assert [look.points.shape for look in gaze.looks] == [(9, 5, 2)] * 3
+    torch.testing.assert_close(gaze.start, grid_rois(9))
+    torch.testing.assert_close(gaze.looks[0].rois, gaze.start, atol=1e-4, rtol=0)
+    torch.testing.assert_close(gaze.looks[2].rois, gaze.end, atol=1e-4, rtol=0)  # the last look is after the last adjusting
+    assert (gaze.looks[1].rois - gaze.start).abs().max() > 0.01
+    assert [step["name"] for step in gaze.to_dict()["steps"]] == ["start", "look 1", "look 2", "look 3", "end"]
+
+
+def test_colours_tell_tokens_apart():
+    colours = token_colours(grid_rois(49))
+    assert len({tuple(np.round(colour, 3)) for colour in colours}) == 49
+
+
+def test_figure_has_a_panel_for_each_step(tower, photo, tmp_path):
+    figure = draw(follow(tower, photo), "a $title with_a dollar$")
+    titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
+    assert len(titles) == 5 and titles[0].startswith("Start") and titles[-1].startswith("End")
+    save_figure(figure, tmp_path / "look.png")
+    drawn = np.asarray(Image.open(tmp_path / "look.png").convert("RGB"))
+    assert drawn.shape[1] > 1000 and drawn.std() > 20
+    assert [path.name for path in tmp_path.iterdir()] == ["look.png"]
+
+
+def test_figure_of_another_kind_is_one_line(tower, photo, tmp_path):
+    figure = draw(follow(tower, photo), "title")
+    with pytest.raises(UserError, match="use one of .*png"):
+        save_figure(figure, tmp_path / "look.docx")
+    with pytest.raises(UserError, match="cannot write here"):
+        save_figure(figure, tmp_path / "nowhere" / "look.png")
+
+
+def test_command(tower, photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tower.save_pretrained("tower")
+    photo.save("photo.png")
+    assert command(monkeypatch, "photo.png", "--model", "tower", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["image"] == "photo.png" and report["size"] == [140, 70] and report["crop"] == [35, 0, 105, 70]
+    assert np.shape(report["steps"][-1]["rois"]) == (9, 4)
+    assert not (tmp_path / "look.png").exists()
+    assert command(monkeypatch, "photo.png", "--model", "tower") == 0
+    assert Image.open("look.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jpg"], "missing.jpg: no such file"),
+        (["photo.png", "--model", "no-such-tower"], "no-such-tower"),
+        (["photo.png", "--model", "empty"], "empty"),
+    ],
+)
+def test_bad_input_is_one_line(photo, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.png")
+    (tmp_path / "empty").mkdir()
+    assert command(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1 and message in captured.err
