@@ -1,0 +1,37 @@
+"""SparseFormer: a vision tower of 49 tokens for multimodal language models.
+
+Notable: the names below are imported when they are first used, so that `import sparse_vlm` costs next to nothing and the tower can be
+used where torch is all there is.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_vlm.errors import UserError
+    from sparse_vlm.photos import load_image
+    from sparse_vlm.teacher import load_teacher
+    from sparse_vlm.tower import SparseFormer, SparseFormerConfig
+    from sparse_vlm.vlm import VLM
+
+__version__ = "0.1.0"
+__all__ = ["VLM", "SparseFormer", "SparseFormerConfig", "UserError", "load_image", "load_teacher"]
+
+_HOMES = {
+    "SparseFormer": "sparse_vlm.tower",
+    "SparseFormerConfig": "sparse_vlm.tower",
+    "UserError": "sparse_vlm.errors",
+    "VLM": "sparse_vlm.vlm",
+    "load_image": "sparse_vlm.photos",
+    "load_teacher": "sparse_vlm.teacher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparse_vlm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

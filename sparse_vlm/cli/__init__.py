@@ -1,0 +1,122 @@
+"""The command line: `sparse-vlm VERB`.
+
+A verb lives in a module of its name, as a function (or a typer app) of its name; `VERBS` is where it is made known. Adding one is one
+module and one line here.
+
+Notable: a verb's module is imported when the verb is run or its help is asked for, never to list the verbs. Every mistake of
+a user is one line on stderr and exit code 2; Ctrl-C ends with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sparse_vlm import __version__
+from sparse_vlm.errors import UserError
+
+VERBS: dict[str, tuple[str, str]] = {
+    # verb: (summary, example)
+    "chat": ("Talk about pictures.", "sparse-vlm chat --image examples/coffee.jpg"),
+    "look": ("Draw what the tokens look at.", "sparse-vlm look examples/coffee.jpg"),
+    "bootstrap": (
+        "Make a tower from a teacher and photos.",
+        "sparse-vlm bootstrap --recipe tiny --teacher local-dir:teacher --data 'photos/*.tar'",
+    ),
+    "train": ("Train a vision-language model on a tower.", "sparse-vlm train --recipe tiny-chat --data 'photos/*.tar'"),
+    "eval": ("Measure a tower or a vision-language model.", "sparse-vlm eval --model tiny --tasks cifar10,flickr8k --data photos"),
+    "zoo": ("List, show and fetch models.", "sparse-vlm zoo list"),
+}
+
+
+class VerbGroup(TyperGroup):
+    """Lists the verbs from the table and imports the one that is asked for."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else _load(name), rest
+
+
+def _load(verb: str) -> Any:
+    target = getattr(import_module(f"sparse_vlm.cli.{verb}"), verb)
+    epilog = f"Example: {VERBS[verb][1]}"
+    if isinstance(target, typer.Typer):
+        app = target
+        app.info.epilog = epilog
+    else:
+        app = typer.Typer(add_completion=False)
+        app.command(verb, epilog=epilog)(target)
+    command = typer.main.get_command(app)
+    command.name = verb
+    return command
+
+
+app = typer.Typer(
+    cls=VerbGroup,
+    help="SparseFormer towers and the vision-language models that see through them.",
+    epilog="Example: sparse-vlm chat --image examples/coffee.jpg",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _listed() -> None:
+    """Stands for a verb in the list of verbs; `VerbGroup` replaces it by the verb itself."""
+
+
+for _verb, (_summary, _) in VERBS.items():
+    app.command(_verb, help=_summary)(_listed)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparse-vlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `sparse-vlm` command; ends the process."""
+    try:
+        code = typer.main.get_command(app).main(prog_name="sparse-vlm", standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        code = _complain(f"sparse-vlm: {error}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has enough of it; without this the interpreter would complain once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        # The parser's own errors, known by this method: typer takes them from one package or another.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _complain_of_usage(error)
+    if code == 130:
+        _complain("sparse-vlm: interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def _complain_of_usage(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 2  # the help was printed when the error was made
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "sparse-vlm"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return _complain(f"{path}: {message[:1].lower()}{message[1:]} (see {path} --help)", 2)

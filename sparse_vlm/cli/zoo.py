@@ -1,0 +1,59 @@
+"""`sparse-vlm zoo list|show NAME|pull NAME`: what models there are, what is known of one, and fetching it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sparse_vlm import store
+from sparse_vlm import zoo as models
+
+zoo = typer.Typer(help="List, show and fetch models.", no_args_is_help=True, add_completion=False)
+
+Name = Annotated[str, typer.Argument(help="A model of the zoo.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@zoo.command("list", epilog="Example: sparse-vlm zoo list")
+def list_models(as_json: AsJson = False) -> None:
+    """Every model, a line each."""
+    described = [models.describe(model) for model in store.entries().values()]
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    rows = [(d["name"], d["kind"], f"{d['bytes'] / 1e6:.1f} MB", "here" if d["folder"] else "to fetch", d["summary"]) for d in described]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+
+
+@zoo.command(epilog="Example: sparse-vlm zoo show tiny")
+def show(name: Name, as_json: AsJson = False) -> None:
+    """What is known of a model: its card, its files and where they come from."""
+    described = models.describe(store.entry(name))
+    if as_json:
+        print(json.dumps({**described, "card": models.card(name)}, indent=2))
+        return
+    print(models.card(name).rstrip())
+    print("\n## Files\n")
+    for file, spec in described["files"].items():
+        print(f"{spec['sha256']}  {spec['size']:>10}  {file}")
+    sources = " or ".join(store.describe_source(source) for source in described["sources"])
+    print(f"\nlicence: {described['license']}")
+    print(f"lies in: {described['folder'] or 'not here yet; ' + f'sparse-vlm zoo pull {name}'}")
+    print(f"comes from: {sources or 'sparse-vlm itself'}")
+    if described["needs"]:
+        print(f"needs: {', '.join(described['needs'])}")
+
+
+@zoo.command(epilog="Example: sparse-vlm zoo pull tiny-chat")
+def pull(name: Name, as_json: AsJson = False) -> None:
+    """Fetch a model and those it needs; every file is verified by its sha256."""
+    folders = models.pull(name)
+    if as_json:
+        print(json.dumps({key: str(folder) for key, folder in folders.items()}, indent=2))
+        return
+    for key, folder in folders.items():
+        print(f"{key}: {folder}")
