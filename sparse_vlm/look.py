@@ -115,7 +115,7 @@ def draw(gaze: Gaze, title: str) -> Figure:
 
     _panel(axes[0], gaze, f"Start: {len(gaze.start)} tokens, each with its region")
     _regions(axes[0], gaze, gaze.start, colours, fill=0.45)
-    for number, (look, axis) in enumerate(zip(gaze.looks, axes[1:]), 1):
+    for number, (look, axis) in enumerate(zip(gaze.looks, axes[1:], strict=False), 1):
         _panel(axis, gaze, f"Look {number}: {look.points.shape[1]} points a token")
         _regions(axis, gaze, look.rois, colours)
         at = _to_photo(look.points, gaze.crop)
@@ -189,7 +189,7 @@ def _regions(axis: Axes, gaze: Gaze, rois: Tensor, colours: np.ndarray, fill: fl
     from matplotlib.patches import Rectangle
 
     corners = _to_photo(rois.view(-1, 2, 2), gaze.crop)
-    for (low, high), colour in zip(corners, colours):
+    for (low, high), colour in zip(corners, colours, strict=True):
         axis.add_patch(Rectangle(low, *(high - low), facecolor=(*colour, fill), edgecolor=colour, linewidth=1.1, zorder=2))
 
 

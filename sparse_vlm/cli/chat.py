@@ -1,0 +1,283 @@
+"""`sparse-vlm chat --image photo.jpg`: talk about pictures; `--question "..."` answers once.
+
+Notable: pictures and the question are checked before anything heavy is imported, so a mistake costs a fraction of a second. In a terminal
+answers stream below a prompt with line editing; without one every line of stdin is a question or a command and stdout holds the
+answers alone. At a terminal Ctrl-C raises no exception while an answer is made: it sets a flag that is read between tokens, so the
+model and the conversation are never left halfway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import load_image
+from sparse_vlm.store import locate
+
+if TYPE_CHECKING:
+    from sparse_vlm.vlm.chat import Answer, Conversation, Picture
+
+HELP = """\
+/image PATH  show one more picture with the next question
+/reset       forget what was said, keep the pictures given with --image
+/save FILE   write the conversation to FILE, .json or .md
+/quit        end (as Ctrl-D does)
+/help        this list
+Ctrl-C stops an answer. Everything else is a question."""
+
+
+def chat(
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; repeat it for several.")] = None,
+    question: Annotated[str | None, typer.Option(help="Answer this one question and exit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --question: print one JSON object with the answer and its cost.")] = False,
+    model: Annotated[str, typer.Option(help="A VLM: a folder or a name of the model zoo.")] = "tiny-chat",
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")] = None,
+) -> None:
+    """Talk about pictures."""
+    if question is not None and not question.strip():
+        raise UserError("--question is empty; ask something about the picture")
+    if as_json and question is None:
+        raise UserError('--json needs --question "..."')
+    for option, number in (("--max-new-tokens", max_new_tokens), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} is {number}; it must be at least 1")
+    opened = [_open(path) for path in image or ()]
+    locate(model, kind="vlm")
+
+    screen = Screen()
+    with screen.busy(f"loading {model}"):
+        conversation = _load(model, opened, max_new_tokens, threads)
+    if question is None:
+        raise typer.Exit(Session(conversation, screen).run())
+    if as_json:
+        answer = conversation.ask(question)
+        shown = [str(picture.path) for picture in conversation.pictures]
+        print(json.dumps({"model": model, "images": shown, **asdict(answer)}, ensure_ascii=False))
+    else:
+        answer = screen.answer(conversation, question)
+        screen.cost(answer)
+
+
+def _open(path: Path) -> tuple[Path, Any, float]:
+    """The path, the decoded picture, and the milliseconds it took."""
+    started = time.perf_counter()
+    picture = load_image(path)
+    return path, picture, (time.perf_counter() - started) * 1000
+
+
+def _load(model: str, opened: list[tuple[Path, Any, float]], max_new_tokens: int, threads: int | None) -> Conversation:
+    _silence_libraries()
+    import torch
+
+    from sparse_vlm.vlm import VLM
+    from sparse_vlm.vlm.chat import Conversation, Picture
+
+    if threads:
+        torch.set_num_threads(threads)
+    return Conversation(VLM.from_pretrained(model), model, [Picture(*each) for each in opened], max_new_tokens)
+
+
+def _silence_libraries() -> None:
+    """Keep warnings, progress bars and log lines of the libraries below us off the screen of a person who came to talk."""
+    warnings.simplefilter("ignore")
+    os.environ.update(
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        HF_HUB_VERBOSITY="error",
+        TRANSFORMERS_VERBOSITY="error",
+        TOKENIZERS_PARALLELISM="false",
+        TORCH_CPP_LOG_LEVEL="ERROR",
+    )
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class Screen:
+    """What the person sees. `interactive` is true when both ends are a terminal; otherwise stdout holds answers and nothing else."""
+
+    def __init__(self) -> None:
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        for stream in (sys.stdin, sys.stdout):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+
+    def note(self, text: str) -> None:
+        """A line of the program's own, for a person at a terminal."""
+        if self.interactive:
+            self._out.print(Text(text, style="dim"))
+
+    def error(self, text: str) -> None:
+        """One line on stderr."""
+        self._err.print(Text(text, style="red"))
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """A spinner while something takes time; nothing without a terminal."""
+        if self.interactive:
+            with self._out.status(Text(text, style="dim")):
+                yield
+        else:
+            yield
+
+    def answer(self, conversation: Conversation, question: str, stop: Callable[[], bool] = lambda: False) -> Answer:
+        """Ask, and write the answer as it comes, until it ends or `stop` says so."""
+
+        shown = False
+
+        def show(piece: str) -> None:
+            nonlocal shown
+            shown = True
+            sys.stdout.write("".join(c for c in piece if c.isprintable() or c in "\n\t"))
+            sys.stdout.flush()
+
+        try:
+            answer = conversation.ask(question, show=show, stop=stop)
+            shown = True  # an empty answer is a line, too
+            return answer
+        finally:
+            if shown:
+                print(flush=True)
+
+    def cost(self, answer: Answer) -> None:
+        """What the answer took, below it."""
+        self.note(
+            f"{'stopped; ' if answer.stopped else ''}{answer.image_tokens} image tokens, {answer.answer_tokens} answer tokens, "
+            f"first after {answer.ms.first_token / 1000:.2f} s, {answer.tokens_per_second:.1f} tokens/s"
+        )
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """While it is open, the first Ctrl-C makes the yielded function return true; a second one interrupts as usual."""
+    pressed: list[bool] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Session:
+    """The loop of questions and commands until the person ends it."""
+
+    def __init__(self, conversation: Conversation, screen: Screen) -> None:
+        self.conversation = conversation
+        self.screen = screen
+        self.failed = False
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": self._help,
+        }
+
+    def run(self) -> int:
+        """Talk until the end; the exit code: 2 when a line of a piped session failed, else 0."""
+        if self.screen.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - line editing and history for input()
+            self.screen.note(f"{self.conversation.model_name}. /help lists the commands, Ctrl-D ends.")
+            self._describe_pictures(self.conversation.pictures)
+        while (line := self._read()) is not None and line != "/quit":
+            try:
+                self._do(line)
+            except UserError as error:
+                self.screen.error(str(error))
+                self.failed = True
+        return 2 if self.failed and not self.screen.interactive else 0
+
+    def _read(self) -> str | None:
+        """The next line, or None at the end."""
+        while True:
+            try:
+                if self.screen.interactive:
+                    print()
+                return input("> " if self.screen.interactive else "").strip()
+            except EOFError:
+                if self.screen.interactive:
+                    print()
+                return None
+            except KeyboardInterrupt:
+                if not self.screen.interactive:
+                    raise
+                self.screen.note("\nCtrl-D or /quit ends")
+
+    def _do(self, line: str) -> None:
+        if not line:
+            return
+        if not line.startswith("/"):
+            with stop_on_interrupt() if self.screen.interactive else contextlib.nullcontext(lambda: False) as stop:
+                answer = self.screen.answer(self.conversation, line, stop)
+            self.screen.cost(answer)
+            return
+        command, _, rest = line.partition(" ")
+        if command not in self.commands:
+            raise UserError(f"{command}: no such command; /help lists them")
+        self.commands[command](rest.strip())
+
+    def _image(self, rest: str) -> None:
+        from sparse_vlm.vlm.chat import Picture
+
+        if not rest:
+            raise UserError("/image needs a path: /image photo.jpg")
+        picture = Picture(*_open(_path(rest)))
+        self.conversation.add_picture(picture)
+        self._describe_pictures([picture])
+
+    def _reset(self, rest: str) -> None:
+        self.conversation.reset()
+        self.screen.note("a new conversation")
+        self._describe_pictures(self.conversation.pictures)
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise UserError("/save needs a file: /save talk.md or /save talk.json")
+        path = _path(rest)
+        self.conversation.save(path)
+        self.screen.note(f"saved to {path}")
+
+    def _help(self, rest: str) -> None:
+        print(HELP)
+
+    def _describe_pictures(self, pictures: list[Picture]) -> None:
+        for picture in pictures:
+            width, height = picture.image.size
+            self.screen.note(f"{picture.path.name}: {width} x {height}, {self.conversation.vlm.tokens_per_image} tokens")
+        if not self.conversation.pictures:
+            self.screen.note("no picture yet; /image PATH shows one")
+
+
+def _path(text: str) -> Path:
+    """A path as a person types, drops or pastes it: spaces as they are, or quoted or escaped as a shell would."""
+    path = Path(text).expanduser()
+    if not path.exists():
+        with contextlib.suppress(ValueError):
+            words = shlex.split(text)
+            if len(words) == 1:
+                return Path(words[0]).expanduser()
+    return path

@@ -1,0 +1,207 @@
+"""A conversation about pictures: what was said so far, what was shown, and how long each answer took.
+
+Notable: a picture belongs to the question it is first shown with and is never moved afterwards, so the messages only ever grow at
+their end, which is what lets a model keep what it has already read. A question that fails leaves the conversation as it was. An answer
+that is stopped halfway stays, marked as stopped: the person has read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sparse_vlm.errors import UserError
+
+SAVE_FORMAT = "sparse-vlm/chat/1"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture and where it came from."""
+
+    path: Path
+    image: Image.Image = field(repr=False)
+    decode_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class AnswerTimes:
+    """Milliseconds of one answer.
+
+    `decode` is reading and decoding its new pictures, `tower` pixels to image tokens in the LLM's width, `prefill` the LLM reading the
+    prompt, `first_token` from having the question (with its pictures' decoding) to the first text on the screen.
+    """
+
+    decode: float
+    tower: float
+    prefill: float
+    first_token: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost. `image_tokens` counts those of every picture the model could see."""
+
+    answer: str
+    image_tokens: int
+    answer_tokens: int
+    ms: AnswerTimes
+    tokens_per_second: float
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with the pictures shown beside it, and its answer."""
+
+    pictures: tuple[Picture, ...]
+    question: str
+    answer: Answer
+
+
+class Conversation:
+    """A multi-turn conversation with one model.
+
+    Args:
+        vlm: a `VLM`: `stream(messages, max_new_tokens)` and `tokens_per_image`.
+        model_name: what the model is called in saved conversations.
+        pictures: shown with the first question, and again after `reset`.
+        max_new_tokens: the longest answer.
+    """
+
+    def __init__(self, vlm: Any, model_name: str, pictures: list[Picture] | None = None, max_new_tokens: int = 128) -> None:
+        self.vlm = vlm
+        self.model_name = model_name
+        self.max_new_tokens = max_new_tokens
+        self.turns: list[Turn] = []
+        self._opening = tuple(pictures or ())
+        self._waiting = list(self._opening)
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Every picture of the conversation in the order shown, those of the next question last."""
+        return [picture for turn in self.turns for picture in turn.pictures] + self._waiting
+
+    def add_picture(self, picture: Picture) -> None:
+        """Show a picture with the next question."""
+        self._waiting.append(picture)
+
+    def reset(self) -> None:
+        """Back to the start: no question, no answer, and only the opening pictures."""
+        self.turns.clear()
+        self._waiting = list(self._opening)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The turns so far, in the form that `VLM.stream` takes."""
+        messages: list[dict[str, Any]] = []
+        for turn in self.turns:
+            messages.append(_user_message(turn.pictures, turn.question))
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.answer}]})
+        return messages
+
+    def ask(self, question: str, show: Callable[[str], Any] = lambda _: None, stop: Callable[[], bool] = lambda: False) -> Answer:
+        """Answer a question about what was shown and said so far.
+
+        Args:
+            show: called with each piece of the answer as soon as it exists.
+            stop: asked after each piece; true ends the answer there and keeps what was said.
+
+        Raises:
+            UserError: an empty question, or a conversation longer than the model can read; the conversation is then as it was before.
+        """
+        question = question.strip()
+        if not question:
+            raise UserError("the question is empty; ask something about the picture")
+        pictures = tuple(self._waiting)
+        decode_ms = sum(picture.decode_ms for picture in pictures)
+        stopped = False
+        started = time.perf_counter()
+        first_ms = 0.0
+        pieces: list[str] = []
+        stream = self.vlm.stream([*self.messages(), _user_message(pictures, question)], max_new_tokens=self.max_new_tokens)
+        try:
+            for piece in stream:
+                if not pieces:
+                    first_ms = (time.perf_counter() - started) * 1000
+                pieces.append(piece)
+                show(piece)
+                if stop():
+                    stopped = True
+                    break
+        finally:
+            stream.close()
+        timings = stream.timings
+        milliseconds = (decode_ms, timings.tower_ms, timings.prefill_ms, decode_ms + first_ms)
+        answer = Answer(
+            answer="".join(pieces).strip(),
+            image_tokens=len(self.pictures) * self.vlm.tokens_per_image,
+            answer_tokens=timings.answer_tokens,
+            ms=AnswerTimes(*(round(number, 2) for number in milliseconds)),
+            tokens_per_second=round(timings.tokens_per_second, 2),
+            stopped=stopped,
+        )
+        self.turns.append(Turn(pictures, question, answer))
+        self._waiting.clear()
+        return answer
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as JSON or Markdown, by the suffix; pictures are named relative to the file's folder.
+
+        Raises:
+            UserError: another suffix, nothing said yet, or a place that cannot be written to.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in WRITERS:
+            raise UserError(f"{path}: save as {' or '.join(WRITERS)}")
+        if not self.turns:
+            raise UserError("nothing to save yet; ask something first")
+        text = WRITERS[path.suffix.lower()](self, path.parent)
+        aside = path.with_name(path.name + ".partial")
+        try:
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise UserError(f"{path}: cannot write here ({error.strerror})") from None
+
+
+def _user_message(pictures: tuple[Picture, ...], question: str) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture.image} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def _relative(picture: Picture, folder: Path) -> str:
+    return Path(os.path.relpath(picture.path, folder)).as_posix()
+
+
+def _to_json(conversation: Conversation, folder: Path) -> str:
+    messages: list[dict[str, Any]] = []
+    for turn in conversation.turns:
+        shown = [{"type": "image", "image": _relative(picture, folder)} for picture in turn.pictures]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]})
+        cost = asdict(turn.answer)
+        text = cost.pop("answer")
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": text}], **cost})
+    whole = {"format": SAVE_FORMAT, "model": conversation.model_name, "messages": messages}
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+def _to_markdown(conversation: Conversation, folder: Path) -> str:
+    parts = [f"# Conversation with {conversation.model_name}"]
+    for turn in conversation.turns:
+        parts += [f"![{picture.path.name}](<{_relative(picture, folder)}>)" for picture in turn.pictures]
+        parts.append(f"**You:** {turn.question}")
+        parts.append(f"**{conversation.model_name}:** {turn.answer.answer}" + (" *(stopped)*" if turn.answer.stopped else ""))
+    return "\n\n".join(parts) + "\n"
+
+
+WRITERS: dict[str, Callable[[Conversation, Path], str]] = {".json": _to_json, ".md": _to_markdown}
