@@ -104,9 +104,7 @@ def sample_bilinear(feature_map: Tensor, points: Tensor, padding: Padding = "bor
     Returns:
         (B, N, P, C) in the dtype of `feature_map`.
     """
-    values = F.grid_sample(
-        feature_map.float(), points.float() * 2 - 1, mode="bilinear", padding_mode=padding, align_corners=False
-    )
+    values = F.grid_sample(feature_map.float(), points.float() * 2 - 1, mode="bilinear", padding_mode=padding, align_corners=False)
     return values.permute(0, 2, 3, 1).to(feature_map.dtype)
 
 
@@ -137,9 +135,10 @@ def roi_average_weights(rois: Tensor, height: int, width: int, points_per_side: 
 
 
 def encode_rois(rois: Tensor, dim: int) -> Tensor:
-    """Sine/cosine encoding of the four RoI numbers times pi: dim / 4 frequencies from 1 to 128 in log space, even ones sine.
+    """Sine/cosine encoding of the four RoI numbers times pi: dim / 4 frequencies from 1 to 128 in log space.
 
-    No gradient flows through it, as in the released models.
+    For each number the sines of the even frequencies come first, then the cosines of the odd ones. No gradient flows through it, as
+    in the released models.
 
     Args:
         rois: (B, N, 4).
@@ -150,7 +149,6 @@ def encode_rois(rois: Tensor, dim: int) -> Tensor:
     """
     count = dim // 4
     with torch.no_grad():
-        frequencies = torch.logspace(0, math.log2(128), count, base=2, device=rois.device, dtype=torch.float32)
-        phase = rois.float().unsqueeze(-1) * math.pi * frequencies
-        encoding = torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1)
-        return encoding.flatten(-3)
+        frequencies = torch.linspace(0, math.log(128), count, device=rois.device, dtype=torch.float32).exp()
+        phase = (rois.float() * math.pi).unsqueeze(-1) * frequencies
+        return torch.cat([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)

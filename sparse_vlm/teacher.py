@@ -9,8 +9,8 @@ Notable: adding a source is one reader function and one entry in `READERS`; noth
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ class TeacherSpec:
     image_mean: Triple
     image_std: Triple
     quick_gelu: bool
+    norm_pre: bool
     ln_eps: float
 
     @property
@@ -65,12 +66,11 @@ class Teacher(nn.Module):
             `cls_token`, `pos_embed`, `norm_pre.*`, `norm.*` and `head.weight` (embedding x width).
     """
 
-    def __init__(self, spec: TeacherSpec, model: nn.Module, tensors: dict[str, Tensor], encode: Callable[[Tensor], TeacherOutput]) -> None:
+    def __init__(self, spec: TeacherSpec, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.spec = spec
         self.model = model.eval().requires_grad_(False)
         self.tensors = tensors
-        self._encode = encode
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher never leaves eval mode."""
@@ -79,11 +79,15 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> TeacherOutput:
         """(B, 3, S, S) normalised by the teacher's own mean and std."""
-        return self._encode(pixels)
+        return TeacherOutput(*self.model(pixels))
+
+    def bfloat16_copy(self) -> Teacher:
+        """The same teacher with bfloat16 weights, to ask and not to inherit from."""
+        return Teacher(self.spec, copy.deepcopy(self.model).bfloat16(), self.tensors)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any of the teacher's weights; caches and checkpoints are tied to it."""
-        digest = hashlib.sha256(repr(self.spec).encode())
+        digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach().float()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.sum():.5e}{tensor.square().sum():.5e}".encode())
@@ -112,7 +116,7 @@ def load_teacher(name: str, pretrained: str | None = None) -> Teacher:
         known = f"its tags are {', '.join(tags)}" if tags else "open_clip knows no such model"
         raise TeacherError(f"teacher {name}: say which weights with NAME@TAG; {known}")
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        model, _, _preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     except Exception as error:
         raise TeacherError(f"teacher {name}: open_clip could not load it ({error})") from error
     visual = model.visual
@@ -127,12 +131,8 @@ def _read_open_clip_vit(name: str, visual: nn.Module, preprocess: dict[str, Any]
     """open_clip's native `VisionTransformer`."""
     blocks = visual.transformer.resblocks
     first = blocks[0]
-    for attribute, why in (("attn_pool", "an attention pooler"), ("pool_type", "")):
-        value = getattr(visual, attribute, None)
-        if attribute == "attn_pool" and value is not None:
-            raise TeacherError(f"teacher {name}: {why} cannot be inherited")
-        if attribute == "pool_type" and value not in (None, "tok"):
-            raise TeacherError(f"teacher {name}: pool type {value!r} has no CLS token to inherit; only 'tok' is supported")
+    if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
+        raise TeacherError(f"teacher {name}: only towers whose head reads the normalised CLS token can be inherited from")
     activation = type(first.mlp.gelu).__name__
     if activation not in ("GELU", "QuickGELU"):
         raise TeacherError(f"teacher {name}: activation {activation} is not supported")
@@ -189,22 +189,14 @@ def _read_open_clip_vit(name: str, visual: nn.Module, preprocess: dict[str, Any]
         image_mean=tuple(preprocess["mean"]),
         image_std=tuple(preprocess["std"]),
         quick_gelu=activation == "QuickGELU",
+        norm_pre="norm_pre.weight" in tensors,
         ln_eps=first.ln_1.eps,
     )
 
-    def encode(pixels: Tensor) -> TeacherOutput:
-        visual.output_tokens = True
-        embeds, patches = visual(pixels)
-        return TeacherOutput(embeds, patches)
-
-    return Teacher(spec, visual, tensors, encode)
+    visual.output_tokens = True
+    return Teacher(spec, visual, tensors)
 
 
 READERS: dict[str, Callable[[str, nn.Module, dict[str, Any]], Teacher]] = {
     "VisionTransformer": _read_open_clip_vit,
 }
-
-
-def describe(spec: TeacherSpec) -> str:
-    """The specification as one line of JSON."""
-    return json.dumps(spec.__dict__)

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_vlm.photos import Photo
 from sparse_vlm.distill.views import CROP_AREA, CROP_ASPECT, make_view
 from sparse_vlm.geometry import roi_average_weights
+from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import normalize, to_uint8
 from sparse_vlm.teacher import Teacher
 
@@ -97,22 +97,17 @@ class TeacherCache:
         start = self.done
         if start == len(self):
             return
-        dtype = next(teacher.parameters()).dtype
-        teacher.to(torch.bfloat16)
-        try:
-            while start < len(self):
-                rows = range(start, min(start + batch_size, len(self)))
-                pixels = torch.stack([self.pixels(row) for row in rows])
-                with torch.no_grad():
-                    out = teacher(normalize(pixels, spec.image_mean, spec.image_std).bfloat16())
-                self.embeds[rows.start : rows.stop] = out.embeds.float().numpy()
-                self.patches[rows.start : rows.stop] = (weights @ out.patches.float()).numpy()
-                start = rows.stop
-                if start == len(self) or (start // batch_size) % 20 == 0:
-                    self._commit(start)
-                on_rows(len(rows))
-        finally:
-            teacher.to(dtype)
+        fast = teacher.bfloat16_copy()
+        while start < len(self):
+            rows = range(start, min(start + batch_size, len(self)))
+            pixels = torch.stack([self.pixels(row) for row in rows])
+            out = fast(normalize(pixels, spec.image_mean, spec.image_std).bfloat16())
+            self.embeds[rows.start : rows.stop] = out.embeds.float().numpy()
+            self.patches[rows.start : rows.stop] = (weights @ out.patches.float()).numpy()
+            start = rows.stop
+            if start == len(self) or (start // batch_size) % 20 == 0:
+                self._commit(start)
+            on_rows(len(rows))
 
     def _commit(self, rows: int) -> None:
         self.embeds.flush()

@@ -1,0 +1,118 @@
+"""`sparse-vlm bootstrap`: make a tower from a teacher and photos, without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def bootstrap(
+    teacher: Annotated[
+        str, typer.Option(help="Teacher: local-dir:PATH, hf-hub:ORG/NAME, or MODEL@TAG of open_clip, such as ViT-B-16-quickgelu@openai.")
+    ],
+    data: Annotated[list[str], typer.Option(help="Photos: webdataset tars, image folders, or globs of them; may be repeated.")],
+    recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "tiny",
+    out: Annotated[Path | None, typer.Option(help="Folder of the student; build/RECIPE by default.")] = None,
+    cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached answers, shared by all runs.")] = Path("build/teacher-cache"),
+    views: Annotated[int | None, typer.Option(help="Views to learn from, instead of the recipe's number.", min=32)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of views, order and new weights.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    mapping_only: Annotated[bool, typer.Option("--mapping-only", help="Print what is inherited, and stop.")] = False,
+) -> None:
+    """Make a tower from a teacher and photos.
+
+    The student inherits the teacher's blocks and learns, without labels or captions, to say of a picture what the teacher says.
+    Give the same command again to continue an interrupted run.
+    """
+    import dataclasses
+
+    import torch
+    from rich.console import Console
+
+    from sparse_vlm.distill.cache import TeacherCache
+    from sparse_vlm.inherit import inherit
+    from sparse_vlm.photos import PhotoSet
+    from sparse_vlm.recipes import get_recipe
+    from sparse_vlm.teacher import load_teacher
+    from sparse_vlm.tower import SparseFormer
+    from sparse_vlm.tower.cost import count_macs, vit_macs
+
+    console = Console()
+    chosen = get_recipe(recipe)
+    if views is not None:
+        chosen = dataclasses.replace(chosen, views=views)
+    out = out or Path("build") / recipe
+    photos = PhotoSet(data)
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    name, _, tag = teacher.partition("@")
+    source = load_teacher(name, tag or None)
+    tower = SparseFormer(chosen.student(source.spec))
+    rows = inherit(tower, source, chosen)
+    console.print(_mapping_table(rows))
+    student_macs, teacher_macs = count_macs(tower.config).total, vit_macs(source.spec)
+    console.print(
+        f"student: {sum(p.numel() for p in tower.parameters()) / 1e6:.1f} M parameters, {tower.config.num_latent_tokens} tokens, "
+        f"{student_macs / 1e9:.2f} GMACs ({student_macs / teacher_macs:.0%} of the teacher's {teacher_macs / 1e9:.2f})"
+    )
+    if mapping_only:
+        return
+
+    from sparse_vlm.train.bootstrap import bootstrap as run
+
+    store = TeacherCache(cache, source, photos, chosen.views_per_photo, tower.initial_roi.weight.detach(), seed)
+    _fill(console, store, source)
+    done = run(recipe, chosen, source, photos, store, out, rows, tower, seed=seed)
+    if done:
+        console.print(f"student written to {out}; its curve is {out / 'loss.png'}")
+    else:
+        console.print(f"interrupted and saved; give the same command again to continue ({out})")
+        raise typer.Exit(130)
+
+
+def _mapping_table(rows: list[Any]) -> Any:
+    """The mapping, with runs of teacher tensors that share a fate and a block folded into one line."""
+    from rich.table import Table
+
+    table = Table(title="what the student inherits", title_justify="left", box=None)
+    for column in ("teacher tensor", "student tensor", "fate", "reason"):
+        table.add_column(column)
+    folded: dict[tuple[str, str, str, str], int] = {}
+    for row in rows:
+        key = (_block(row.source), _block(row.target), row.fate, row.reason)
+        folded[key] = folded.get(key, 0) + 1
+    for (source, target, fate, reason), count in folded.items():
+        many = f" ({count} tensors)" if count > 1 else ""
+        table.add_row((source or "-") + (many if source else ""), (target or "-") + ("" if source else many), fate, reason)
+    return table
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    return ".".join([*parts[:2], "*"]) if parts[0] in ("blocks", "layers") else name
+
+
+def _fill(console: Any, cache: Any, teacher: Any) -> None:
+    """Ask the teacher for what the cache lacks, showing rate and remaining time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if cache.done == len(cache):
+        console.print(f"teacher's answers: {len(cache)} views, all cached")
+        return
+    columns = (
+        TextColumn("asking the teacher"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} views/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cache), completed=cache.done, rate=0.0)
+
+        def advance(count: int) -> None:
+            progress.update(task, advance=count, rate=progress.tasks[0].speed or 0.0)
+
+        cache.fill(teacher, on_rows=advance)

@@ -1,0 +1,77 @@
+"""The objective of bootstrapping: the student's final representation follows the teacher's, and so does each of its tokens.
+
+Shape legend: B batch, N latent tokens, d width, E embedding.
+A ViT's embeddings share a large common part, which makes any two pictures look alike to a plain cosine; both sides are centred by the
+teacher's mean first.
+Source: final-representation alignment of Bootstrapping SparseFormers (arXiv 2312.01987, section 3.3); the token term is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_vlm.preprocess import normalize
+from sparse_vlm.tower import SparseFormer
+
+
+class Distillation(nn.Module):
+    """A student with its objective.
+
+    Args:
+        tower: the student; its latent tokens must match the cached cells one to one.
+        embed_mean: (E,) the teacher's mean embedding.
+        token_mean: (d,) the teacher's mean patch token.
+        dense_weight: weight of the token term.
+    """
+
+    def __init__(self, tower: SparseFormer, embed_mean: Tensor, token_mean: Tensor, dense_weight: float) -> None:
+        super().__init__()
+        self.tower = tower
+        self.dense_weight = dense_weight
+        self.register_buffer("embed_mean", embed_mean, persistent=False)
+        self.register_buffer("token_mean", token_mean, persistent=False)
+
+    def forward(self, pixels: Tensor, embeds: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Views (B, 3, S, S) uint8 with the teacher's embeddings (B, E) and cell-averaged patch tokens (B, N, d).
+
+        Returns:
+            `loss`, and the centred cosines `cosine` and `token_cosine` (means over the batch, detached).
+        """
+        config = self.tower.config
+        out = self.tower(normalize(pixels, config.image_mean, config.image_std))
+        latents = out.last_hidden_state[:, -config.num_latent_tokens :]
+        cosine = F.cosine_similarity(out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean, dim=-1).mean()
+        token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()
+        loss = (1 - cosine) + self.dense_weight * (1 - token_cosine)
+        return {"loss": loss, "cosine": cosine.detach(), "token_cosine": token_cosine.detach()}
+
+
+def parameter_groups(tower: SparseFormer, new: set[str], lr_inherited: float, lr_new: float, lr_rois: float, decay: float) -> list[dict]:
+    """AdamW groups: inherited, new, and everything that moves a point or an RoI; no decay on vectors.
+
+    Args:
+        new: names of the student's tensors that were not inherited.
+    """
+    rates = {"inherited": lr_inherited, "new": lr_new, "rois": lr_rois}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in tower.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if any(part in name for part in ("roi_offset", "roi_adjust", "initial_roi")):
+            kind = "rois"
+        else:
+            kind = "new" if name in new else "inherited"
+        groups.setdefault((kind, parameter.ndim >= 2 and kind != "rois"), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[kind], "weight_decay": decay if decays else 0.0, "name": kind}
+        for (kind, decays), parameters in groups.items()
+    ]
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], tower: SparseFormer, decay: float) -> None:
+    """Move averaged weights one step towards the tower's: average = decay * average + (1 - decay) * weights."""
+    own = dict(tower.named_parameters())
+    torch._foreach_lerp_([average[name] for name in own], [p.detach() for p in own.values()], 1 - decay)

@@ -1,0 +1,230 @@
+"""What a SparseFormer is made of, as frozen data: units, operations, where tokens begin, and the seven published configurations.
+
+Notable: stdlib only, so that a configuration can be read where torch is not. A new tower is one more `SparseFormerConfig`; nothing
+branches on a model's name.
+Sources: SparseFormer (arXiv 2304.03768, table 1) and Bootstrapping SparseFormers (arXiv 2312.01987, section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+OPS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
+FORMAT = "sparse-vlm/tower/1"
+
+Triple = tuple[float, float, float]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class UnitConfig:
+    """One unit: operations in order, at one width, run `repeats` times with the same weights."""
+
+    width: int
+    ops: tuple[str, ...]
+    repeats: int = 1
+    quick_gelu: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [op for op in self.ops if op not in OPS]
+        if unknown:
+            raise ValueError(f"unknown operation {', '.join(unknown)}; known are {', '.join(OPS)}")
+
+
+@dataclass(frozen=True)
+class GlanceConfig:
+    """The warm start: a token begins as the teacher's patch embedding plus position, averaged over its RoI.
+
+    Attributes:
+        patch_size: pixels a side of the teacher's patches.
+        grid: patches a side; the glance always sees the picture at patch_size * grid pixels.
+        points_per_side: sampled points a side in each RoI.
+        norm_pre: whether the teacher normalises tokens before its first block (CLIP's ln_pre).
+    """
+
+    patch_size: int
+    grid: int
+    points_per_side: int = 4
+    norm_pre: bool = False
+
+
+@dataclass(frozen=True)
+class SparseFormerConfig:
+    """A tower.
+
+    Attributes:
+        units: focusing and cortex units in order; a linear transition stands wherever the width changes.
+        num_latent_tokens: tokens with an RoI (n); `num_tokens` counts the CLS token too (N).
+        embed_dim: width of `image_embeds`.
+        conv_dim: channels of the map that tokens look at (C).
+        num_points: sampling points a token (P).
+        cls_before_unit: the unit before which the CLS token is inserted; None for towers without one.
+        head: what the head reads: the CLS token, or the mean of all tokens.
+        token_init: one embedding shared by all tokens, one each, or a glance at the teacher's patches.
+        rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes and whole-image twins).
+        num_heads: attention heads; None means heads of size 64.
+        generator_dim: inner width of the mixing parameters' generator; a fraction below 1 is relative to the unit's width.
+        adjust_hidden: whether RoI adjusting has a hidden layer.
+        clamp_coordinate_grad: clamp the gradient of sampling coordinates to one cell of the map (v1's `restrict_grad_norm`).
+    """
+
+    units: tuple[UnitConfig, ...]
+    num_latent_tokens: int
+    embed_dim: int
+    image_mean: Triple
+    image_std: Triple
+    image_size: int = 224
+    conv_dim: int = 64
+    num_points: int = 16
+    cls_before_unit: int | None = None
+    head: Literal["cls", "avg"] = "cls"
+    head_bias: bool = False
+    token_init: Literal["shared", "each", "glance"] = "shared"
+    rois_init: Literal["grid", "released"] = "grid"
+    glance: GlanceConfig | None = None
+    num_heads: int | None = None
+    generator_dim: float = 128
+    mixing_bias: bool = False
+    transition_norm: bool = False
+    stage_embedding: bool = True
+    adjust_hidden: bool = True
+    padding: Literal["border", "zeros"] = "border"
+    clamp_coordinate_grad: bool = False
+    ln_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if (self.token_init == "glance") != (self.glance is not None):
+            raise ValueError("token_init 'glance' and a GlanceConfig go together")
+        if (self.head == "cls") != (self.cls_before_unit is not None):
+            raise ValueError("head 'cls' and cls_before_unit go together")
+        for unit in self.units:
+            if self.num_heads is None and unit.width % 64:
+                raise ValueError(f"width {unit.width} is no multiple of the head size 64")
+
+    @property
+    def width(self) -> int:
+        """Width of `last_hidden_state` (d)."""
+        return self.units[-1].width
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the tower emits (N), the CLS token included."""
+        return self.num_latent_tokens + (self.cls_before_unit is not None)
+
+    @property
+    def mixing_out_points(self) -> int:
+        """Points after spatial mixing (O)."""
+        return max(self.num_points, 32)
+
+    def heads(self, width: int) -> int:
+        """Attention heads of a unit of this width."""
+        return self.num_heads if self.num_heads is not None else width // 64
+
+    def generator_width(self, width: int) -> int:
+        """Inner width (g) of the mixing generator in a unit of this width."""
+        return int(self.generator_dim * width) if self.generator_dim < 1 else int(self.generator_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for json, with a `format` mark."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SparseFormerConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: another format, or a field this version does not know.
+        """
+        data = dict(data)
+        found = data.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"not a tower configuration: format is {found!r}, expected {FORMAT!r}")
+        unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the tower's configuration")
+        data["units"] = tuple(UnitConfig(**{**u, "ops": tuple(u["ops"])}) for u in data["units"])
+        data["image_mean"], data["image_std"] = tuple(data["image_mean"]), tuple(data["image_std"])
+        if data.get("glance") is not None:
+            data["glance"] = GlanceConfig(**data["glance"])
+        return cls(**data)
+
+    @classmethod
+    def named(cls, name: str) -> SparseFormerConfig:
+        """A published configuration by its name.
+
+        Raises:
+            ValueError: no such name; the message lists them.
+        """
+        if name not in PUBLISHED:
+            raise ValueError(f"no published SparseFormer is called {name!r}; known are {', '.join(PUBLISHED)}")
+        return PUBLISHED[name]
+
+    @classmethod
+    def from_released(cls, data: dict[str, Any]) -> SparseFormerConfig:
+        """Read the json that accompanies a released checkpoint.
+
+        Raises:
+            ValueError: a field we do not know, or a value no released model has.
+        """
+        from sparse_vlm.tower.released import config_from_released
+
+        return config_from_released(data)
+
+
+def _v1(tokens: int, focus: int, width: int, blocks: int) -> SparseFormerConfig:
+    looking = ("ATTN", "ROI_ADJ", "SAMPLING_M", "MLP")
+    cortex = [UnitConfig(width, looking), *[UnitConfig(width, ("ATTN", "MLP"))] * blocks]
+    return SparseFormerConfig(
+        units=(UnitConfig(focus, looking, repeats=4), *cortex),
+        num_latent_tokens=tokens,
+        embed_dim=1000,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+        conv_dim=96,
+        num_points=36,
+        head="avg",
+        head_bias=True,
+        token_init="each",
+        rois_init="released",
+        num_heads=64,
+        generator_dim=0.25,
+        mixing_bias=True,
+        transition_norm=True,
+        stage_embedding=False,
+        adjust_hidden=False,
+        padding="zeros",
+        ln_eps=1e-6,
+    )
+
+
+def _bootstrapped(tokens: int, focus: int, width: int, blocks: int, embed_dim: int, clip: bool) -> SparseFormerConfig:
+    cortex = [UnitConfig(width, ("ATTN", "MLP"), quick_gelu=clip)] * blocks
+    return SparseFormerConfig(
+        units=(
+            UnitConfig(focus, ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ"), repeats=4),
+            UnitConfig(width, ("SAMPLING_M", "PE_INJECT")),
+            *cortex,
+        ),
+        num_latent_tokens=tokens - 1,
+        embed_dim=embed_dim,
+        image_mean=CLIP_MEAN if clip else HALF,
+        image_std=CLIP_STD if clip else HALF,
+        cls_before_unit=2,
+        head_bias=not clip,
+        rois_init="released",
+    )
+
+
+PUBLISHED: dict[str, SparseFormerConfig] = {
+    "sparseformer_v1_tiny": _v1(49, 256, 512, 7),
+    "sparseformer_v1_small": _v1(64, 320, 640, 7),
+    "sparseformer_v1_base": _v1(81, 384, 768, 9),
+    "sparseformer_btsp_augreg_base": _bootstrapped(49, 384, 768, 8, 1000, clip=False),
+    "sparseformer_btsp_augreg_large": _bootstrapped(49, 512, 1024, 16, 1000, clip=False),
+    "sparseformer_btsp_openai_clip_base": _bootstrapped(49, 384, 768, 8, 512, clip=True),
+    "sparseformer_btsp_openai_clip_large": _bootstrapped(64, 512, 1024, 16, 768, clip=True),
+}

@@ -1,0 +1,207 @@
+"""SparseFormer: a few dozen latent tokens, each with its own region of interest, look at a picture and sample only what they need.
+
+Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C channels of the map, d width, E embedding, h x w pixels.
+
+Notable: needs torch alone (safetensors only to load and save folders). One class serves the published families and the warm start,
+because a tower is a list of units, and a unit a list of operations. The number of tokens never depends on the picture's size.
+Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Vision Foundation Models (arXiv 2312.01987).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import grid_rois, released_rois
+from sparse_vlm.tower.config import SparseFormerConfig
+from sparse_vlm.tower.modules import EarlyConvolution, Glance, Unit
+from sparse_vlm.tower.released import load_strictly
+
+
+class SparseFormerOutput(NamedTuple):
+    """What a tower says of a batch of pictures."""
+
+    last_hidden_state: Tensor  # (B, N, d), after the final LayerNorm, CLS first
+    image_embeds: Tensor  # (B, E), not normalised
+    rois: Tensor  # (B, n, 4), latent tokens only
+    rois_per_unit: tuple[Tensor, ...] | None = None  # each (B, n, 4)
+    points_per_look: tuple[Tensor, ...] | None = None  # each (B, n, P, 2)
+
+
+class SparseFormer(nn.Module):
+    """The tower.
+
+    Args:
+        config: what it is made of. Weights start as in the paper: looks and RoI adjusting with small random weights and zero-initialised
+            last layers for the RoIs; `sparse_vlm.inherit` fills in a teacher's.
+    """
+
+    def __init__(self, config: SparseFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.units[0].width
+        looks = any("SAMPLING_M" in unit.ops for unit in config.units)
+        self.feat_extractor = EarlyConvolution(config.conv_dim) if looks else None
+        self.initial_roi = nn.Embedding(config.num_latent_tokens, 4)
+        if config.glance is None:
+            self.initial_embedding = nn.Embedding(1 if config.token_init == "shared" else config.num_latent_tokens, first)
+            self.glance = None
+        else:
+            self.initial_embedding = None
+            self.glance = Glance(config.glance, first, config.ln_eps)
+        self.cls_embedding = None
+        layers: list[nn.Module] = []
+        width = first
+        for index, unit in enumerate(config.units):
+            if unit.width != width:
+                norm = [nn.LayerNorm(unit.width, eps=config.ln_eps)] if config.transition_norm else []
+                layers.append(nn.Sequential(nn.Linear(width, unit.width), *norm))
+                width = unit.width
+            if index == config.cls_before_unit:
+                self.cls_embedding = nn.Embedding(1, width)
+            layers.append(Unit(config, unit))
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(width, eps=config.ln_eps)
+        self.proj = nn.Linear(width, config.embed_dim, bias=config.head_bias)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        rois = grid_rois if self.config.rois_init == "grid" else released_rois
+        with torch.no_grad():
+            self.initial_roi.weight.copy_(rois(self.config.num_latent_tokens))
+            for unit in self.units():
+                if "SAMPLING_M" in unit.ops:
+                    unit.roi_offset_bias.copy_(_regular_offsets(self.config.num_points).flatten())
+                    nn.init.zeros_(unit.roi_offset_module[-1].weight)
+                if "ROI_ADJ" in unit.ops:
+                    nn.init.zeros_(unit.roi_adjust_module[-1].weight)
+
+    def units(self) -> list[Unit]:
+        """The units in order, without the transitions between them."""
+        return [layer for layer in self.layers if isinstance(layer, Unit)]
+
+    def forward(self, pixels: Tensor, output_rois: bool = False) -> SparseFormerOutput:
+        """Look at pictures.
+
+        Args:
+            pixels: (B, 3, h, w), normalised with the configuration's mean and std; any h and w of at least 8.
+            output_rois: also return the RoIs after every unit and the sampling points of every look.
+
+        Raises:
+            ValueError: pixels of another shape.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < 8:
+            raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (B, 3, h, w) with h and w of at least 8")
+        batch = pixels.shape[0]
+        pixels = pixels.to(self.norm.weight.dtype)
+        feature_map = None if self.feat_extractor is None else self.feat_extractor(pixels)
+        # coordinates stay float32 in a bfloat16 tower as well
+        initial = self.initial_roi.weight.float()
+        rois = initial.expand(batch, -1, -1)
+        if self.glance is not None:
+            x = self.glance(pixels, initial)
+        else:
+            x = self.initial_embedding.weight.expand(batch, self.config.num_latent_tokens, -1)
+        rois_per_unit: list[Tensor] | None = [] if output_rois else None
+        points: list[Tensor] | None = [] if output_rois else None
+        index = 0
+        for layer in self.layers:
+            if not isinstance(layer, Unit):
+                x = layer(x)
+                continue
+            if index == self.config.cls_before_unit:
+                x = torch.cat([self.cls_embedding.weight.expand(batch, 1, -1).to(x.dtype), x], dim=1)
+                if self.glance is not None:
+                    x = self.glance.norm_pre(x)
+            x, rois = layer(x, rois, feature_map, points)
+            if rois_per_unit is not None:
+                rois_per_unit.append(rois)
+            index += 1
+        if self.config.head == "cls":
+            tokens = self.norm(x)
+            embeds = self.proj(tokens[:, 0])
+        else:
+            tokens = self.norm(x)
+            embeds = self.proj(self.norm(x.mean(dim=1)))
+        seen = None if points is None else tuple(points)
+        return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
+
+    @classmethod
+    def from_released(cls, config: SparseFormerConfig, state_dict: Mapping[str, Tensor]) -> SparseFormer:
+        """Build a tower from a released state dict.
+
+        Raises:
+            ValueError: naming every tensor that is missing, unexpected or misshapen.
+        """
+        tower = cls(config)
+        load_strictly(tower, state_dict, "released state dict")
+        return tower.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `config.json` and `model.safetensors`, each aside and then renamed.
+
+        Args:
+            dtype: store the weights so; their own dtype by default. RoIs stay float32.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            name: (tensor if dtype is None or name == "initial_roi.weight" else tensor.to(dtype)).detach().cpu().contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        aside = folder / "model.safetensors.tmp"
+        save_file(state, aside, metadata={"format": "pt"})
+        os.replace(aside, folder / "model.safetensors")
+        aside = folder / "config.json.tmp"
+        aside.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        os.replace(aside, folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> SparseFormer:
+        """Load a tower from a folder, or from the zoo by name; in eval mode.
+
+        Raises:
+            UserError: no such folder or name, not a tower, or weights that do not fit.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from sparse_vlm.store import locate
+
+        folder = locate(name_or_path)
+        try:
+            config = SparseFormerConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            state = load_file(folder / "model.safetensors")
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{name_or_path}: not a tower folder ({error})") from error
+        tower = cls(config)
+        try:
+            load_strictly(tower, state, str(name_or_path))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        rois = tower.initial_roi.weight.data
+        tower = tower.to(dtype).eval()
+        tower.initial_roi.weight.data = rois
+        return tower
+
+
+def _regular_offsets(num_points: int) -> Tensor:
+    """A near-square grid of points in a unit box around 0, (P, 2)."""
+    centres = grid_rois(num_points)
+    return (centres[:, :2] + centres[:, 2:]) / 2 - 0.5

@@ -1,0 +1,217 @@
+"""The parts of a SparseFormer: early convolution, glance, looking, mixing, attention.
+
+Shape legend: B batch, n latent tokens, P sampling points, C channels of the map, O points after spatial mixing, d width of the unit,
+g inner width of the generator, H x W the map, G x G the teacher's patch grid. A trailing comment gives the shape of what a line makes.
+Module and parameter names are those of the released state dicts.
+Sources: SparseFormer (arXiv 2304.03768) section 3; Bootstrapping SparseFormers (arXiv 2312.01987) section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_vlm.geometry import (
+    Padding,
+    adjust_rois,
+    encode_rois,
+    points_in_rois,
+    roi_average_weights,
+    sample_bilinear,
+    standardize_offsets,
+)
+from sparse_vlm.tower.config import GlanceConfig, SparseFormerConfig, UnitConfig
+
+
+class EarlyConvolution(nn.Module):
+    """The map that tokens look at: 7x7 convolution, ReLU, max pool, normalised over channels; a quarter of the picture's resolution."""
+
+    def __init__(self, conv_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, conv_dim, kernel_size=7, stride=2, padding=3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, h, w) to (B, C, h / 4, w / 4)."""
+        # channels last makes pooling and the norm run along memory: a third of the time on a CPU
+        x = self.conv1(pixels.contiguous(memory_format=torch.channels_last))
+        x = F.relu(F.max_pool2d(x, kernel_size=3, stride=2, padding=1))  # the order does not matter to the result
+        variance, mean = torch.var_mean(x, dim=1, unbiased=False, keepdim=True)
+        return (x - mean) / (variance + 1e-5).sqrt()
+
+
+class Glance(nn.Module):
+    """The warm start: the teacher's patch embeddings plus positions, averaged over each token's RoI.
+
+    The glance sees the picture at the teacher's own resolution whatever the picture's size, so its cost is fixed and its patches look
+    as they did to the teacher; later looks read the full-resolution map.
+    """
+
+    def __init__(self, config: GlanceConfig, width: int, ln_eps: float) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        self.pos_embed = nn.Parameter(torch.zeros(config.grid**2, width))
+        self.norm_pre = nn.LayerNorm(width, eps=ln_eps) if config.norm_pre else nn.Identity()
+
+    def forward(self, pixels: Tensor, rois: Tensor) -> Tensor:
+        """(B, 3, h, w) and RoIs (n, 4) to tokens (B, n, d), before `norm_pre`."""
+        side = self.config.patch_size * self.config.grid
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+        patches = self.patch_embed(pixels).flatten(2).mT + self.pos_embed  # (B, G * G, d)
+        weights = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)
+        return weights.to(patches.dtype) @ patches
+
+
+class _ClampedCoordinates(torch.autograd.Function):
+    """Identity whose gradient is clamped to +-1/H: v1's guard against RoIs that run away."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, points: Tensor, height: int) -> Tensor:  # type: ignore[override]
+        ctx.limit = 1.0 / height  # type: ignore[attr-defined]
+        return points.view_as(points)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.clamp(-ctx.limit, ctx.limit), None  # type: ignore[attr-defined]
+
+
+class AdaptiveMixing(nn.Module):
+    """Decode sampled features with weights that the token itself generates: over channels, then over points (arXiv 2304.03768, 3.2)."""
+
+    def __init__(self, config: SparseFormerConfig, width: int) -> None:
+        super().__init__()
+        self.channels, self.in_points, self.out_points = config.conv_dim, config.num_points, config.mixing_out_points
+        inner = config.generator_width(width)
+        self.parameter_generator = nn.Sequential(
+            nn.LayerNorm(width, eps=1e-5),  # in both families, whatever the eps of the other norms
+            nn.Linear(width, inner),
+            nn.Linear(inner, self.channels**2 + self.in_points * self.out_points),
+        )
+        if config.mixing_bias:
+            self.m_beta = nn.Parameter(torch.zeros(self.channels))
+            self.s_beta = nn.Parameter(torch.zeros(self.out_points))
+        else:
+            self.m_beta = self.s_beta = None
+        self.out_proj = nn.Linear(self.out_points * self.channels, width)
+
+    def forward(self, tokens: Tensor, sampled: Tensor) -> Tensor:
+        """Tokens (B, n, d) and what they sampled (B, n, P, C) to what to add to the tokens (B, n, d)."""
+        generated = self.parameter_generator(tokens)
+        over_channels, over_points = generated.split([self.channels**2, self.in_points * self.out_points], dim=-1)
+        over_channels = over_channels.unflatten(-1, (self.channels, self.channels))
+        over_points = over_points.unflatten(-1, (self.out_points, self.in_points))
+        x = sampled @ over_channels  # (B, n, P, C)
+        # the bootstrapped family mixes bilinearly: no bias, and no activation between channels and points
+        if self.m_beta is not None:
+            x = F.gelu(x + self.m_beta)
+        x = over_points @ x  # (B, n, O, C)
+        if self.s_beta is not None:
+            x = x + self.s_beta.unsqueeze(-1)
+        return self.out_proj(F.gelu(x).flatten(-2))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameter names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d) to (B, N, d)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with timm's parameter names."""
+
+    def __init__(self, width: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.quick_gelu = quick_gelu
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d) to (B, N, d)."""
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+
+
+class Unit(nn.Module):
+    """A list of operations on (tokens, RoIs), run `repeats` times with the same weights.
+
+    The CLS token, where there is one, takes part in ATTN and MLP only: it has no RoI.
+    """
+
+    def __init__(self, config: SparseFormerConfig, unit: UnitConfig) -> None:
+        super().__init__()
+        self.ops, self.repeats, self.width = unit.ops, unit.repeats, unit.width
+        self.padding: Padding = config.padding
+        self.clamp_coordinate_grad = config.clamp_coordinate_grad
+        width, eps = unit.width, config.ln_eps
+        if unit.repeats > 1 and config.stage_embedding:
+            self.stage_embedding = nn.Embedding(unit.repeats, width)
+        else:
+            self.stage_embedding = None
+        if "SAMPLING_M" in unit.ops:
+            self.roi_offset_bias = nn.Parameter(torch.zeros(config.num_points * 2))
+            self.roi_offset_module = nn.Sequential(nn.LayerNorm(width, eps=eps), nn.Linear(width, config.num_points * 2, bias=False))
+            self.adaptive_mixing = AdaptiveMixing(config, width)
+        if "PE_INJECT" in unit.ops:
+            self.pe_transition = nn.Sequential(nn.LayerNorm(width, eps=eps), nn.Linear(width, width))
+        if "ATTN" in unit.ops:
+            self.norm1 = nn.LayerNorm(width, eps=eps)
+            self.attn = Attention(width, config.heads(width))
+        if "MLP" in unit.ops:
+            self.norm2 = nn.LayerNorm(width, eps=eps)
+            self.mlp = Mlp(width, unit.quick_gelu)
+        if "ROI_ADJ" in unit.ops:
+            hidden = [nn.Linear(width, width), nn.GELU()] if config.adjust_hidden else []
+            self.roi_adjust_module = nn.Sequential(nn.LayerNorm(width, eps=eps), *hidden, nn.Linear(width, 4, bias=False))
+
+    def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, d) and RoIs (B, n, 4) to the same; the CLS token first when N = n + 1.
+
+        Args:
+            points_seen: when given, the sampling points of each look (B, n, P, 2) are appended to it.
+        """
+        for repeat in range(self.repeats):
+            if self.stage_embedding is not None:
+                x = x + self.stage_embedding.weight[repeat]
+            for op in self.ops:
+                if op == "ATTN":
+                    x = x + self.attn(self.norm1(x))
+                elif op == "MLP":
+                    x = x + self.mlp(self.norm2(x))
+                elif op == "SAMPLING_M":
+                    assert feature_map is not None
+                    latents = x[:, -rois.shape[1] :]
+                    points = self.points(latents, rois)
+                    if points_seen is not None:
+                        points_seen.append(points.detach())
+                    if self.clamp_coordinate_grad:
+                        points = _ClampedCoordinates.apply(points, feature_map.shape[-2])
+                    sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
+                    x = _add_to_latents(x, self.adaptive_mixing(latents, sampled))
+                elif op == "PE_INJECT":
+                    x = _add_to_latents(x, self.pe_transition(encode_rois(rois, self.width).to(x.dtype)))
+                else:
+                    delta = self.roi_adjust_module(x[:, -rois.shape[1] :])
+                    rois = adjust_rois(rois, delta.float())
+        return x, rois
+
+    def points(self, latents: Tensor, rois: Tensor) -> Tensor:
+        """Where each token looks: (B, n, P, 2), relative to the image, float32."""
+        offsets = self.roi_offset_module(latents).float() + self.roi_offset_bias.float()
+        return points_in_rois(rois, standardize_offsets(offsets.unflatten(-1, (-1, 2))))
+
+
+def _add_to_latents(x: Tensor, delta: Tensor) -> Tensor:
+    """Add to the last n tokens; the CLS token, if any, stands first and stays as it is."""
+    extra = x.shape[1] - delta.shape[1]
+    return x + (F.pad(delta, (0, 0, extra, 0)) if extra else delta)

@@ -1,0 +1,244 @@
+"""Inheriting from a teacher and learning from it, with a real open_clip ViT of toy size and generated pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
+
+from sparse_vlm import SparseFormer  # noqa: E402
+from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
+from sparse_vlm.distill.views import make_view  # noqa: E402
+from sparse_vlm.errors import UserError  # noqa: E402
+from sparse_vlm.geometry import grid_rois  # noqa: E402
+from sparse_vlm.inherit import inherit, plan, resize_patch_embedding  # noqa: E402
+from sparse_vlm.photos import PhotoSet  # noqa: E402
+from sparse_vlm.recipes import RECIPES  # noqa: E402
+from sparse_vlm.teacher import Teacher, TeacherError, load_teacher  # noqa: E402
+
+
+def write_teacher(folder: Path, **vision: object) -> str:
+    """An open_clip folder with a ViT of two blocks and random weights."""
+    vision_cfg = {"image_size": 56, "layers": 2, "width": 64, "head_width": 64, "patch_size": 14, **vision}
+    text_cfg = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    config = {
+        "model_cfg": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": vision_cfg, "text_cfg": text_cfg},
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+    }
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "vit")
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_name: str) -> Teacher:
+    return load_teacher(teacher_name)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of coloured rectangles on noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(160):
+        picture = rng.integers(0, 80, (64, 80, 3), dtype=np.uint8)
+        x, y = rng.integers(0, 50), rng.integers(0, 40)
+        picture[y : y + 24, x : x + 30] = rng.integers(0, 255, 3)
+        Image.fromarray(picture).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def student(teacher: Teacher, recipe: str = "tiny") -> SparseFormer:
+    torch.manual_seed(0)
+    return SparseFormer(RECIPES[recipe].student(teacher.spec)).eval()
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_tensor_of_both_sides_is_accounted_for(teacher: Teacher, recipe: str) -> None:
+    tower = student(teacher, recipe)
+    rows = plan(tower, teacher, RECIPES[recipe])
+    assert {row.source for row in rows if row.source} == set(teacher.tensors)
+    assert sorted(row.target for row in rows if row.target) == sorted(tower.state_dict())
+    assert all(row.reason for row in rows if row.fate == "left out")
+
+
+def test_an_inherited_block_computes_what_the_teachers_block_computes(teacher: Teacher) -> None:
+    tower = student(teacher)
+    inherit(tower, teacher, RECIPES["tiny"])
+    assert teacher.spec.quick_gelu and teacher.spec.norm_pre
+    x = torch.randn(2, 17, 64)
+    rois = torch.zeros(2, 16, 4)
+    unit = tower.units()[-1]
+    unit.ops = ("ATTN", "MLP")
+    with torch.no_grad():
+        ours, _ = unit(x, rois, None, None)
+        theirs = teacher.model.transformer.resblocks[1](x)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_with_one_cell_a_patch_the_student_begins_as_the_teacher(teacher: Teacher) -> None:
+    """The warm start adds nothing but pooling: where a cell is a patch, student and teacher agree."""
+    config = dataclasses.replace(student(teacher).config, num_latent_tokens=16)
+    config = dataclasses.replace(config, glance=dataclasses.replace(config.glance, points_per_side=1))
+    tower = SparseFormer(config).eval()
+    inherit(tower, teacher, RECIPES["tiny"])
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        ours, theirs = tower(pixels), teacher(pixels)
+    assert torch.allclose(ours.image_embeds, theirs.embeds, atol=1e-4)
+    assert torch.allclose(ours.last_hidden_state[:, 1:], theirs.patches, atol=1e-4)
+    assert torch.equal(ours.rois[0], grid_rois(16))
+
+
+def test_a_resized_patch_embedding_answers_as_the_old_one_to_the_shrunken_patch() -> None:
+    torch.manual_seed(0)
+    weight, patch = torch.randn(4, 3, 14, 14), torch.rand(1, 3, 32, 32)
+    shrunken = torch.nn.functional.interpolate(patch, size=(14, 14), mode="bicubic", antialias=True)
+    new = (resize_patch_embedding(weight, 32) * patch).sum((1, 2, 3))
+    assert torch.allclose(new, (weight * shrunken).sum((1, 2, 3)), atol=1e-3)
+
+
+def test_frozen_units_are_not_trained(teacher: Teacher) -> None:
+    tower = student(teacher)
+    rows = inherit(tower, teacher, dataclasses.replace(RECIPES["tiny"], frozen=(1,)))
+    assert all(row.fate == "frozen" for row in rows if row.source.startswith("blocks.1."))
+    assert not tower.units()[1].mlp.fc1.weight.requires_grad
+    assert tower.units()[0].mlp.fc1.weight.requires_grad
+
+
+def test_a_teacher_stays_frozen_and_in_eval_mode(teacher: Teacher) -> None:
+    teacher.train()
+    assert not teacher.training and not teacher.model.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("local-dir:nowhere", "no open_clip_config.json"),
+        ("ViT-B-16-quickgelu", "NAME@TAG"),
+        ("NoSuchModel", "knows no such model"),
+    ],
+)
+def test_a_teacher_that_cannot_be_loaded_is_one_line(name: str, message: str) -> None:
+    with pytest.raises(TeacherError, match=message) as caught:
+        load_teacher(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_without_a_cls_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="CLS token"):
+        load_teacher(write_teacher(tmp_path / "vit", pool_type="avg"))
+
+
+def test_views_can_be_replayed() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), dtype=np.uint8))
+    one, again = (np.asarray(make_view(image, 56, "a", 1, 0)) for _ in range(2))
+    assert (one == again).all()
+    assert (one != np.asarray(make_view(image, 56, "a", 2, 0))).any()
+    assert (one != np.asarray(make_view(image, 56, "b", 1, 0))).any()
+
+
+def test_an_interrupted_cache_goes_on_where_it_stopped(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
+    few = list(PhotoSet(photos))[:24]
+
+    def cache(folder: Path) -> TeacherCache:
+        return TeacherCache(folder, teacher, few, 2, grid_rois(49))
+
+    class Stop(Exception):
+        pass
+
+    def stop(rows: int) -> None:
+        raise Stop
+
+    whole, broken = cache(tmp_path / "whole"), cache(tmp_path / "broken")
+    whole.fill(teacher, batch_size=4)
+    with pytest.raises(Stop):
+        broken.fill(teacher, batch_size=4, on_rows=stop)
+    asked: list[int] = []
+    broken = cache(tmp_path / "broken")
+    broken.fill(teacher, batch_size=4, on_rows=asked.append)
+    assert broken.done == len(broken) == 48
+    assert np.array_equal(whole.embeds, broken.embeds) and np.array_equal(whole.patches, broken.patches)
+    cache(tmp_path / "broken").fill(teacher, on_rows=stop)  # full: the teacher is not asked again
+
+
+def command(teacher_name: str, photos: Path, out: Path, views: int) -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("sparse-vlm")), "bootstrap", "--recipe", "tiny", "--teacher", teacher_name, "--data", str(photos),
+        "--out", str(out), "--cache", str(out.parent / "cache"), "--views", str(views), "--threads", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_name: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run to its end."""
+    out = tmp_path_factory.mktemp("run") / "student"
+    done = subprocess.run(command(teacher_name, photos, out, 1280), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_a_short_bootstrap_learns(finished: Path) -> None:
+    history = json.loads((finished / "training.json").read_text())["history"]
+    cosines = [h["eval_cosine"] for h in history if "eval_cosine" in h]
+    losses = [h["loss"] for h in history if "loss" in h]
+    assert cosines[-1] > cosines[0] + 0.02
+    assert losses[-1] < losses[0]
+    assert (finished / "loss.png").stat().st_size > 10_000
+    assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(teacher_name: str, photos: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent / "cache", tmp_path / "cache")
+    out = tmp_path / "student"
+    line = command(teacher_name, photos, out, 1280)
+    run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/checkpoint-*/complete")):
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    log, _ = run.communicate(timeout=120)
+    assert run.returncode == 130 and "give the same command again" in log, log
+    assert not (out / "model.safetensors").exists()
+    done = subprocess.run(command(teacher_name, photos, out, 1280), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = SparseFormer.from_pretrained(finished).state_dict(), SparseFormer.from_pretrained(out).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Path, finished: Path) -> None:
+    done = subprocess.run(command(teacher_name, photos, finished, 640), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert re.search(r"another views", done.stderr) and "Traceback" not in done.stderr
+
+
+def test_unknown_recipes_are_one_line() -> None:
+    from sparse_vlm.recipes import get_recipe
+
+    with pytest.raises(UserError, match="known are tiny"):
+        get_recipe("tinny")

@@ -1,0 +1,1 @@
+"""Loops that make towers and vision-language models."""

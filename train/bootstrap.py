@@ -1,0 +1,291 @@
+"""Bootstrapping a tower: a recipe, a teacher and photos become a folder that `SparseFormer.from_pretrained` loads.
+
+    sparse-vlm bootstrap --recipe tiny --teacher local-dir:build/teacher --data 'photos/*.tar' --out build/tiny
+
+Notable: runs on transformers' Trainer. The teacher answers once, into a cache, and is not part of the engine or of any checkpoint.
+An average of the weights is kept beside them; the average is what is evaluated and what becomes the student. A run that is interrupted
+(Ctrl-C saves first) goes on from its last checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from sparse_vlm.distill.cache import TeacherCache
+from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
+from sparse_vlm.errors import UserError
+from sparse_vlm.inherit import Row
+from sparse_vlm.photos import Photo
+from sparse_vlm.recipes import Recipe
+from sparse_vlm.teacher import Teacher
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.train.progress import ProgressLine
+
+HELD_OUT_ONE_IN = 100
+
+
+class CachedViews(Dataset):
+    """Views with the teacher's answers, as the trainer wants them: `pixels` uint8, `embeds` and `tokens` float32."""
+
+    def __init__(self, cache: TeacherCache, rows: Sequence[int]) -> None:
+        self.cache, self.rows = cache, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows[index]
+        return {
+            "pixels": self.cache.pixels(row),
+            "embeds": torch.from_numpy(self.cache.embeds[row].astype("float32")),
+            "tokens": torch.from_numpy(self.cache.patches[row].astype("float32")),
+        }
+
+
+class BootstrapTrainer(Trainer):
+    """The Trainer with our parameter groups, and an evaluation that measures the averaged weights by centred cosine."""
+
+    groups: list[dict[str, Any]]
+    average: dict[str, Tensor]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the recipe's groups."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), fused=True)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The objective as the model itself computes it."""
+        out = model(**inputs)
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean centred cosines of the averaged weights on held-out photos."""
+        model: Distillation = self.accelerator.unwrap_model(self.model)
+        own = {name: p.detach().clone() for name, p in model.tower.named_parameters()}
+        _copy_into(model.tower, self.average)
+        sums: dict[str, float] = {}
+        count = 0
+        try:
+            for batch in self.get_eval_dataloader():
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    out = model(**batch)
+                size = len(batch["pixels"])
+                count += size
+                for key in ("loss", "cosine", "token_cosine"):
+                    sums[key] = sums.get(key, 0.0) + out[key].item() * size
+        finally:
+            _copy_into(model.tower, own)
+        metrics = {f"{metric_key_prefix}_{key}": value / count for key, value in sums.items()}
+        self.log(metrics)
+        return metrics
+
+
+class AveragedWeights(TrainerCallback):
+    """Keeps the average of the tower's weights, in checkpoints too."""
+
+    def __init__(self, model: Distillation, average: dict[str, Tensor], decay: float) -> None:
+        self.model, self.average, self.decay = model, average, decay
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Follow the weights; a young average is shorter, so that it forgets where it began."""
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        update_average(self.average, self.model.tower, decay)
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Beside the trainer's own files; the marker, written last, says that the checkpoint is whole."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file({name: t.contiguous() for name, t in self.average.items()}, folder / "average.safetensors")
+        (folder / "complete").write_text(str(state.global_step))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def __enter__(self) -> StopOnSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the trainer to save and stop."""
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+
+def bootstrap(
+    recipe_name: str,
+    recipe: Recipe,
+    teacher: Teacher,
+    photos: Sequence[Photo],
+    cache: TeacherCache,
+    out: Path,
+    rows: list[Row],
+    tower: SparseFormer,
+    seed: int = 0,
+    bf16: bool = True,
+) -> bool:
+    """Train `tower` (already inherited) and write the student to `out`.
+
+    Args:
+        rows: the mapping that `inherit` carried out.
+        cache: filled.
+        bf16: train in bfloat16 autocast.
+
+    Returns:
+        True when the run is complete; False when it was interrupted and saved.
+
+    Raises:
+        UserError: `out` holds a run of other settings.
+    """
+    steps = -(-recipe.views // recipe.batch_size)
+    settings = {
+        "recipe": recipe_name,
+        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
+        "frozen": list(recipe.frozen),
+        "cache": cache.meta,
+        "seed": seed,
+        "bf16": bf16,
+    }
+    _claim(out, settings)
+    held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0]
+    kept = set(held_out)
+    train_rows = [i * cache.views + v for i in range(len(photos)) if i not in kept for v in range(cache.views)]
+    test_rows = [i * cache.views for i in held_out]
+    if not train_rows or not test_rows:
+        raise UserError(f"{len(photos)} photos are too few: none is left to train on, or none to hold out")
+
+    model = Distillation(tower, *cache.means(), recipe.dense_weight)
+    average = {name: p.detach().clone().float() for name, p in tower.named_parameters()}
+    args = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(recipe.warmup_steps, steps // 5),
+        max_grad_norm=1.0,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        logging_steps=max(1, min(10, steps // 20)),
+        eval_strategy="steps",
+        eval_steps=max(1, min(200, steps // 4)),
+        save_steps=max(1, min(100, steps // 4)),
+        save_total_limit=2,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+    with StopOnSignal() as stop:
+        trainer = BootstrapTrainer(
+            model=model,
+            args=args,
+            train_dataset=CachedViews(cache, train_rows),
+            eval_dataset=CachedViews(cache, test_rows),
+            data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in items[0]},
+            callbacks=[AveragedWeights(model, average, recipe.ema), stop, ProgressLine("views", recipe.batch_size)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        new = {row.target for row in rows if row.fate == "new"}
+        trainer.groups = parameter_groups(tower, new, recipe.lr_inherited, recipe.lr_new, recipe.lr_rois, recipe.weight_decay)
+        trainer.average = average
+        checkpoint = latest_checkpoint(out / "checkpoints")
+        if checkpoint is not None:
+            for name, value in load_file(checkpoint / "average.safetensors").items():
+                average[name].copy_(value)
+        # plain attention is faster than the fused kernels at fifty tokens on a CPU
+        with sdpa_kernel(SDPBackend.MATH):
+            if checkpoint is None:
+                trainer.evaluate()
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.state.global_step < steps:
+                return False
+            trainer.evaluate()
+    _copy_into(tower, average)
+    tower.eval().save_pretrained(out)
+    write_history(out, settings, teacher, trainer.state.log_history)
+    return True
+
+
+@torch.no_grad()
+def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
+    for name, parameter in tower.named_parameters():
+        parameter.copy_(values[name])
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Tie a folder to its settings, so that a resumed run is the same run."""
+    path = out / "settings.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        wanted = json.loads(json.dumps(settings))
+        differing = sorted(k for k in wanted if found.get(k) != wanted[k])
+        if differing:
+            raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/complete")]
+    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]]) -> None:
+    """`training.json` (settings and curves) and `loss.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    document = {"settings": settings, "teacher": teacher.spec.name, "history": history}
+    aside = out / "training.json.tmp"
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(aside, out / "training.json")
+
+    batch = settings["batch_size"]
+    train = [(h["step"] * batch, h["loss"]) for h in history if "loss" in h]
+    held_out = [(h["step"] * batch, h["eval_cosine"], h["eval_token_cosine"]) for h in history if "eval_cosine" in h]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
+    left.set(title="training loss", xlabel="views", ylabel="1 - cosine, plus tokens")
+    views, cosine, tokens = zip(*held_out, strict=True)
+    right.plot(views, cosine, marker="o", markersize=3, label="embedding")
+    right.plot(views, tokens, marker="o", markersize=3, label="tokens")
+    right.set(title="held-out photos, averaged weights", xlabel="views", ylabel="centred cosine to the teacher")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(settings["recipe"])
+    figure.savefig(out / "loss.png", dpi=130)
+    plt.close(figure)

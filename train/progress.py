@@ -1,0 +1,56 @@
+"""Progress of a Trainer run: one bar with rate and remaining time, and a line for every evaluation."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainingArguments
+
+
+class ProgressLine(TrainerCallback):
+    """Replaces the Trainer's own bar and its printed dictionaries.
+
+    Args:
+        unit: what is counted.
+        per_step: units a step.
+    """
+
+    def __init__(self, unit: str, per_step: int) -> None:
+        self.unit, self.per_step = unit, per_step
+        self.console = Console(file=sys.stderr)
+        self.bar = Progress(
+            TextColumn("{task.fields[loss]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start where the run starts, which is not 0 when it was resumed."""
+        total, done = state.max_steps * self.per_step, state.global_step * self.per_step
+        self.task = self.bar.add_task("", total=total, completed=done, loss="", rate="")
+        self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance."""
+        speed = self.bar.tasks[0].speed
+        self.bar.update(self.task, completed=state.global_step * self.per_step, rate=f"{speed:.1f} {self.unit}/s" if speed else "")
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """The loss stands beside the bar; an evaluation gets a line that stays."""
+        logs = logs or {}
+        if "loss" in logs and self.bar.live.is_started:
+            self.bar.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+        measured = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+        if measured:
+            values = ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
+            self.console.print(f"after {state.global_step * self.per_step} {self.unit}: {values}", highlight=False)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.bar.stop()
