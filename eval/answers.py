@@ -1,0 +1,94 @@
+"""Asking a vision-language model many questions about photos: controls, no question asked twice, batches.
+
+Notable: the same question about the same shown photo is asked once, however often a benchmark repeats it (POPE's splits overlap; without an
+image nearly all questions are the same). Questions whose answers are only scored go photo by photo, because `VLM.score` reads a photo
+once for all questions about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+from sparse_vlm.photos import Photo
+
+if TYPE_CHECKING:
+    from sparse_vlm.vlm import VLM, Score
+
+GENERATED_AT_ONCE = 16
+SCORED_AT_ONCE = 64
+Key = tuple[int | None, str, tuple[str, ...]]
+Answer = TypeVar("Answer")
+OnAnswers = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a photo.
+
+    Attributes:
+        photo: its number in the task's photos.
+        choices: the answers whose likelihoods are compared; none for an answer in the model's own words.
+    """
+
+    photo: int
+    text: str
+    choices: tuple[str, ...] = ()
+
+
+def shown_photo(photo: int, photos: int, control: str) -> int | None:
+    """The photo that is shown for a question about `photo`: under wrong-image the one half the set away."""
+    return {"none": photo, "no-image": None, "wrong-image": (photo + photos // 2) % photos}[control]
+
+
+def conversation(image: Image.Image | None, text: str) -> list[dict[str, Any]]:
+    """One user turn."""
+    content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def generated(
+    model: VLM, photos: Sequence[Photo], questions: Sequence[Question], control: str, max_new_tokens: int, on_answers: OnAnswers
+) -> list[str]:
+    """The model's own words, greedily decoded."""
+
+    def ask(conversations: list[Any], choices: list[list[str]]) -> list[str]:
+        return model.generate(conversations, max_new_tokens=max_new_tokens)
+
+    # padding is wasted work: alike lengths go together
+    return _ask_each_once(ask, photos, questions, control, on_answers, GENERATED_AT_ONCE, lambda key: len(key[1].split()))
+
+
+def scored(model: VLM, photos: Sequence[Photo], questions: Sequence[Question], control: str, on_answers: OnAnswers) -> list[list[Score]]:
+    """How likely every choice of every question is."""
+    # the model reads a photo once for all questions about it that stand side by side
+    return _ask_each_once(model.score, photos, questions, control, on_answers, SCORED_AT_ONCE, lambda key: -1 if key[0] is None else key[0])
+
+
+def _ask_each_once(
+    ask: Callable[[list[Any], list[list[str]]], list[Answer]],
+    photos: Sequence[Photo],
+    questions: Sequence[Question],
+    control: str,
+    on_answers: OnAnswers,
+    at_once: int,
+    sort_by: Callable[[Key], int],
+) -> list[Answer]:
+    """Answers in the order of the questions; a key is (shown photo, question, choices)."""
+    if control == "wrong-image" and len(photos) < 2:
+        raise ValueError("no other photo to show")
+    keys: list[Key] = [(shown_photo(question.photo, len(photos), control), question.text, question.choices) for question in questions]
+    order = sorted(dict.fromkeys(keys), key=sort_by)
+    load = lru_cache(maxsize=at_once)(lambda index: photos[index].load())
+    found: dict[Key, Answer] = {}
+    on_answers(0, len(order))
+    for start in range(0, len(order), at_once):
+        batch = order[start : start + at_once]
+        conversations = [conversation(None if index is None else load(index), text) for index, text, _ in batch]
+        found.update(zip(batch, ask(conversations, [list(choices) for _, _, choices in batch]), strict=True))
+        on_answers(len(found), len(order))
+    return [found[key] for key in keys]

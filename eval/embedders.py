@@ -1,0 +1,235 @@
+"""Everything that turns photos into embeddings, seen alike: a tower, a control, or the teacher itself.
+
+Shape legend: B batch, P photos, E embedding, T texts.
+
+Notable: weights are converted to bfloat16 where the machine multiplies in it (autocast would convert them anew in every forward pass), and
+features of a (model, photos) pair are computed once in a run and shared by all tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.llm import native_dtype
+from sparse_vlm.photos import Photo
+from sparse_vlm.preprocess import Triple, preprocess
+from sparse_vlm.teacher import load_teacher
+from sparse_vlm.text import TextEncoder
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower.cost import count_macs, vit_macs
+
+BATCH = 32
+FEW_TOKENS = 128  # below it, on a CPU, plain attention is faster than the fused kernel
+
+
+class Embedder(Protocol):
+    """An image side under test.
+
+    Attributes:
+        name: as the user gave it; unique in a run.
+        kind: "tower" or "teacher".
+        width: of its embeddings (E).
+        dtype: that it computes in.
+        tokens: tokens it emits for one picture.
+        macs: multiply-accumulates for one picture.
+        parameters: number of weights.
+    """
+
+    name: str
+    kind: str
+    width: int
+    dtype: str
+    tokens: int
+    macs: int
+    parameters: int
+
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """(B, E) float32, not normalised."""
+        ...
+
+
+class TextSide(Protocol):
+    """The text side of the same embedding space; `width` is that of its embeddings."""
+
+    name: str
+    width: int
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(T, E) float32, not normalised."""
+        ...
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class ModuleEmbedder:
+    """An `Embedder` around a module.
+
+    Args:
+        forward: from normalised pixels (B, 3, S, S) to embeddings (B, E).
+        size, mean, std: the preprocessing it was trained with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        module: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        size: int,
+        mean: Triple,
+        std: Triple,
+        width: int,
+        tokens: int,
+        macs: int,
+    ) -> None:
+        self.name, self.kind, self.width, self.tokens, self.macs = name, kind, width, tokens, macs
+        self.dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+        self.parameters = sum(p.numel() for p in module.parameters())
+        self.module, self.forward = module, forward
+        self.size, self.mean, self.std = size, mean, std
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """(B, E) float32 on the CPU, not normalised."""
+        weight = next(self.module.parameters())
+        pixels = preprocess(images, self.size, self.mean, self.std).to(weight.device, weight.dtype)
+        plain = self.tokens <= FEW_TOKENS and weight.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            return self.forward(pixels).float().cpu()
+
+
+def tower_embedder(name: str) -> ModuleEmbedder:
+    """A tower from a folder or the zoo.
+
+    Raises:
+        UserError: no such tower.
+    """
+    device = best_device()
+    tower = SparseFormer.from_pretrained(name, dtype=native_dtype(device)).to(device)
+    config = tower.config
+    return ModuleEmbedder(
+        name,
+        "tower",
+        tower,
+        lambda pixels: tower(pixels).image_embeds,
+        config.image_size,
+        config.image_mean,
+        config.image_std,
+        config.embed_dim,
+        config.num_tokens,
+        count_macs(config).total,
+    )
+
+
+def teacher_embedder(name: str) -> ModuleEmbedder:
+    """A teacher: `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG` of open_clip.
+
+    Raises:
+        TeacherError: no such teacher.
+    """
+    device = best_device()
+    teacher = load_teacher(*split_tag(name)).to(device, native_dtype(device))
+    spec = teacher.spec
+    return ModuleEmbedder(
+        name,
+        "teacher",
+        teacher,
+        lambda pixels: teacher(pixels).embeds,
+        spec.image_size,
+        spec.image_mean,
+        spec.image_std,
+        spec.embed_dim,
+        spec.grid**2 + 1,
+        vit_macs(spec),
+    )
+
+
+def split_tag(name: str) -> tuple[str, str | None]:
+    """`ViT-B-16@openai` as (model, tag); located names have no tag."""
+    if name.startswith(("local-dir:", "hf-hub:")) or "@" not in name:
+        return name, None
+    model, _, tag = name.partition("@")
+    return model, tag
+
+
+class TeacherText:
+    """A teacher's own text side, through open_clip.
+
+    Raises:
+        UserError: open_clip cannot load it.
+    """
+
+    def __init__(self, name: str) -> None:
+        import open_clip
+
+        model_name, tag = split_tag(name)
+        self.name = name
+        try:
+            self._model = open_clip.create_model(model_name, pretrained=tag).eval()
+            self._tokenizer = open_clip.get_tokenizer(model_name)
+        except Exception as error:
+            raise UserError(f"the text side of {name}: open_clip could not load it ({error}); name another with --text") from error
+        self.width = self.encode(["a"]).shape[1]
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(T, E) float32, not normalised."""
+        parts = [self._model.encode_text(self._tokenizer(list(texts[i : i + BATCH]))) for i in range(0, len(texts), BATCH)]
+        return torch.cat(parts).float()
+
+
+def text_side(text: str | None, teacher: str | None) -> TextSide | None:
+    """The text side that a run uses: `text` (a folder or zoo name) where given, else the teacher's own."""
+    if text is not None:
+        return TextEncoder.from_pretrained(text)
+    return None if teacher is None else TeacherText(teacher)
+
+
+class Features:
+    """Embeddings of photos and texts, each computed once in a run.
+
+    Args:
+        on_photos: called with (what is being embedded, photos done, photos in total).
+    """
+
+    def __init__(self, text: TextSide | None, on_photos: Callable[[str, int, int], None]) -> None:
+        self.text = text
+        self._on_photos = on_photos
+        self._images: dict[tuple[str, str], np.ndarray] = {}
+        self._texts: dict[str, np.ndarray] = {}
+
+    def images(self, embedder: Embedder, photos: Sequence[Photo]) -> np.ndarray:
+        """(P, E) float32, not normalised."""
+        key = (embedder.name, hashlib.sha256("\n".join(f"{p.source}:{p.key}" for p in photos).encode()).hexdigest())
+        if key not in self._images:
+            what = f"{embedder.name}: {photos[0].source.stem}"
+            parts = []
+            self._on_photos(what, 0, len(photos))
+            for start in range(0, len(photos), BATCH):
+                batch = photos[start : start + BATCH]
+                parts.append(embedder.embed([photo.load() for photo in batch]))
+                self._on_photos(what, start + len(batch), len(photos))
+            self._images[key] = torch.cat(parts).numpy()
+        return self._images[key]
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """(T, E) float32, not normalised."""
+        assert self.text is not None
+        missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
+            self._texts.update(zip(batch, self.text.encode(batch).numpy(), strict=True))
+        return np.stack([self._texts[text] for text in texts])

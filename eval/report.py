@@ -1,0 +1,140 @@
+"""A report as one JSON document, as a table in the terminal, and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sparse_vlm import __version__
+from sparse_vlm.eval.run import Column, Report
+from sparse_vlm.eval.task import CONTROLS
+
+FORMAT = "sparse-vlm/eval/1"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Plain data: models, protocols, and every metric with its interval and its ratio to the teacher's."""
+    rows = []
+    for task, of_task in report.results.items():
+        for column, result in of_task.items():
+            metrics = {}
+            for name, metric in result.metrics.items():
+                metrics[name] = metric.as_json()
+                if (kept := report.of_teacher(task, column, name)) is not None:
+                    metrics[name]["of_teacher"] = {"value": _finite(kept.value), "low": _finite(kept.low), "high": _finite(kept.high)}
+            row = {"task": task, "model": column.model, "control": column.control, "metrics": metrics, "notes": result.notes}
+            rows.append(row | {"details": {name: metric.as_json() for name, metric in result.details.items()}})
+    summaries = {column.model: report.summary(column) for column in report.columns if column.control is None}
+    return {
+        "format": FORMAT,
+        "models": report.models,
+        "teacher": report.teacher,
+        "text": report.text,
+        "limit": report.limit,
+        "dtype": report.dtype,
+        "tasks": {name: {"files": list(task.files), "protocol": task.protocol} for name, task in report.tasks.items()},
+        "results": rows,
+        "of_teacher": {model: summary for model, summary in summaries.items() if summary is not None},
+        "seconds": round(report.seconds, 1),
+        "versions": {"sparse_vlm": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if value == value else None
+
+
+def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows; a metric's row holds its value and, where the teacher has it, the percentage of the teacher's."""
+    columns = report.columns
+    rows: list[list[str]] = []
+    for label, key, scale in (("tokens", "tokens", 1), ("GMACs", "macs", 1e9), ("M parameters", "parameters", 1e6)):
+        if all(key in model for model in report.models.values()):
+            shown = [report.models[column.model][key] / scale for column in columns]
+            rows.append(["", label, *(f"{value:.0f}" if scale == 1 else f"{value:.2f}" for value in shown)])
+    for task, of_task in report.results.items():
+        names = next(iter(of_task.values())).metrics
+        for i, name in enumerate(names):
+            rows.append([task if i == 0 else "", name, *(_cell(report, task, column, name) for column in columns)])
+    summaries = [report.summary(column) for column in columns]
+    if any(summaries):
+        rows.append(["of the teacher", "average over tasks", *(f"{100 * s['average']:.1f} %" if s else "" for s in summaries)])
+        lowest = [f"{100 * s['lowest']:.1f} % ({s['lowest_task']} {s['lowest_metric']})" if s else "" for s in summaries]
+        rows.append(["", "lowest", *lowest])
+    return ["task", "metric", *(column.title for column in columns)], rows
+
+
+def _cell(report: Report, task: str, column: Column, name: str) -> str:
+    result = report.results[task].get(column)
+    if result is None:
+        return ""
+    metric = result.metrics[name]
+    scale = 1 if metric.unit == "" else 100
+    digits = 3 if metric.unit == "" else 1
+    cell = f"{metric.shown()} [{scale * metric.low:.{digits}f}, {scale * metric.high:.{digits}f}]"
+    kept = report.of_teacher(task, column, name)
+    return cell if kept is None or kept.value != kept.value else f"{cell} = {100 * kept.value:.0f} %"
+
+
+def caption(report: Report) -> str:
+    """What the numbers in the table mean, in a line."""
+    parts = ["[95 % interval, bootstrap over photos]"]
+    if report.teacher is not None:
+        parts.append("= share of the teacher's value")
+    if any(column.control for column in report.columns):
+        parts += [f"{control}: {meaning}" for control, meaning in CONTROLS.items() if control != "none"]
+    if report.limit is not None:
+        parts.append(f"at most {report.limit} photos a set")
+    return "; ".join(parts)
+
+
+def as_table(report: Report) -> Table:
+    """For the terminal."""
+    heads, rows = _cells(report)
+    table = Table(caption=caption(report), caption_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < 2 else "right")
+    for number, row in enumerate(rows):
+        if row[0] and number:
+            table.add_section()
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def as_markdown(report: Report) -> str:
+    """For documents: the table, then protocols and notes as a list."""
+    heads, rows = _cells(report)
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", caption(report), ""]
+    lines += [f"* {name}: {task.protocol}." for name, task in report.tasks.items()]
+    for task, of_task in report.results.items():
+        lines += [f"* {task}, {column.title}: {note}." for column, result in of_task.items() for note in result.notes]
+    return "\n".join(lines) + "\n"
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file aside, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write `report.json`, `table.md` and a file of predictions (a JSON object a line) for each task and column."""
+    write_aside(folder / "report.json", json.dumps(as_json(report), indent=1) + "\n")
+    write_aside(folder / "table.md", as_markdown(report))
+    for task, of_task in report.results.items():
+        for column, result in of_task.items():
+            name = re.sub(r"[^\w.-]+", "-", ".".join([task, column.model, *([column.control] if column.control else [])])).strip("-")
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.predictions)
+            write_aside(folder / f"{name}.jsonl", lines)

@@ -1,0 +1,194 @@
+"""One run: several models, the teacher beside them, every task, in one report.
+
+Notable: image tasks go to towers and the teacher, VLM tasks to models that answer in words, each once for every control. A column is a
+model (and a control); the report holds a `Result` for each task and column.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, teacher_embedder, text_side, tower_embedder
+from sparse_vlm.eval.metrics import Metric, ratio
+from sparse_vlm.eval.task import CONTROLS, Data, ImageTask, Result, Task, VLMTask
+from sparse_vlm.eval.tasks import find_tasks
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model, and for VLM tasks the control it was run under."""
+
+    model: str
+    control: str | None = None
+
+    @property
+    def title(self) -> str:
+        """As a table heads it."""
+        return self.model if self.control in (None, "none") else f"{self.model}, {self.control}"
+
+
+@dataclass
+class Report:
+    """Everything a run found.
+
+    Attributes:
+        models: what each model is, by name.
+        teacher, text: names, where there is one.
+        photos: photos of each file that were used.
+        results: by task and column.
+    """
+
+    models: dict[str, dict[str, Any]]
+    tasks: dict[str, Task]
+    teacher: str | None = None
+    text: str | None = None
+    limit: int | None = None
+    dtype: str = ""
+    seconds: float = 0.0
+    results: dict[str, dict[Column, Result]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns in the order of the run."""
+        return list(dict.fromkeys(column for of_task in self.results.values() for column in of_task))
+
+    def of_teacher(self, task: str, column: Column, name: str) -> Metric | None:
+        """A metric relative to the teacher's, where the teacher has it."""
+        if self.teacher is None or column.model == self.teacher:
+            return None
+        theirs = self.results[task].get(Column(self.teacher))
+        return None if theirs is None else ratio(self.results[task][column].metrics[name], theirs.metrics[name])
+
+    def summary(self, column: Column) -> dict[str, Any] | None:
+        """The share of the teacher that a model keeps: the mean over tasks of each task's mean, and the lowest metric.
+
+        None where no task compares this column with the teacher.
+        """
+        shares = {
+            (task, name): kept.value
+            for task, of_task in self.results.items()
+            if column in of_task
+            for name in of_task[column].metrics
+            if (kept := self.of_teacher(task, column, name)) is not None and kept.value == kept.value
+        }
+        if not shares:
+            return None
+        by_task: dict[str, list[float]] = {}
+        for (task, _), value in shares.items():
+            by_task.setdefault(task, []).append(value)
+        lowest = min(shares, key=shares.__getitem__)
+        average = sum(sum(values) / len(values) for values in by_task.values()) / len(by_task)
+        return {"average": average, "lowest": shares[lowest], "lowest_task": lowest[0], "lowest_metric": lowest[1]}
+
+
+def evaluate(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    data: Path,
+    teacher: str | None = None,
+    text: str | None = None,
+    controls: Sequence[str] = tuple(CONTROLS),
+    limit: int | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Report:
+    """Run tasks on models.
+
+    Args:
+        models: folders or zoo names; towers for image tasks, VLMs for VLM tasks.
+        data: the folder that holds `eval/` and `train/`.
+        teacher: measured beside the towers; `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG`.
+        text: the text side; the teacher's own by default.
+        controls: for VLM tasks, keys of `CONTROLS`.
+        limit: photos a set.
+        on_progress: called with (what, done, total).
+
+    Raises:
+        UserError: an unknown task, model or control, tasks of both kinds, or something a task needs that was not given.
+    """
+    started = time.perf_counter()
+    chosen = find_tasks(list(dict.fromkeys(tasks)))
+    for control in controls:
+        if control not in CONTROLS:
+            raise UserError(f"{control}: no such control; there are {', '.join(CONTROLS)}")
+    if limit is not None and limit < 2:
+        raise UserError(f"--limit is {limit}; it must be at least 2")
+    files = Data(data, limit)
+    for task in chosen.values():
+        for file in task.files:
+            files.everything(file)
+    image_tasks = {name: task for name, task in chosen.items() if isinstance(task, ImageTask)}
+    vlm_tasks = {name: task for name, task in chosen.items() if isinstance(task, VLMTask)}
+    if image_tasks and vlm_tasks:
+        raise UserError(f"{', '.join(image_tasks)} measure towers, {', '.join(vlm_tasks)} models that answer in words; run them apart")
+    names = list(dict.fromkeys(models))
+    if image_tasks:
+        report = _run_image_tasks(names, image_tasks, files, teacher, text, on_progress)
+    else:
+        if not names:
+            raise UserError("no model to measure; name one with --model")
+        report = _run_vlm_tasks(names, vlm_tasks, files, controls, on_progress)
+    report.limit = limit
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _run_image_tasks(
+    names: list[str], tasks: dict[str, ImageTask], data: Data, teacher: str | None, text: str | None, on_progress: Progress
+) -> Report:
+    for name, task in tasks.items():
+        if task.needs_teacher and teacher is None:
+            raise UserError(f"{name} compares with the teacher; name it with --teacher")
+        if task.needs_text and text is None and teacher is None:
+            raise UserError(f"{name} compares photos with words; give --text, or --teacher to use its own")
+    if not names and teacher is None:
+        raise UserError("no model to measure; name one with --model")
+    embedders: list[Embedder] = [tower_embedder(name) for name in names]
+    reference = None if teacher is None else teacher_embedder(teacher)
+    if reference is not None:
+        embedders.append(reference)
+    words = text_side(text, teacher) if any(task.needs_text for task in tasks.values()) else None
+    _check_widths(embedders, reference, words, tasks)
+    features = Features(words, on_progress)
+    described = {e.name: {"kind": e.kind, "tokens": e.tokens, "macs": e.macs, "parameters": e.parameters} for e in embedders}
+    report = Report(described, dict(tasks), teacher, None if words is None else words.name, dtype=embedders[0].dtype)
+    for name, task in tasks.items():
+        report.results[name] = {}
+        for embedder in embedders:
+            if task.needs_teacher and embedder is reference:
+                continue
+            on_progress(f"{name}: {embedder.name}", 0, 1)
+            report.results[name][Column(embedder.name)] = task.run(embedder, reference, features, data)
+            on_progress(f"{name}: {embedder.name}", 1, 1)
+    return report
+
+
+def _check_widths(embedders: list[Embedder], teacher: Embedder | None, text: TextSide | None, tasks: dict[str, ImageTask]) -> None:
+    for embedder in embedders:
+        if text is not None and embedder.width != text.width:
+            raise UserError(f"{embedder.name} embeds into {embedder.width} dimensions, the text side {text.name} into {text.width}")
+        if teacher is not None and any(task.needs_teacher for task in tasks.values()) and embedder.width != teacher.width:
+            raise UserError(f"{embedder.name} embeds into {embedder.width} dimensions, the teacher {teacher.name} into {teacher.width}")
+
+
+def _run_vlm_tasks(names: list[str], tasks: dict[str, VLMTask], data: Data, controls: Sequence[str], on_progress: Progress) -> Report:
+    from sparse_vlm.vlm import VLM
+
+    report = Report({}, dict(tasks), results={name: {} for name in tasks})
+    for model_name in names:
+        model = VLM.from_pretrained(model_name, device=best_device())
+        report.models[model_name] = {"kind": "vlm", "tokens": model.tokens_per_image}
+        report.dtype = str(model.model.dtype).removeprefix("torch.")
+        for name, task in tasks.items():
+            for control in controls:
+                column = Column(model_name, control)
+                what = f"{name}: {column.title}"
+                result = task.run(model, control, data, lambda done, total, what=what: on_progress(what, done, total))
+                report.results[name][column] = result
+    return report

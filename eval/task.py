@@ -1,0 +1,131 @@
+"""What a task is: it says what it needs, is run on one model at a time, and returns metrics and predictions.
+
+Notable: to add a task, write one class and enter it in `sparse_vlm.eval.tasks.TASKS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.eval.metrics import Metric
+from sparse_vlm.photos import Photo, PhotoSet
+
+if TYPE_CHECKING:
+    from sparse_vlm.eval.embedders import Embedder, Features
+    from sparse_vlm.vlm import VLM
+
+CONTROLS = {
+    "none": "the photo itself",
+    "no-image": "the same questions without any image",
+    "wrong-image": "another photo of the set in its place",
+}
+
+
+@dataclass
+class Result:
+    """What a task found out about one model.
+
+    Attributes:
+        metrics: what a table shows, by name.
+        predictions: one record for each answer.
+        notes: what a reader of the metrics must know.
+        details: further metrics, for the JSON.
+    """
+
+    metrics: dict[str, Metric]
+    predictions: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Metric] = field(default_factory=dict)
+
+
+class Data:
+    """The photos of the data folder, cut to `limit` a set.
+
+    Args:
+        root: the folder that holds `eval/` and `train/`.
+        limit: photos a set, spread evenly over it; all by default.
+    """
+
+    def __init__(self, root: Path, limit: int | None = None) -> None:
+        self.root, self.limit = root, limit
+        self._sets: dict[str, list[Photo]] = {}
+
+    def everything(self, file: str) -> list[Photo]:
+        """The photos of one tar, in its order.
+
+        Raises:
+            UserError: no such file.
+        """
+        if file not in self._sets:
+            path = self.root / file
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; --data names the folder that holds eval/ and train/")
+            self._sets[file] = list(PhotoSet(path))
+        return self._sets[file]
+
+    def photos(self, file: str) -> list[Photo]:
+        """The photos of one tar that are looked at: all, or `limit` of them."""
+        return self.cut(self.everything(file))
+
+    def cut(self, photos: list[Photo]) -> list[Photo]:
+        """At most `limit` of these photos, spread evenly."""
+        if self.limit is None or self.limit >= len(photos):
+            return photos
+        return [photos[i * len(photos) // self.limit] for i in range(self.limit)]
+
+
+class Task(ABC):
+    """One thing that is measured.
+
+    Attributes:
+        files: tars that it reads, below the data folder.
+        protocol: one sentence that says how it is measured.
+    """
+
+    files: ClassVar[tuple[str, ...]]
+    protocol: ClassVar[str]
+
+
+class ImageTask(Task):
+    """A task for anything that embeds photos.
+
+    Attributes:
+        needs_text: whether it compares photos with words.
+        needs_teacher: whether it measures agreement with the teacher; such a task is not run on the teacher.
+    """
+
+    needs_text: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, model: Embedder, teacher: Embedder | None, features: Features, data: Data) -> Result:
+        """Measure one model."""
+
+
+class VLMTask(Task):
+    """A task for a model that answers in words; run once for each control."""
+
+    @abstractmethod
+    def run(self, model: VLM, control: str, data: Data, on_answers: Callable[[int, int], None]) -> Result:
+        """Measure one model under one of `CONTROLS`.
+
+        Args:
+            on_answers: called with (answers done, answers in total).
+        """
+
+
+def labels_of(photos: Sequence[Photo], file: str) -> list[str]:
+    """The class name of each photo.
+
+    Raises:
+        UserError: a photo without one.
+    """
+    for photo in photos:
+        if "label_name" not in photo.info:
+            raise UserError(f"{file}: photo {photo.key} has no label_name in its json")
+    return [photo.info["label_name"] for photo in photos]

@@ -1,0 +1,39 @@
+"""The tasks there are, by name. To add one, write a class (see `sparse_vlm.eval.task`) and enter it here."""
+
+from __future__ import annotations
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.eval.agreement import Agreement
+from sparse_vlm.eval.captions import Captions
+from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
+from sparse_vlm.eval.retrieval import Retrieval
+from sparse_vlm.eval.task import Task
+from sparse_vlm.eval.vqa import AOKVQA, Counting, Existence, Pope
+from sparse_vlm.eval.zero_shot import ZeroShot
+
+TASKS: dict[str, Task] = {
+    "imagenet": ZeroShot("eval/imagenet1k_one_per_class.tar"),
+    "cifar10": ZeroShot("eval/cifar10_test.tar"),
+    "flickr8k": Retrieval("eval/flickr8k_retrieval.tar"),
+    "coco": Retrieval("eval/coco_vqa.tar"),
+    "cosine": Agreement(),
+    "knn": NearestNeighbours(),
+    "probe": LinearProbe(),
+    "captions": Captions(),
+    "pope": Pope(),
+    "aokvqa": AOKVQA(),
+    "existence": Existence(),
+    "counting": Counting(),
+}
+
+
+def find_tasks(names: list[str]) -> dict[str, Task]:
+    """The tasks of these names, in this order.
+
+    Raises:
+        UserError: a name that is no task.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"{name}: no such task; there are {', '.join(TASKS)}")
+    return {name: TASKS[name] for name in names}

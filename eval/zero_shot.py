@@ -1,0 +1,59 @@
+"""Zero-shot classification: a photo belongs to the class whose prompts it is closest to.
+
+Shape legend: P photos, C classes, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from sparse_vlm.eval.embedders import Embedder, Features
+from sparse_vlm.eval.metrics import mean, top_k_hits
+from sparse_vlm.eval.task import Data, ImageTask, Result, labels_of
+
+PROMPTS = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of the {}.")
+
+
+def normalized(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one."""
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def class_embeddings(names: list[str], features: Features) -> np.ndarray:
+    """(C, E): the mean of each class's normalised prompt embeddings, normalised again."""
+    prompts = [prompt.format(name.lower()) for name in names for prompt in PROMPTS]
+    embeds = normalized(features.texts(prompts)).reshape(len(names), len(PROMPTS), -1)
+    return normalized(embeds.mean(1))
+
+
+class ZeroShot(ImageTask):
+    """Top-1 and top-5 over all classes of a labelled set."""
+
+    needs_text = True
+    protocol: ClassVar[str] = (
+        f"cosine to the mean of {len(PROMPTS)} prompts a class ({', '.join(repr(p) for p in PROMPTS)}), lower-case names, "
+        "all classes of the set"
+    )
+
+    def __init__(self, file: str) -> None:
+        self.files = (file,)
+
+    def run(self, model: Embedder, teacher: Embedder | None, features: Features, data: Data) -> Result:
+        """Classify every photo."""
+        (file,) = self.files
+        photos = data.photos(file)
+        of_photo = labels_of(photos, file)
+        # with a limit, the classes are still those of the entire set
+        numbered = {photo.info["label"]: photo.info["label_name"] for photo in data.everything(file)}
+        names = [numbered[label] for label in sorted(numbered)]
+        position = {label: i for i, label in enumerate(sorted(numbered))}
+        labels = np.array([position[photo.info["label"]] for photo in photos])
+        scores = normalized(features.images(model, photos)) @ class_embeddings(names, features).T
+        best = np.argsort(-scores, axis=1)[:, :5]
+        predictions = [
+            {"photo": photo.key, "label": label, "top5": [names[i] for i in row], "scores": [round(float(scores[p, i]), 4) for i in row]}
+            for p, (photo, label, row) in enumerate(zip(photos, of_photo, best, strict=True))
+        ]
+        return Result({f"top-{k}": mean(top_k_hits(scores, labels, k)) for k in (1, 5)}, predictions)

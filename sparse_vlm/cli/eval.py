@@ -1,0 +1,127 @@
+"""`sparse-vlm eval --model tiny --teacher local-dir:TEACHER --tasks imagenet,cosine --data DATA`: measure models beside each other.
+
+Notable: stdout holds the table, or with `--json -` the JSON document alone; progress goes to stderr, as a bar in a terminal and as a line
+every ten seconds elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sparse_vlm.errors import UserError
+
+LINE_EVERY_S = 10.0
+TASK_NAMES = "imagenet, cifar10, flickr8k, coco, cosine, knn, probe for towers; captions, pope, aokvqa, existence, counting for VLMs"
+
+
+def eval(
+    data: Annotated[Path, typer.Option(help="The folder that holds eval/ and train/.")],
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated: {TASK_NAMES}.")],
+    model: Annotated[list[str] | None, typer.Option(help="A tower (or, for tasks in words, a VLM): folder or zoo name; repeat it.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Measured too: local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text side: folder or zoo name; the teacher's own unless given.")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="For tasks in words: none, no-image, wrong-image; all unless given.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many photos a set.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for the report, the table in Markdown, and every prediction.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")] = None,
+) -> None:
+    """Measure towers beside their teacher, or vision-language models beside their controls."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}; it must be at least 1")
+    if out is not None and out.is_file():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if json_file is not None and Path(json_file).is_dir():
+        raise UserError(f"--json {json_file}: is a folder; name a file")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks is empty; name at least one task")
+    import torch
+
+    from sparse_vlm.eval.report import as_json, as_table, save, write_aside
+    from sparse_vlm.eval.run import evaluate
+    from sparse_vlm.eval.task import CONTROLS
+
+    if threads:
+        torch.set_num_threads(threads)
+    progress = _Bar() if sys.stderr.isatty() else _Lines()
+    with progress:
+        report = evaluate(model or [], names, data, teacher, text, control or list(CONTROLS), limit, progress)
+    document = json.dumps(as_json(report), indent=1) + "\n"
+    if out is not None:
+        save(report, out)
+    if json_file == "-":
+        sys.stdout.write(document)
+        return
+    if json_file is not None:
+        write_aside(Path(json_file), document)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console.print(as_table(report))
+
+
+class _Rate(ProgressColumn):
+    """Photos or answers a second."""
+
+    def render(self, task: object) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+class _Bar:
+    """Progress for a person at a terminal: one bar for what is being done now, with its rate and the time it still needs."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._tasks: dict[str, object] = {}
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done, visible=done < total)
+
+
+class _Lines:
+    """Progress for a log: a line when something takes longer than `LINE_EVERY_S`, and every so often from then on."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._started = self._last = 0.0
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._started, self._last = what, now, now
+        if now - self._last < LINE_EVERY_S or not done:
+            return
+        self._last = now
+        rate = done / (now - self._started)
+        print(f"{what}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,456 @@
+"""Tasks and runs on small generated photos: colours stand for classes, a colour-blind model must score worse."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.eval import run
+from sparse_vlm.eval.agreement import SETS as AGREEMENT_SETS
+from sparse_vlm.eval.answers import Question, conversation, generated, scored, shown_photo
+from sparse_vlm.eval.embedders import Features, split_tag, tower_embedder
+from sparse_vlm.eval.probes import FOLDS, fold_of
+from sparse_vlm.eval.report import as_json, as_markdown, as_table, save
+from sparse_vlm.eval.task import CONTROLS, Data
+from sparse_vlm.eval.tasks import TASKS
+from sparse_vlm.eval.vqa import first_number
+from sparse_vlm.photos import PhotoSet
+
+COLOURS = {"Red": (220, 30, 30), "Green": (30, 200, 40), "Blue": (40, 40, 230), "Yellow": (230, 220, 40), "Grey": (128, 128, 128)}
+NAMES = list(COLOURS)
+
+
+def write_tar(path: Path, photos: list[tuple[str, tuple[int, int, int], dict[str, Any]]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for key, colour, info in photos:
+            stream = io.BytesIO()
+            Image.new("RGB", (24, 20), colour).save(stream, "PNG")
+            for suffix, data in (("png", stream.getvalue()), ("json", json.dumps(info).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def photos_of(count: int, **extra: Any) -> list[tuple[str, tuple[int, int, int], dict[str, Any]]]:
+    """Photos of all colours in turn, each a little different."""
+    rows = []
+    for i in range(count):
+        label = i % len(NAMES)
+        colour = tuple(min(255, max(0, c + (i * 7) % 13)) for c in COLOURS[NAMES[label]])
+        info = {"label": label, "label_name": NAMES[label], "captions": [f"a {NAMES[label].lower()} photo {i}"] * 2, **extra}
+        rows.append((f"photo_{i:03d}", colour, info))
+    return rows
+
+
+def asked(i: int) -> dict[str, Any]:
+    """Questions about photo i."""
+    name, other = NAMES[i % 5], NAMES[(i + 1) % 5]
+    return {
+        "pope": [
+            {"q": f"Is there a {n.lower()} wall?", "a": a, "s": f"pope_coco_{split}"}
+            for split in ("random", "popular")
+            for n, a in ((name, "yes"), (other, "no"))
+        ],
+        "qa": [
+            {"q": f"Does {name.lower()} exist?", "a": "Yes.", "s": "gvt_mci"},
+            {"q": f"Does {other.lower()} exist?", "a": "No.", "s": "gvt_mci"},
+            {"q": "How many walls?", "a": str(1 + i % 5), "s": "gvt_oc"},
+        ],
+        "aokvqa": [{"question": "What colour?", "choices": NAMES[:4], "correct_choice_idx": i % 5}] if i % 5 < 4 else [],
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for task in ("imagenet", "cifar10"):
+        write_tar(root / TASKS[task].files[0], photos_of(20))
+    write_tar(root / "eval/flickr8k_retrieval.tar", photos_of(5))
+    write_tar(root / "eval/coco_vqa.tar", [(key, colour, {**info, **asked(i)}) for i, (key, colour, info) in enumerate(photos_of(12))])
+    write_tar(root / "train/imagen_200x5.tar", photos_of(50))
+    write_tar(root / "train/nips2017_imagenet_like.tar", photos_of(50))
+    sets = ("imagenette", "imagewoof", "pacs")
+    write_tar(
+        root / "train/misc_diverse.tar",
+        [(f"{name}_{key}", colour, {**info, "set": name}) for name in sets for key, colour, info in photos_of(40)],
+    )
+    return root
+
+
+def embed_colour(colour: np.ndarray) -> np.ndarray:
+    return np.concatenate([colour / 255 - 0.45, [0.1]])
+
+
+class FakeEmbedder:
+    """Embeds the mean colour; `blindness` mixes it with what is the same for all photos."""
+
+    kind, width, dtype, tokens, macs, parameters = "tower", 4, "float32", 49, 2_000_000, 1_000_000
+
+    def __init__(self, name: str, blindness: float = 0.0) -> None:
+        self.name, self.blindness = name, blindness
+        self.seen = 0
+
+    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        self.seen += len(images)
+        rows = []
+        for image in images:
+            colour = np.asarray(image, np.float32).mean((0, 1))
+            red_only = np.array([colour[0], 100.0, 100.0])
+            rows.append(embed_colour((1 - self.blindness) * colour + self.blindness * red_only))
+        return torch.tensor(np.stack(rows), dtype=torch.float32)
+
+
+class FakeText:
+    """Knows colours by name."""
+
+    name, width = "words", 4
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        colours = []
+        for text in texts:
+            (name,) = [name for name in NAMES if name.lower() in text]
+            assert name not in text, "names are lower-case"
+            colours.append(embed_colour(np.array(COLOURS[name], np.float32)))
+        return torch.tensor(np.stack(colours), dtype=torch.float32)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEmbedder]:
+    made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0), "teacher": FakeEmbedder("teacher")}
+    monkeypatch.setattr(run, "tower_embedder", made.__getitem__)
+    monkeypatch.setattr(run, "teacher_embedder", made.__getitem__)
+    monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
+    return made
+
+
+IMAGE_TASKS = ["imagenet", "cifar10", "flickr8k", "coco", "cosine", "knn", "probe"]
+
+
+def test_image_tasks(data: Path, fakes: dict[str, FakeEmbedder], tmp_path: Path) -> None:
+    report = run.evaluate(["good", "blind"], IMAGE_TASKS, data, teacher="teacher")
+    good, blind, teacher = (run.Column(name) for name in ("good", "blind", "teacher"))
+    for task, metric in (("imagenet", "top-1"), ("cifar10", "top-1"), ("knn", "pacs top-1"), ("probe", "imagen-200 top-1")):
+        found = report.results[task]
+        assert found[good].metrics[metric].value == found[teacher].metrics[metric].value == 1.0, task
+        assert found[blind].metrics[metric].value < 0.9, task
+    assert report.results["flickr8k"][good].metrics["text to image R@1"].value == 1.0
+    assert report.results["flickr8k"][good].metrics["image to text R@1"].value == 1.0
+    # twelve photos of five colours: up to three share their words, and so their six captions
+    assert report.results["coco"][good].metrics["image to text R@5"].value == 1.0
+    assert report.results["coco"][blind].metrics["text to image R@1"].value < 0.5
+
+    assert teacher not in report.results["cosine"], "the teacher is not compared with itself"
+    assert report.results["cosine"][good].metrics["Flickr8k centred"].value == pytest.approx(1)
+    assert set(report.results["cosine"][good].metrics) == {f"{name} {kind}" for name in AGREEMENT_SETS for kind in ("plain", "centred")}
+    kept = report.results["cosine"][blind].metrics
+    assert kept["ImageNet centred"].value < kept["ImageNet plain"].value < 1
+
+    assert report.of_teacher("imagenet", good, "top-1").value == 1.0
+    assert report.of_teacher("imagenet", teacher, "top-1") is None
+    assert report.of_teacher("cosine", good, "ImageNet plain") is None, "a cosine is not a share of the teacher's"
+    assert report.summary(good)["average"] == 1.0
+    assert report.summary(blind)["lowest"] < report.summary(blind)["average"] < 0.9
+
+    photos = {file for task in IMAGE_TASKS for file in TASKS[task].files}
+    in_files = sum(len(PhotoSet(data / file)) for file in photos)
+    assert fakes["good"].seen == in_files, "every photo is embedded once, however many tasks look at it"
+    check_outputs(report, tmp_path, ["good", "blind", "teacher"])
+
+
+def check_outputs(report: run.Report, folder: Path, titles: list[str]) -> None:
+    document = json.loads(json.dumps(as_json(report), allow_nan=False))
+    assert document["format"] == "sparse-vlm/eval/1"
+    assert {row["task"] for row in document["results"]} == set(report.results)
+    for row in document["results"]:
+        for metric in row["metrics"].values():
+            assert metric["low"] <= metric["value"] + 1e-9 and metric["value"] <= metric["high"] + 1e-9
+    assert [column.header for column in as_table(report).columns][2:] == titles
+    markdown = as_markdown(report)
+    assert f"| task | metric | {' | '.join(titles)} |" in markdown
+    assert all(f"* {name}: {task.protocol}." in markdown for name, task in report.tasks.items())
+    save(report, folder)
+    assert json.loads((folder / "report.json").read_text()) == as_json(report)
+    assert (folder / "table.md").read_text() == markdown
+    for task, of_task in report.results.items():
+        for column, result in of_task.items():
+            name = ".".join(filter(None, [task, column.model, column.control]))
+            assert [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] == result.predictions
+
+
+def test_ratio_in_the_document(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
+    document = as_json(run.evaluate(["blind"], ["imagenet"], data, teacher="teacher"))
+    (blind,) = [row for row in document["results"] if row["model"] == "blind"]
+    top1 = blind["metrics"]["top-1"]
+    assert top1["of_teacher"]["value"] == top1["value"] < 1
+    assert document["of_teacher"]["blind"]["lowest_metric"] == "top-1"
+    (teacher,) = [row for row in document["results"] if row["model"] == "teacher"]
+    assert "of_teacher" not in teacher["metrics"]["top-1"]
+
+
+def test_limit_keeps_the_classes(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
+    report = run.evaluate(["good"], ["imagenet"], data, text="words", limit=4)
+    result = report.results["imagenet"][run.Column("good")]
+    assert result.metrics["top-1"].units == 4
+    assert len(result.predictions) == 4
+    assert len(result.predictions[0]["top5"]) == 5
+    assert report.teacher is None and report.summary(run.Column("good")) is None
+
+
+def test_folds_depend_on_the_key_alone() -> None:
+    assert [fold_of(f"photo_{i}") for i in range(6)] == [fold_of(f"photo_{i}") for i in range(6)]
+    sizes = np.bincount([fold_of(f"imagen_{i}") for i in range(1000)], minlength=FOLDS)
+    assert sizes.min() > 150
+
+
+# ---- models that answer in words
+
+
+class Score(NamedTuple):
+    total: float
+    mean: float
+
+
+class FakeVLM:
+    """Sees the colour of the photo and nothing else; without a photo it says grey, yes and one."""
+
+    tokens_per_image = 49
+
+    class model:
+        dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None]] = []
+
+    def see(self, conversation: list[dict[str, Any]]) -> tuple[str, str]:
+        (turn,) = conversation
+        *images, text = turn["content"]
+        colour = None
+        if images:
+            pixel = np.asarray(images[0]["image"], float).mean((0, 1))
+            colour = min(COLOURS, key=lambda name: float(np.abs(pixel - COLOURS[name]).sum()))
+        self.asked.append((text["text"], colour))
+        return text["text"], colour or "Grey"
+
+    def generate(self, conversations: list[Any], max_new_tokens: int) -> list[str]:
+        found = [self.see(conversation) for conversation in conversations]
+        return [f"{1 + NAMES.index(c)} walls." if "How many" in text else f"A {c.lower()} photo." for text, c in found]
+
+    def score(self, conversations: list[Any], answers: list[list[str]]) -> list[list[Score]]:
+        rows = []
+        for asked_of, choices in zip(conversations, answers, strict=True):
+            text, colour = self.see(asked_of)
+            truth = colour if "What" in text else ("Yes" if colour.lower() in text else "No")
+            rows.append([Score(-1.0 if choice == truth else -2.0, -0.5 if choice == truth else -1.0) for choice in choices])
+        return rows
+
+
+@pytest.fixture
+def vlm(monkeypatch: pytest.MonkeyPatch) -> FakeVLM:
+    made = FakeVLM()
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(name: str, device: torch.device) -> FakeVLM:
+            return made
+
+    monkeypatch.setattr("sparse_vlm.vlm.VLM", Loader)
+    return made
+
+
+def test_vlm_tasks_beside_their_controls(data: Path, vlm: FakeVLM, tmp_path: Path) -> None:
+    report = run.evaluate(["talker"], ["captions", "pope", "aokvqa", "existence", "counting"], data)
+    seeing, blind, wrong = (run.Column("talker", control) for control in CONTROLS)
+    for task in ("pope", "existence", "aokvqa", "counting"):
+        accuracy = {column: result.metrics["accuracy"].value for column, result in report.results[task].items()}
+        assert accuracy[seeing] == 1.0, task
+        assert accuracy[blind] < 0.7, task
+        assert accuracy[wrong] < 0.7, task
+    pope = report.results["pope"][seeing]
+    assert pope.metrics["yes-ratio"].value == 0.5
+    assert pope.details["coco popular F1"].value == 1.0
+    assert len(pope.predictions) == 48
+    cider = {column: result.metrics["CIDEr"].value for column, result in report.results["captions"].items()}
+    assert cider[seeing] > max(cider[blind], cider[wrong])
+    assert any(note.startswith("tokenizer: ") for note in report.results["captions"][seeing].notes)
+    assert "1 different captions of 12 photos, 3.0 words each" in report.results["captions"][blind].notes
+    assert report.results["counting"][seeing].notes == ["0 of 12 answers hold no number"]
+    check_outputs(report, tmp_path, ["talker", "talker, no-image", "talker, wrong-image"])
+
+
+def test_each_question_is_asked_once(data: Path, vlm: FakeVLM) -> None:
+    run.evaluate(["talker"], ["pope"], data, controls=["none"])
+    assert len(vlm.asked) == 24, "POPE's two splits hold the same questions"
+    vlm.asked.clear()
+    run.evaluate(["talker"], ["pope"], data, controls=["no-image"])
+    assert len(vlm.asked) == 5
+    assert {colour for _, colour in vlm.asked} == {None}
+
+
+def test_answers_come_in_the_order_of_the_questions(data: Path) -> None:
+    photos = Data(data).photos("eval/coco_vqa.tar")[:7]
+    questions = [Question(i, "What colour?" if i % 2 else "What colour is this wall?", tuple(NAMES)) for i in (6, 0, 3, 3, 1)]
+    seen: list[tuple[int, int]] = []
+    on_answers = lambda done, total: seen.append((done, total))  # noqa: E731
+    found = generated(FakeVLM(), photos, questions, "none", 8, on_answers)
+    assert found == [f"A {NAMES[question.photo % 5].lower()} photo." for question in questions]
+    assert seen == [(0, 4), (4, 4)]
+    best = [int(np.argmax([score.mean for score in row])) for row in scored(FakeVLM(), photos, questions, "wrong-image", on_answers)]
+    assert best == [(question.photo + 3) % 7 % 5 for question in questions]
+
+
+def test_controls() -> None:
+    assert [shown_photo(i, 5, "wrong-image") for i in range(5)] == [2, 3, 4, 0, 1]
+    assert shown_photo(3, 5, "none") == 3
+    assert shown_photo(3, 5, "no-image") is None
+    assert conversation(None, "Why?") == [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
+    with pytest.raises(ValueError, match="no other photo"):
+        generated(FakeVLM(), [object()], [Question(0, "What?")], "wrong-image", 8, lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"), [("3", 3), ("There are 12 dogs.", 12), ("Two of 3", 2), ("None", None), ("someone", None), ("ten", 10)]
+)
+def test_first_number(answer: str, number: int | None) -> None:
+    assert first_number(answer) == number
+
+
+# ---- the real thing, small
+
+
+@pytest.fixture(scope="module")
+def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
+
+    torch.manual_seed(0)
+    config = SparseFormerConfig(
+        units=(UnitConfig(64, ("SAMPLING_M", "ATTN", "MLP")),),
+        num_latent_tokens=4,
+        embed_dim=16,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
+        image_size=32,
+        conv_dim=16,
+        head="avg",
+        token_init="each",
+    )
+    folder = tmp_path_factory.mktemp("tower")
+    SparseFormer(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_tower_as_embedder(tower_folder: Path, data: Path) -> None:
+    from sparse_vlm.preprocess import preprocess
+    from sparse_vlm.tower import SparseFormer
+
+    embedder = tower_embedder(str(tower_folder))
+    photos = PhotoSet(data / "eval/flickr8k_retrieval.tar")
+    found = Features(None, lambda what, done, total: None).images(embedder, photos)
+    tower = SparseFormer.from_pretrained(tower_folder)
+    with torch.no_grad():
+        expected = tower(preprocess([photo.load() for photo in photos], 32, (0.5,) * 3, (0.25,) * 3)).image_embeds
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), atol=0.05 * float(expected.abs().max()))
+    assert (embedder.width, embedder.tokens, embedder.kind) == (16, 4, "tower")
+    assert embedder.macs > 0
+
+
+def test_command(command: Any, tower_folder: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "--model", str(tower_folder), "--tasks", "knn", "--data", str(data), "--threads", "1"]
+    done = command(*arguments, "--json", "-", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["models"][str(tower_folder)]["tokens"] == 4
+    assert document["results"][0]["metrics"]["pacs top-1"]["photos"] == 40
+    assert (tmp_path / "out" / "table.md").is_file()
+    done = command(*arguments, "--json", str(tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert "pacs top-1" in done.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["results"] == document["results"]
+
+
+def test_help_names_every_task() -> None:
+    from sparse_vlm.cli.eval import TASK_NAMES
+
+    assert all(name in TASK_NAMES for name in TASKS)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"tasks": ["imagenot"]}, "imagenot: no such task; there are imagenet, cifar10"),
+        ({"tasks": ["imagenet"], "teacher": None}, "imagenet compares photos with words; give --text, or --teacher"),
+        ({"tasks": ["cosine"], "teacher": None}, "cosine compares with the teacher; name it with --teacher"),
+        ({"tasks": ["knn"], "models": [], "teacher": None}, "no model to measure"),
+        ({"tasks": ["pope"], "models": []}, "no model to measure"),
+        ({"tasks": ["imagenet", "pope"]}, "imagenet measure towers, pope models that answer in words; run them apart"),
+        ({"tasks": ["pope"], "controls": ["no-photo"]}, "no-photo: no such control; there are none, no-image, wrong-image"),
+        ({"tasks": ["imagenet"], "limit": 1}, "--limit is 1; it must be at least 2"),
+        ({"tasks": ["knn"], "limit": 2}, "imagen-200 .*: too few photos to learn from"),
+        ({"tasks": ["pope"], "data": Path("nowhere")}, "nowhere/eval/coco_vqa.tar: no such file; --data names the folder"),
+    ],
+)
+def test_mistakes(arguments: dict[str, Any], line: str, data: Path, fakes: dict[str, FakeEmbedder], vlm: FakeVLM) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        run.evaluate(**{"models": ["good"], "teacher": "teacher", "data": data, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_embeddings_of_different_width(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
+    fakes["good"].width = 8
+    with pytest.raises(UserError, match="good embeds into 8 dimensions, the text side words into 4"):
+        run.evaluate(["good"], ["imagenet"], data, text="words")
+    with pytest.raises(UserError, match="good embeds into 8 dimensions, the teacher teacher into 4"):
+        run.evaluate(["good"], ["cosine"], data, teacher="teacher")
+
+
+def test_incomplete_photos(data: Path, fakes: dict[str, FakeEmbedder], vlm: FakeVLM, tmp_path: Path) -> None:
+    rows = photos_of(6)
+    write_tar(tmp_path / "eval/imagenet1k_one_per_class.tar", [(key, colour, {}) for key, colour, _ in rows])
+    write_tar(tmp_path / "eval/flickr8k_retrieval.tar", [(key, colour, {"captions": []}) for key, colour, _ in rows])
+    wrong = {"pope": [{"q": "Is it?", "a": "maybe", "s": "pope_coco_random"}]}
+    write_tar(tmp_path / "eval/coco_vqa.tar", [(key, colour, wrong) for key, colour, _ in rows])
+    with pytest.raises(UserError, match="photo photo_000 has no label_name"):
+        run.evaluate(["good"], ["imagenet"], tmp_path, text="words")
+    with pytest.raises(UserError, match="photo photo_000 has no captions"):
+        run.evaluate(["good"], ["flickr8k"], tmp_path, text="words")
+    with pytest.raises(UserError, match="the answer is 'maybe', expected yes or no"):
+        run.evaluate(["talker"], ["pope"], tmp_path)
+    with pytest.raises(UserError, match="fewer than two photos with aokvqa questions"):
+        run.evaluate(["talker"], ["aokvqa"], tmp_path)
+
+
+def test_mistakes_of_the_command(command: Any, data: Path, tmp_path: Path) -> None:
+    for arguments, line in (
+        (["--model", "no-such-model", "--tasks", "knn"], "no-such-model: no such folder"),
+        (["--tasks", ","], "--tasks is empty"),
+        (["--tasks", "knn", "--teacher", "local-dir:nowhere"], "no open_clip_config.json in that folder"),
+        (["--tasks", "knn", "--json", str(tmp_path)], "is a folder; name a file"),
+        (["--tasks", "knn", "--threads", "0"], "--threads is 0"),
+    ):
+        done = command("eval", "--data", str(data), *arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert line in done.stderr
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("local-dir:a@b", ("local-dir:a@b", None)), ("ViT-B-16@openai", ("ViT-B-16", "openai")), ("ViT-B-16", ("ViT-B-16", None))],
+)
+def test_names_of_teachers(name: str, split: tuple[str, str | None]) -> None:
+    assert split_tag(name) == split
