@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.vlm import Timings
 from sparse_vlm.vlm.chat import Conversation, Picture
 
 
@@ -19,7 +19,7 @@ class Stream:
 
     def __init__(self, pieces: list[str], fail_after: int | None) -> None:
         self.pieces, self.fail_after, self.closed = pieces, fail_after, False
-        self.timings = SimpleNamespace(tower_ms=5.0, prefill_ms=7.0, answer_tokens=0, tokens_per_second=10.0)
+        self.timings = Timings(tower_ms=5.0, prefill_ms=7.0, first_token_ms=13.0, tokens_per_second=10.0)
 
     def __iter__(self) -> Iterator[str]:
         for piece in self.pieces:
@@ -43,7 +43,7 @@ class ScriptedModel:
 
     def stream(self, messages: list[dict], max_new_tokens: int) -> Stream:
         self.told.append(messages)
-        self.last = Stream(["A cup", " of", " coffee."], self.fail_after)
+        self.last = Stream([" A cup", " of", " coffee."], self.fail_after)
         return self.last
 
 
@@ -66,7 +66,7 @@ def test_messages_grow_at_their_end():
     assert shape(model.told[1]) == ["u2:What is it?", "a0:A cup of coffee.", "u1:And this?"]
     assert (first.image_tokens, second.image_tokens) == (98, 147)
     assert (first.ms.decode, second.ms.decode) == (6.0, 3.0)
-    assert first.ms.first_token >= first.ms.decode
+    assert (first.ms.tower, first.ms.prefill, first.ms.first_token) == (5.0, 7.0, 19.0)
 
 
 def test_reset_keeps_the_opening_pictures_only():
@@ -86,7 +86,7 @@ def test_a_stopped_answer_stays_as_far_as_it_was_read():
     seen: list[str] = []
     answer = conversation.ask("What?", show=seen.append, stop=lambda: len(seen) == 2)
     assert (answer.answer, answer.stopped, answer.answer_tokens) == ("A cup of", True, 2)
-    assert model.last.closed
+    assert seen == ["A cup", " of"] and model.last.closed
     conversation.ask("Go on")
     assert shape(model.told[-1]) == ["u1:What?", "a0:A cup of", "u0:Go on"]
 

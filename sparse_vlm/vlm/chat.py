@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from sparse_vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from sparse_vlm.vlm import VLM
 
 SAVE_FORMAT = "sparse-vlm/chat/1"
 
@@ -36,8 +38,8 @@ class Picture:
 class AnswerTimes:
     """Milliseconds of one answer.
 
-    `decode` is reading and decoding its new pictures, `tower` pixels to image tokens in the LLM's width, `prefill` the LLM reading the
-    prompt, `first_token` from having the question (with its pictures' decoding) to the first text on the screen.
+    `decode` is reading and decoding the files of its new pictures, `tower` those pictures to image tokens in the LLM's width, `prefill`
+    the LLM reading what it has not read before, `first_token` all that comes before the answer's first token.
     """
 
     decode: float
@@ -71,13 +73,13 @@ class Conversation:
     """A multi-turn conversation with one model.
 
     Args:
-        vlm: a `VLM`: `stream(messages, max_new_tokens)` and `tokens_per_image`.
+        vlm: whoever answers.
         model_name: what the model is called in saved conversations.
         pictures: shown with the first question, and again after `reset`.
         max_new_tokens: the longest answer.
     """
 
-    def __init__(self, vlm: Any, model_name: str, pictures: list[Picture] | None = None, max_new_tokens: int = 128) -> None:
+    def __init__(self, vlm: VLM, model_name: str, pictures: list[Picture] | None = None, max_new_tokens: int = 128) -> None:
         self.vlm = vlm
         self.model_name = model_name
         self.max_new_tokens = max_new_tokens
@@ -121,17 +123,13 @@ class Conversation:
         if not question:
             raise UserError("the question is empty; ask something about the picture")
         pictures = tuple(self._waiting)
-        decode_ms = sum(picture.decode_ms for picture in pictures)
         stopped = False
-        started = time.perf_counter()
-        first_ms = 0.0
-        pieces: list[str] = []
+        said = ""
         stream = self.vlm.stream([*self.messages(), _user_message(pictures, question)], max_new_tokens=self.max_new_tokens)
         try:
             for piece in stream:
-                if not pieces:
-                    first_ms = (time.perf_counter() - started) * 1000
-                pieces.append(piece)
+                piece = piece if said else piece.lstrip()
+                said += piece
                 show(piece)
                 if stop():
                     stopped = True
@@ -139,9 +137,10 @@ class Conversation:
         finally:
             stream.close()
         timings = stream.timings
-        milliseconds = (decode_ms, timings.tower_ms, timings.prefill_ms, decode_ms + first_ms)
+        decode_ms = sum(picture.decode_ms for picture in pictures)
+        milliseconds = (decode_ms, timings.tower_ms, timings.prefill_ms, decode_ms + timings.first_token_ms)
         answer = Answer(
-            answer="".join(pieces).strip(),
+            answer=said.rstrip(),
             image_tokens=len(self.pictures) * self.vlm.tokens_per_image,
             answer_tokens=timings.answer_tokens,
             ms=AnswerTimes(*(round(number, 2) for number in milliseconds)),
