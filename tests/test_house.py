@@ -15,13 +15,16 @@ from test_floors import MODULES
 import sparse_vlm
 
 ROOT = Path(__file__).resolve().parents[1]
+# Makes distributions look as if they were not installed, to an import as well as to who asks before importing.
 BLOCK = """
-import sys
+import importlib.util, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {absent}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in {absent} else found(name, package)
 """
 IMPORT_NAMES = {
     "pillow": "PIL",
