@@ -35,7 +35,7 @@ class Recipe:
     student: Callable[[TeacherSpec], SparseFormerConfig]
     blocks: Callable[[TeacherSpec], tuple[int | None, ...]]
     frozen: tuple[int, ...] = ()
-    views: int = 60_800
+    views: int = 40_000
     views_per_photo: int = 2
     batch_size: int = 32
     warmup_steps: int = 200

@@ -229,7 +229,8 @@ def bootstrap(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < steps:
                 return False
-            trainer.evaluate()
+            if steps % args.eval_steps:
+                trainer.evaluate()
     _copy_into(tower, average)
     tower.eval().save_pretrained(out)
     write_history(out, settings, teacher, trainer.state.log_history)

@@ -1,13 +1,17 @@
-"""Progress of a Trainer run: one bar with rate and remaining time, and a line for every evaluation."""
+"""Progress of a Trainer run: one bar with rate and remaining time, and a line for every evaluation; plain lines where no terminal is."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainingArguments
+
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressLine(TrainerCallback):
@@ -34,17 +38,26 @@ class ProgressLine(TrainerCallback):
         """Start where the run starts, which is not 0 when it was resumed."""
         total, done = state.max_steps * self.per_step, state.global_step * self.per_step
         self.task = self.bar.add_task("", total=total, completed=done, loss="", rate="")
-        self.bar.start()
+        self.began = self.said = time.monotonic()
+        self.first = done
+        if self.console.is_terminal:
+            self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance."""
-        speed = self.bar.tasks[0].speed
-        self.bar.update(self.task, completed=state.global_step * self.per_step, rate=f"{speed:.1f} {self.unit}/s" if speed else "")
+        now, done, total = time.monotonic(), state.global_step * self.per_step, state.max_steps * self.per_step
+        speed = (done - self.first) / max(now - self.began, 1e-9)
+        self.bar.update(self.task, completed=done, rate=f"{speed:.1f} {self.unit}/s")
+        if not self.console.is_terminal and now - self.said > SECONDS_BETWEEN_LINES:
+            self.said = now
+            left = (total - done) / speed / 60
+            loss = self.bar.tasks[0].fields["loss"]
+            self.console.print(f"{done}/{total} {self.unit}, {speed:.1f} {self.unit}/s, {left:.0f} min left, {loss}", highlight=False)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """The loss stands beside the bar; an evaluation gets a line that stays."""
         logs = logs or {}
-        if "loss" in logs and self.bar.live.is_started:
+        if "loss" in logs and self.bar.tasks:
             self.bar.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
         measured = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         if measured:
@@ -53,4 +66,5 @@ class ProgressLine(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()
