@@ -1,7 +1,7 @@
 """Captions of held-out photos against what people wrote: CIDEr and BLEU-4 through pycocoevalcap.
 
 Notable: the reference tokenizer is Stanford's and needs Java. Without Java a regular expression takes its place; on the 31,270 captions of
-our photos the two differ in 14 (apostrophes in web captions), and in none of the COCO captions that this task scores.
+our photos the two differ in 14 (mostly stray apostrophes in web captions), and in none of those that this task scores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse_vlm.eval.task import Data, Result, VLMTask
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
 
-PROMPT = "Describe the image in one sentence."
+PROMPT = "Provide a one-sentence caption for the provided image."  # what models here are trained to answer with one caption
 MAX_NEW_TOKENS = 40
 
 PUNCTUATION = {"''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "..", "...", ";"}

@@ -1,7 +1,7 @@
 """Questions with one right answer: POPE and existence (yes or no), A-OKVQA (multiple choice), counting (a number).
 
 Notable: yes/no and multiple choice are answered by comparing the likelihoods of the possible answers, which is deterministic, never
-ambiguous and one forward pass; POPE's own protocol generates and looks for "no" among the words.
+ambiguous and one forward pass a photo; POPE's own protocol generates and looks for "no" among the words. Questions end as LLaVA's do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
 
 FILE = "eval/coco_vqa.tar"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
 YES_NO = ("Yes", "No")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 OnAnswers = Callable[[int, int], None]
@@ -41,6 +42,11 @@ def records_of(data: Data, field: str, source: str | None = None) -> tuple[list[
     if len(photos) < 2:
         raise UserError(f"{FILE}: fewer than two photos with {source or field} questions; raise --limit or check --data")
     return photos, [(i, record) for i, photo in enumerate(photos) for record in asked(photo)]
+
+
+def asking(photo: int, question: str, choices: tuple[str, ...] = ()) -> Question:
+    """A question that asks for a short answer."""
+    return Question(photo, f"{question.strip()}\n{SHORT_ANSWER}", choices)
 
 
 def says_yes(answer: str, where: str) -> bool:
@@ -66,7 +72,7 @@ class _YesNo(VLMTask):
         """Ask every question."""
         photos, records = records_of(data, self.field, self.source)
         truth = [says_yes(record["a"], f"{FILE}: {photos[i].key}") for i, record in records]
-        likelihoods = scored(model, photos, [Question(i, record["q"], YES_NO) for i, record in records], control, on_answers)
+        likelihoods = scored(model, photos, [asking(i, record["q"], YES_NO) for i, record in records], control, on_answers)
         said = [yes.total > no.total for yes, no in likelihoods]
         splits = np.array([record["s"] for _, record in records])
         owner = np.array([i for i, _ in records])
@@ -93,26 +99,28 @@ class Pope(_YesNo):
     """POPE over COCO and A-OKVQA objects: random, popular and adversarial absent objects."""
 
     field = "pope"
-    protocol: ClassVar[str] = "the question as it stands; the likelier of 'Yes' and 'No'; all splits together, each split in the details"
+    protocol: ClassVar[str] = (
+        f"question, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'; all splits together, each split in the details"
+    )
 
 
 class Existence(_YesNo):
     """Existence questions of GVT."""
 
     field, source = "qa", "gvt_mci"
-    protocol: ClassVar[str] = "the question as it stands; the likelier of 'Yes' and 'No'"
+    protocol: ClassVar[str] = f"question, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'"
 
 
 class AOKVQA(VLMTask):
     """Multiple choice that needs knowledge of the world."""
 
     files = (FILE,)
-    protocol: ClassVar[str] = "the question as it stands; the choice with the highest mean log-likelihood a token; chance is 25 %"
+    protocol: ClassVar[str] = f"question, then '{SHORT_ANSWER}'; the choice with the highest mean log-likelihood a token; chance is 25 %"
 
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
         """Ask every question."""
         photos, records = records_of(data, "aokvqa")
-        questions = [Question(i, record["question"], tuple(record["choices"])) for i, record in records]
+        questions = [asking(i, record["question"], tuple(record["choices"])) for i, record in records]
         likelihoods = scored(model, photos, questions, control, on_answers)
         chosen = [int(np.argmax([score.mean for score in row])) for row in likelihoods]
         predictions = [
@@ -135,12 +143,14 @@ class Counting(VLMTask):
 
     files = (FILE,)
     MAX_NEW_TOKENS: ClassVar[int] = 8
-    protocol: ClassVar[str] = "the question as it stands, greedy; the first number in the answer must be the right one"
+    protocol: ClassVar[str] = (
+        f"question, then '{SHORT_ANSWER}'; greedy, at most {MAX_NEW_TOKENS} tokens; the first number in the answer must be the right one"
+    )
 
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
         """Ask every question."""
         photos, records = records_of(data, "qa", "gvt_oc")
-        questions = [Question(i, record["q"]) for i, record in records]
+        questions = [asking(i, record["q"]) for i, record in records]
         answers = generated(model, photos, questions, control, self.MAX_NEW_TOKENS, on_answers)
         counts = [first_number(answer) for answer in answers]
         hits = [count is not None and count == int(record["a"]) for (_, record), count in zip(records, counts, strict=True)]

@@ -18,12 +18,13 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.eval import run
 from sparse_vlm.eval.agreement import SETS as AGREEMENT_SETS
 from sparse_vlm.eval.answers import Question, conversation, generated, scored, shown_photo
+from sparse_vlm.eval.captions import PROMPT
 from sparse_vlm.eval.embedders import Features, split_tag, tower_embedder
 from sparse_vlm.eval.probes import FOLDS, fold_of
 from sparse_vlm.eval.report import as_json, as_markdown, as_table, save
 from sparse_vlm.eval.task import CONTROLS, Data
 from sparse_vlm.eval.tasks import TASKS
-from sparse_vlm.eval.vqa import first_number
+from sparse_vlm.eval.vqa import SHORT_ANSWER, first_number
 from sparse_vlm.photos import PhotoSet
 
 COLOURS = {"Red": (220, 30, 30), "Green": (30, 200, 40), "Blue": (40, 40, 230), "Yellow": (230, 220, 40), "Grey": (128, 128, 128)}
@@ -316,6 +317,14 @@ def test_controls() -> None:
     assert conversation(None, "Why?") == [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
     with pytest.raises(ValueError, match="no other photo"):
         generated(FakeVLM(), [object()], [Question(0, "What?")], "wrong-image", 8, lambda done, total: None)
+
+
+def test_questions_are_asked_as_they_were_trained() -> None:
+    from sparse_vlm.data.talks import CAPTION_PROMPTS
+    from sparse_vlm.data.talks import SHORT_ANSWER as TRAINED
+
+    assert CAPTION_PROMPTS[0] == PROMPT
+    assert SHORT_ANSWER == TRAINED
 
 
 @pytest.mark.parametrize(
