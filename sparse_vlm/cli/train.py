@@ -1,0 +1,149 @@
+"""`sparse-vlm train`: teach an LLM to read a tower's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    data: Annotated[
+        list[str],
+        typer.Option(help="Photos with captions or questions: webdataset tars, globs, or a LLaVA json; repeatable."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    stage: Annotated[str, typer.Option(help="align: the projector alone; instruct: projector and LLM.")] = "align",
+    tower: Annotated[str, typer.Option(help="Tower: a folder or a name of the zoo.")] = "tiny",
+    llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
+    init: Annotated[str | None, typer.Option(help="A VLM to start from, with its tower and LLM: for instruct, what align made.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
+    visits: Annotated[int, typer.Option(help="Times each photo is visited, with other captions and questions each time.", min=1)] = 1,
+    samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Photos a step, instead of the stage's.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the projector, instead of the stage's.")] = None,
+    lr_llm: Annotated[float | None, typer.Option(help="Learning rate of the LLM, instead of the stage's.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LLM's adapters.", min=1)] = 32,
+    full: Annotated[bool, typer.Option("--full", help="Train the LLM itself instead of adapters.")] = False,
+    cache: Annotated[Path, typer.Option(help="Folder of the tower's cached tokens, shared by all runs.")] = Path("build/token-cache"),
+    seed: Annotated[int, typer.Option(help="Seed of data, order and new weights.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+) -> None:
+    """Teach an LLM to read a tower's tokens.
+
+    Give the same command again to continue an interrupted run.
+    """
+    import dataclasses
+    import random
+
+    import torch
+    from rich.console import Console
+
+    from sparse_vlm.data.samples import TokenBank, arrange, build_samples
+    from sparse_vlm.errors import UserError
+    from sparse_vlm.train import vlm as training
+    from sparse_vlm.vlm import VLM
+
+    if stage not in training.STAGES:
+        raise UserError(f"--stage {stage}: no such stage; known are {', '.join(training.STAGES)}")
+    chosen = training.STAGES[stage]
+    if lr is not None:
+        chosen = dataclasses.replace(chosen, lr_projector=lr)
+    if lr_llm is not None:
+        if chosen.lr_lora is None:
+            raise UserError(f"--lr-llm: stage {stage} leaves the LLM frozen")
+        chosen = dataclasses.replace(chosen, lr_lora=lr_llm, lr_full=lr_llm)
+    if batch_size is not None:
+        chosen = dataclasses.replace(chosen, batch_size=batch_size)
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    console = Console(highlight=False, soft_wrap=True)
+    talks = _talks(data, images, stage, visits, seed)
+    if samples is not None and samples < len(talks):
+        talks = random.Random(seed).sample(talks, samples)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vlm = VLM.from_pretrained(init, device, fold=False) if init else VLM.build(tower, llm, device, seed=seed)
+    with console.status("rendering conversations and checking their label masks"):
+        built, photos = build_samples(talks, vlm.renderer)
+        built = arrange(built, chosen.batch_size, seed)
+    groups = training.prepare(vlm, chosen, None if full else rank)
+    _describe(console, talks, built, groups, vlm)
+
+    bank = TokenBank(cache, vlm.tower, photos)
+    _fill(console, bank, [sample.photo for sample in built if sample.photo is not None])
+    settings = {
+        "stage": stage,
+        **dataclasses.asdict(chosen),
+        "tower": vlm.tower_name,
+        "llm": vlm.llm_name,
+        "init": init,
+        "rank": None if full or chosen.lr_lora is None else rank,
+        "photos": len(photos),
+        "samples": len(built),
+        "visits": visits,
+        "max_steps": max_steps,
+        "seed": seed,
+    }
+    if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed):
+        console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
+    else:
+        console.print(f"interrupted and saved; give the same command again to continue ({out})")
+        raise typer.Exit(130)
+
+
+def _talks(data: list[str], images: Path | None, stage: str, visits: int, seed: int) -> list[Any]:
+    from sparse_vlm.data.talks import MIXES, llava_talks, photo_talks
+    from sparse_vlm.photos import PhotoSet
+
+    files = [pattern for pattern in data if pattern.endswith(".json")]
+    patterns = [pattern for pattern in data if not pattern.endswith(".json")]
+    talks = photo_talks(PhotoSet(patterns), MIXES[stage], visits, seed) if patterns else []
+    for file in files:
+        talks += llava_talks(Path(file), images) * visits
+    return talks
+
+
+def _describe(console: Any, talks: list[Any], samples: list[Any], groups: list[Any], vlm: Any) -> None:
+    """What is learnt from, what learns, and one sample with its label mask."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from sparse_vlm.data.samples import report
+
+    console.print("data: " + ", ".join(f"{number:,} {name}" for name, number in report(talks, samples).items()))
+    table = Table(box=None)
+    for column in ("part", "tensors", "parameters", "learning rate"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for group in groups:
+        table.add_row(group.name, str(len(group.parameters)), f"{group.size:,}", "frozen" if group.lr is None else f"{group.lr:g}")
+    console.print(table)
+    shown = vlm.renderer.render(talks[0].conversations[-1], talks[0].name)
+    console.print(f"one conversation, [[what carries loss]] in brackets ({talks[0].name}):", markup=False)
+    console.print(escape(vlm.renderer.describe(shown)))
+
+
+def _fill(console: Any, bank: Any, wanted: list[int]) -> None:
+    """Let the tower look at the photos it has not seen, showing rate and remaining time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    missing = len(bank.missing(wanted))
+    if not missing:
+        console.print(f"tower's tokens: {len(set(wanted))} photos, all cached")
+        return
+    columns = (
+        TextColumn("looking"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} photos/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=missing, rate=0.0)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, rate=progress.tasks[0].speed or 0.0)
+
+        bank.fill(wanted, advance)

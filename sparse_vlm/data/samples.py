@@ -1,0 +1,146 @@
+"""Talks to what a training step eats: token trees with checked label masks, batches of like length, the tower's tokens.
+
+Shape legend: N tokens a picture, d width of the tower.
+
+Notable: the tower is frozen and sees every photo as it is, so its tokens are computed once a photo and kept on disk, whatever the number of
+visits, stages and runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparse_vlm.data.talks import Talk
+from sparse_vlm.photos import Photo
+from sparse_vlm.preprocess import preprocess
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.vlm.prompts import Renderer
+from sparse_vlm.vlm.tree import TokenTree, merge
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photo's conversations as one tree; `photo` is an index into the run's photos, None for text alone."""
+
+    name: str
+    photo: int | None
+    tree: TokenTree
+
+
+def build_samples(talks: Sequence[Talk], renderer: Renderer) -> tuple[list[Sample], list[Photo]]:
+    """Render and merge talks; every label mask is verified.
+
+    Returns:
+        Samples, and the photos that their indices mean.
+
+    Raises:
+        UserError: naming the talk whose mask or placeholders are not as they must be.
+    """
+    photos: dict[Photo, int] = {}
+    samples = []
+    for talk in talks:
+        tree = merge([renderer.render(conversation, talk.name) for conversation in talk.conversations])
+        renderer.check_count(tree.ids, int(talk.photo is not None), talk.name)
+        index = None if talk.photo is None else photos.setdefault(talk.photo, len(photos))
+        samples.append(Sample(talk.name, index, tree))
+    return samples, list(photos)
+
+
+def arrange(samples: Sequence[Sample], batch_size: int, seed: int = 0) -> list[Sample]:
+    """Shuffle, then bring samples of like length together, batch by batch; batches themselves come in random order.
+
+    A remainder smaller than a batch is left out, unless it is all there is.
+    """
+    rng = random.Random(seed)
+    order = list(samples)
+    rng.shuffle(order)
+    pool = 8 * batch_size
+    batches = []
+    for start in range(0, len(order), pool):
+        near = sorted(order[start : start + pool], key=lambda sample: len(sample.tree))
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    whole = [batch for batch in batches if len(batch) == batch_size] or batches
+    rng.shuffle(whole)
+    return [sample for batch in whole for sample in batch]
+
+
+def report(talks: Sequence[Talk], samples: Sequence[Sample]) -> dict[str, int | float]:
+    """What a run will learn from, in numbers."""
+    messages = [message for talk in talks for conversation in talk.conversations for message in conversation]
+    answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+    yes, no = answers.count("Yes"), answers.count("No")
+    return {
+        "photos": len({sample.photo for sample in samples if sample.photo is not None}),
+        "samples": len(samples),
+        "conversations": sum(len(talk.conversations) for talk in talks),
+        "answers": len(answers),
+        "yes": yes,
+        "no": no,
+        "tokens": sum(len(sample.tree) for sample in samples),
+        "tokens with loss": sum(len(sample.tree.targets) for sample in samples),
+        "tokens per sample": round(sum(len(sample.tree) for sample in samples) / max(1, len(samples)), 1),
+    }
+
+
+class TokenBank:
+    """The tower's tokens of each photo, on disk.
+
+    Args:
+        folder: holds a sub-folder for each (tower, photos).
+        tower: computes what is missing.
+        photos: in a fixed order.
+    """
+
+    def __init__(self, folder: Path, tower: SparseFormer, photos: Sequence[Photo]) -> None:
+        self.tower, self.photos = tower, photos
+        digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())
+        for name, tensor in sorted(tower.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for photo in photos:
+            digest.update(f"{photo.source.name}/{photo.key}/{photo.size}\n".encode())
+        self.folder = folder / digest.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shape = (len(photos), tower.config.num_tokens, tower.config.width)
+        path = self.folder / "tokens.bf16"
+        # as 16-bit integers: numpy has no bfloat16
+        self._tokens = np.memmap(path, np.int16, "r+" if path.exists() else "w+", shape=shape)
+        path = self.folder / "done.u8"
+        self._done = np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=(len(photos),))
+
+    def missing(self, wanted: Sequence[int]) -> list[int]:
+        """Photos of `wanted` that are not computed yet."""
+        return [index for index in sorted(set(wanted)) if not self._done[index]]
+
+    @torch.no_grad()
+    def fill(self, wanted: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compute what is missing; an interrupted fill goes on where it stopped."""
+        config = self.tower.config
+        missing = self.missing(wanted)
+        device = next(self.tower.parameters()).device
+        for start in range(0, len(missing), BATCH):
+            chosen = missing[start : start + BATCH]
+            images = [self.photos[i].load() for i in chosen]
+            pixels = preprocess(images, config.image_size, config.image_mean, config.image_std).to(device)
+            # at 49 tokens plain attention is faster than the fused kernel
+            with sdpa_kernel(SDPBackend.MATH):
+                tokens = self.tower(pixels).last_hidden_state
+            self._tokens[chosen] = tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+            self._tokens.flush()
+            self._done[chosen] = 1
+            progress(start + len(chosen), len(missing))
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(N, d) bfloat16."""
+        return torch.from_numpy(np.array(self._tokens[index])).view(torch.bfloat16)

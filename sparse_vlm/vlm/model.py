@@ -1,0 +1,314 @@
+"""`VLM`: a tower, a projector and an LLM that talk about pictures.
+
+Shape legend: B pictures, N tokens a picture, d width of the tower, D width of the LLM.
+On disk it is `vlm.json`, `projector.safetensors`, and what training changed in the LLM: PEFT's `adapter_config.json` and
+`adapter_model.safetensors`, or `llm.safetensors` after full training. Tower and LLM are named, not copied.
+
+Notable: `VLM.model` is the stock `LlavaForConditionalGeneration` and `VLM.processor` the stock `LlavaProcessor`; both save and load without
+this class. Adapters are folded into the LLM's weights for use and stay at hand for saving.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from sparse_vlm import store
+from sparse_vlm.errors import UserError
+from sparse_vlm.llm import load_llm, native_dtype
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors, write_text
+from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
+from sparse_vlm.vlm.scoring import Score, score
+from sparse_vlm.vlm.stream import Memory, Stream
+
+FORMAT = "sparse-vlm/vlm/1"
+
+
+class VLM:
+    """A vision-language model.
+
+    Attributes:
+        model: the stock `LlavaForConditionalGeneration`, in eval mode.
+        processor: the stock `LlavaProcessor`; its chat template is the LLM's own, extended to pictures.
+        renderer: conversations to tokens and label masks.
+        tower_name, llm_name: what tower and LLM were loaded by.
+        peft: PEFT's wrapper around `model` when the LLM has adapters, else None.
+        llm_changed: whether the LLM's own weights were trained and are saved with the model.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tower_name: str, llm_name: str) -> None:
+        self.model, self.processor = model, processor
+        self.tower_name, self.llm_name = tower_name, llm_name
+        self.peft: Any = None
+        self.llm_changed = False
+        self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tower.config.num_tokens)
+        self._memory = Memory()
+
+    @property
+    def tower(self) -> SparseFormer:
+        """The vision tower."""
+        return self.model.model.vision_tower.tower
+
+    @property
+    def projector(self) -> LlavaMultiModalProjector:
+        """The two-layer MLP from d to D."""
+        return self.model.model.multi_modal_projector
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that a picture takes in the LLM (N)."""
+        return self.tower.config.num_tokens
+
+    @property
+    def tokenizer(self) -> Any:
+        """The LLM's tokenizer, which knows the image token."""
+        return self.processor.tokenizer
+
+    @classmethod
+    def build(
+        cls, tower: str | Path, llm: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+    ) -> VLM:
+        """A new VLM with an untrained projector.
+
+        Args:
+            tower: a folder or zoo name.
+            llm: a folder or zoo name.
+            dtype: of all weights; bfloat16 where the device multiplies in it, else float32.
+            seed: of the projector's weights.
+
+        Raises:
+            UserError: either cannot be loaded.
+        """
+        from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor, processor_counts
+
+        dtype = dtype or native_dtype(device)
+        host = SparseFormerHostModel.wrap(SparseFormer.from_pretrained(tower, dtype=dtype))
+        language = load_llm(llm, dtype=dtype)
+        tokenizer, text_model = language.tokenizer, language.model
+        config = host.tower.config
+        used = len(tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        _grow_embeddings(text_model, len(tokenizer), used)
+
+        template = extend_template(tokenizer.chat_template, language.spec.system)
+        renderer = Renderer(tokenizer, template, config.num_tokens)
+        llava_config = LlavaConfig(
+            vision_config=host.config,
+            text_config=text_model.config,
+            image_token_index=renderer.image_id,
+            image_seq_length=config.num_tokens,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            projector_hidden_act="gelu",
+        )
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(llava_config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.model.multi_modal_projector = LlavaMultiModalProjector(model.config).to(dtype)
+        model.model.vision_tower = host
+        model.model.language_model = text_model.base_model
+        model.lm_head = text_model.get_output_embeddings()
+
+        generation = text_model.generation_config
+        ends = {renderer.end_id(), tokenizer.eos_token_id}
+        ends |= set(generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id])
+        generation.eos_token_id = sorted(end for end in ends if end is not None)
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.suppress_tokens = list(range(used, model.config.text_config.vocab_size))
+        # greedy unless asked otherwise: an answer about a photo should be the same tomorrow
+        generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
+        model.generation_config = generation
+        processor = LlavaProcessor(
+            image_processor=SparseFormerImageProcessor.of(config),
+            tokenizer=tokenizer,
+            chat_template=template,
+            image_token=IMAGE_TOKEN,
+            **processor_counts(config),
+        )
+        model.requires_grad_(False).eval().to(device)
+        return cls(model, processor, str(tower), str(llm))
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_zoo_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, fold: bool = True
+    ) -> VLM:
+        """Load a VLM from a folder, or from the zoo by name.
+
+        Args:
+            fold: add adapters to the LLM's weights, which is faster; training needs them apart.
+
+        Raises:
+            UserError: no such folder or name, not a VLM, a part that cannot be found, or weights that do not fit.
+        """
+        folder = store.locate(path_or_zoo_name, kind="vlm")
+        try:
+            described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
+            if described.get("format") != FORMAT:
+                raise UserError(f"{path_or_zoo_name}: vlm.json has format {described.get('format')!r}, this version reads {FORMAT!r}")
+            tower, llm, shape = described["tower"], described["llm"], described["projector"]
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{path_or_zoo_name}: not a VLM folder ({error})") from error
+        vlm = cls.build(tower, llm, device, dtype)
+        if shape != vlm._shape():
+            raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {tower} and LLM {llm} are {vlm._shape()}")
+        vlm._load(vlm.projector, folder / "projector.safetensors")
+        if (folder / "llm.safetensors").is_file():
+            vlm._load(vlm.model.model.language_model, folder / "llm.safetensors")
+            vlm.llm_changed = True
+        if (folder / "adapter_config.json").is_file():
+            vlm._load_adapters(folder, fold)
+        return vlm
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, tower: str | None = None) -> None:
+        """Write the folder that `from_pretrained` loads.
+
+        Args:
+            dtype: store projector and adapters so; as they are by default.
+            tower: name of the tower to record instead of what it was loaded by, such as its name in the zoo.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.projector.state_dict(), folder / "projector.safetensors", dtype)
+        if self.llm_changed:
+            write_tensors(self.model.model.language_model.state_dict(), folder / "llm.safetensors", dtype)
+        if self.peft is not None:
+            from peft import get_peft_model_state_dict
+
+            config = self.peft.peft_config["default"]
+            config.base_model_name_or_path = self.llm_name
+            config.inference_mode = True
+            config.save_pretrained(str(folder))
+            write_tensors(get_peft_model_state_dict(self.peft, save_embedding_layers=False), folder / "adapter_model.safetensors", dtype)
+        described = {"format": FORMAT, "tower": tower or self.tower_name, "llm": self.llm_name, "projector": self._shape()}
+        write_text(folder / "vlm.json", json.dumps(described, indent=1) + "\n")
+
+    def _shape(self) -> dict[str, int]:
+        return {
+            "tokens": self.tokens_per_image,
+            "tower_width": self.tower.config.width,
+            "llm_width": self.model.config.text_config.hidden_size,
+        }
+
+    def _load(self, module: torch.nn.Module, path: Path) -> None:
+        state = read_tensors(path)
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        check_tensors(path, expected, state)
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(state[name])
+
+    def add_adapters(self, rank: int, alpha: float | None = None) -> None:
+        """Give every linear layer of the LLM a fresh LoRA adapter, trainable and without effect.
+
+        Args:
+            rank: width of the adapters.
+            alpha: their scale times `rank`; twice the rank by default.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha or 2 * rank, target_modules=_linear_layers(self.model), lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        self.peft = get_peft_model(self.model, config)
+
+    def _load_adapters(self, folder: Path, fold: bool) -> None:
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = fold
+        config.base_model_name_or_path = None
+        self.peft = get_peft_model(self.model, config)
+        path = folder / "adapter_model.safetensors"
+        state = read_tensors(path)
+        check_tensors(
+            path,
+            {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self.peft, save_embedding_layers=False).items()},
+            state,
+        )
+        set_peft_model_state_dict(self.peft, state)
+        if fold:
+            self.peft.merge_adapter()
+        self.model.eval()
+
+    # ---- use
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures to tokens in the LLM's width: (B, N, D)."""
+        pixels = self.processor.image_processor(list(images))["pixel_values"].to(self.model.device)
+        tokens = self.tower(pixels).last_hidden_state
+        return self.projector(tokens.to(self.projector.linear_1.weight.dtype))
+
+    @torch.inference_mode()
+    def generate(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Answer each conversation's last message; greedy by default.
+
+        Args:
+            conversations: pictures are PIL images in `{"type": "image", "image": ...}`.
+            options: passed on to transformers' `generate`.
+
+        Raises:
+            UserError: a conversation whose placeholders and pictures do not match, or that is too long.
+        """
+        texts = [self.renderer.text(conversation, answer_next=True) for conversation in conversations]
+        images = [image for conversation in conversations for image in images_of(conversation)]
+        inputs = self.processor(text=texts, images=images or None, padding=True, add_special_tokens=False, return_tensors="pt")
+        for i, (row, conversation) in enumerate(zip(inputs["input_ids"].tolist(), conversations, strict=True)):
+            self.renderer.check_count(row, len(images_of(conversation)), f"conversation {i}")
+        self.check_length(inputs["input_ids"].shape[1] + max_new_tokens)
+        out = self.model.generate(**inputs.to(self.model.device), max_new_tokens=max_new_tokens, **options)
+        return [text.strip() for text in self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+    def stream(self, messages: Sequence[Message], max_new_tokens: int = 64) -> Stream:
+        """Answer the last message piece by piece; see `Stream` for what it measures."""
+        return Stream(self, messages, max_new_tokens, self._memory)
+
+    def score(self, conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[str]], batch_size: int = 4) -> list[list[Score]]:
+        """How likely each candidate answer is, for multiple choice and yes/no.
+
+        Conversations about the same picture objects share one forward pass.
+
+        Args:
+            conversations: each ends with a user's message.
+            answers: the candidates of each conversation.
+
+        Returns:
+            A `Score` for each candidate of each conversation.
+        """
+        return score(self, conversations, answers, batch_size)
+
+    def check_length(self, tokens: int) -> None:
+        """Make sure that a conversation of so many tokens can be read.
+
+        Raises:
+            UserError: it is longer than the LLM's context.
+        """
+        limit = self.model.config.text_config.max_position_embeddings
+        if tokens > limit:
+            raise UserError(f"the conversation is too long: {tokens} tokens with its answer, the model reads {limit}; start a new one")
+
+
+def _linear_layers(model: LlavaForConditionalGeneration) -> str:
+    """A pattern for PEFT: every linear layer of the LLM, none of tower and projector."""
+    names = {name.rpartition(".")[2] for name, module in model.model.language_model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return rf".*language_model\..*\.({'|'.join(sorted(names))})"
+
+
+@torch.no_grad()
+def _grow_embeddings(model: Any, tokens: int, used: int) -> None:
+    """Rows for new tokens, up to a multiple of 64; each is the mean of the old ones, so that it is never the likeliest token."""
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
+    for layer in {id(e): e for e in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+        layer.weight[used:] = layer.weight[:used].float().mean(0).to(layer.weight.dtype)

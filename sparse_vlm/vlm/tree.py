@@ -1,0 +1,155 @@
+"""Many conversations about the same pictures in one forward pass: what they share is computed once.
+
+Shape legend: B trees in a batch, L tokens of the longest tree, T targets.
+Five captions and six questions about a photo begin with the same tokens, the photo's among them. Their token sequences are merged
+into a prefix tree: a token sees its ancestors alone, stands at the position that is its depth, and so computes exactly what it would
+compute in its own conversation (a test compares the two).
+
+Notable: the tree needs nothing but an attention mask and position ids, which the stock models take. The LLM's head, a fifth of a small
+model's work, runs at the positions that have a target and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_vlm.vlm.prompts import Rendered
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Target:
+    """A token that must be predicted, from where, and the sequence it belongs to."""
+
+    position: int
+    token: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Merged sequences: token `i` follows token `parents[i]` (-1 for the first); parents come before their children."""
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def merge(sequences: Sequence[Rendered]) -> TokenTree:
+    """Merge sequences by their common prefixes; what follows a sequence's last supervised token is left out.
+
+    A token that several sequences must predict at the same place is that many targets, as it would be in separate passes.
+
+    Raises:
+        ValueError: the sequences do not begin with the same, unsupervised token.
+    """
+    ids: list[int] = []
+    parents: list[int] = []
+    children: dict[tuple[int, int], int] = {}
+    targets: list[Target] = []
+    for number, sequence in enumerate(sequences):
+        last = max((i for i, carries in enumerate(sequence.supervised) if carries), default=-1)
+        parent = -1
+        for token, carries in zip(sequence.ids[: last + 1], sequence.supervised, strict=False):
+            if carries:
+                targets.append(Target(parent, token, number))
+            node = children.get((parent, token))
+            if node is None:
+                node = children[parent, token] = len(ids)
+                ids.append(token)
+                parents.append(parent)
+            parent = node
+    if not ids or parents.count(-1) != 1 or any(target.position < 0 for target in targets):
+        raise ValueError("the sequences of a tree must begin with the same token, and it must carry no loss")
+    # a leaf is only ever predicted, never read
+    has_child = set(parents)
+    kept = [i for i in range(len(ids)) if i in has_child]
+    place = {old: new for new, old in enumerate(kept)}
+    return TokenTree(
+        ids=tuple(ids[i] for i in kept),
+        parents=tuple(place.get(parents[i], -1) for i in kept),
+        targets=tuple(Target(place[t.position], t.token, t.sequence) for t in targets),
+    )
+
+
+@dataclass
+class TreeBatch:
+    """Padded trees.
+
+    Attributes:
+        input_ids: (B, L).
+        position_ids: (B, L), depth in the tree.
+        attention_mask: (B, 1, L, L) bool, true where a token sees another.
+        target_positions: (T,) into the flattened (B * L).
+        target_ids: (T,).
+        target_owners: (T, 2): tree in the batch, sequence in the tree.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+    target_owners: Tensor
+
+    def to(self, device: torch.device) -> TreeBatch:
+        """The same on a device."""
+        return TreeBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
+    """Pad trees to one batch; padding sees itself alone."""
+    length = max(map(len, trees))
+    input_ids = torch.full((len(trees), length), pad_id)
+    position_ids = torch.zeros(len(trees), length, dtype=torch.long)
+    mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for b, tree in enumerate(trees):
+        input_ids[b, : len(tree)] = torch.tensor(tree.ids)
+        sees, depth = mask[b], []
+        for i, parent in enumerate(tree.parents):
+            depth.append(depth[parent] + 1 if parent >= 0 else 0)
+            if parent >= 0:
+                sees[i] |= sees[parent]
+        position_ids[b, : len(tree)] = torch.tensor(depth)
+    positions = [b * length + t.position for b, tree in enumerate(trees) for t in tree.targets]
+    tokens = [t.token for tree in trees for t in tree.targets]
+    owners = [(b, t.sequence) for b, tree in enumerate(trees) for t in tree.targets]
+    return TreeBatch(
+        input_ids, position_ids, mask.unsqueeze(1), torch.tensor(positions), torch.tensor(tokens), torch.tensor(owners).view(-1, 2)
+    )
+
+
+def target_log_probs(model: LlavaForConditionalGeneration, batch: TreeBatch, image_features: Tensor | None) -> Tensor:
+    """Log-probability of every target.
+
+    Args:
+        model: its LLM sees the trees; PEFT's layers may be inside.
+        image_features: (pictures, N, width of the LLM), projected, in the order of the placeholders; None without pictures.
+
+    Returns:
+        (T,) float32.
+    """
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    if image_features is not None:
+        here = batch.input_ids == model.config.image_token_id
+        if int(here.sum()) != image_features.shape[0] * image_features.shape[1]:
+            raise ValueError(f"{int(here.sum())} image placeholders for {image_features.shape[0]} x {image_features.shape[1]} image tokens")
+        embeds = embeds.masked_scatter(here.unsqueeze(-1), image_features.to(embeds.dtype))
+    # added to the scores rather than boolean, which plain and fused attention both take
+    mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
+    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    states = out.last_hidden_state.flatten(0, 1)
+    positions, index = batch.target_positions.unique(return_inverse=True)
+    logits = model.lm_head(states[positions]).float()
+    return F.log_softmax(logits, dim=-1)[index, batch.target_ids]

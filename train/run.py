@@ -1,0 +1,71 @@
+"""What every training run needs: a folder tied to its settings, an orderly stop, and whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from sparse_vlm.errors import UserError
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once. To be entered around the training."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def __enter__(self) -> StopOnSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the trainer to save and stop."""
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+
+class MarkWhole(TrainerCallback):
+    """Writes a marker into a checkpoint when everything else is in it."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is whole."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").write_text(str(state.global_step))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    whole = [marker.parent for marker in folder.glob("checkpoint-*/complete")]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Tie a folder to a run's settings, so that a resumed run is the same run.
+
+    Raises:
+        UserError: the folder holds a run of other settings.
+    """
+    path = out / "settings.json"
+    wanted = json.loads(json.dumps(settings))
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
+        if differing:
+            raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
+    out.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(wanted, indent=1) + "\n")
+    os.replace(aside, path)
