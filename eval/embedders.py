@@ -165,6 +165,15 @@ def split_tag(name: str) -> tuple[str, str | None]:
     return model, tag
 
 
+def load_embedder(name: str) -> ModuleEmbedder:
+    """A teacher where the name is one (`local-dir:`, `hf-hub:`, `MODEL@TAG`), else a tower from a folder or the zoo.
+
+    Raises:
+        UserError: no such model.
+    """
+    return teacher_embedder(name) if name.startswith(("local-dir:", "hf-hub:")) or "@" in name else tower_embedder(name)
+
+
 class TeacherText:
     """A teacher's own text side, through open_clip.
 

@@ -81,7 +81,7 @@ def _cell(report: Report, task: str, column: Column, name: str) -> str:
     digits = 3 if metric.unit == "" else 1
     cell = f"{metric.shown()} [{scale * metric.low:.{digits}f}, {scale * metric.high:.{digits}f}]"
     kept = report.of_teacher(task, column, name)
-    return cell if kept is None or kept.value != kept.value else f"{cell} = {100 * kept.value:.0f} %"
+    return cell if kept is None or kept.value != kept.value else f"{cell} = {100 * kept.value:.1f} %"
 
 
 def caption(report: Report) -> str:

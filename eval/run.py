@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, teacher_embedder, text_side, tower_embedder
+from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, load_embedder, teacher_embedder, text_side
 from sparse_vlm.eval.metrics import Metric, ratio
 from sparse_vlm.eval.task import CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
@@ -39,9 +39,9 @@ class Report:
     """Everything a run found.
 
     Attributes:
-        models: what each model is, by name.
+        models: what each model is (kind, tokens, cost), by name.
         teacher, text: names, where there is one.
-        photos: photos of each file that were used.
+        dtype: that the models compute in.
         results: by task and column.
     """
 
@@ -149,7 +149,7 @@ def _run_image_tasks(
             raise UserError(f"{name} compares photos with words; give --text, or --teacher to use its own")
     if not names and teacher is None:
         raise UserError("no model to measure; name one with --model")
-    embedders: list[Embedder] = [tower_embedder(name) for name in names]
+    embedders: list[Embedder] = [load_embedder(name) for name in names if name != teacher]
     reference = None if teacher is None else teacher_embedder(teacher)
     if reference is not None:
         embedders.append(reference)

@@ -129,7 +129,7 @@ class FakeText:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEmbedder]:
     made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0), "teacher": FakeEmbedder("teacher")}
-    monkeypatch.setattr(run, "tower_embedder", made.__getitem__)
+    monkeypatch.setattr(run, "load_embedder", made.__getitem__)
     monkeypatch.setattr(run, "teacher_embedder", made.__getitem__)
     monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
     return made
@@ -446,7 +446,7 @@ def test_mistakes_of_the_command(command: Any, data: Path, tmp_path: Path) -> No
     for arguments, line in (
         (["--model", "no-such-model", "--tasks", "knn"], "no-such-model: no such folder"),
         (["--tasks", ","], "--tasks is empty"),
-        (["--tasks", "knn", "--teacher", "local-dir:nowhere"], "no open_clip_config.json in that folder"),
+        (["--tasks", "knn", "--model", "local-dir:nowhere"], "no open_clip_config.json in that folder"),
         (["--tasks", "knn", "--json", str(tmp_path)], "is a folder; name a file"),
         (["--tasks", "knn", "--threads", "0"], "--threads is 0"),
     ):
@@ -455,6 +455,11 @@ def test_mistakes_of_the_command(command: Any, data: Path, tmp_path: Path) -> No
         assert line in done.stderr
         assert done.stdout == ""
         assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_the_teacher_is_measured_once(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
+    report = run.evaluate(["good", "teacher"], ["imagenet"], data, teacher="teacher")
+    assert [column.model for column in report.columns] == ["good", "teacher"]
 
 
 @pytest.mark.parametrize(
