@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.progress import ProgressLine
+from sparse_vlm.train.run import MarkWhole, StopOnSignal, claim, latest_checkpoint
 
 HELD_OUT_ONE_IN = 100
 
@@ -109,35 +109,9 @@ class AveragedWeights(TrainerCallback):
         update_average(self.average, self.model.tower, decay)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Beside the trainer's own files; the marker, written last, says that the checkpoint is whole."""
+        """Beside the trainer's own files."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_file({name: t.contiguous() for name, t in self.average.items()}, folder / "average.safetensors")
-        (folder / "complete").write_text(str(state.global_step))
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-
-    def __enter__(self) -> StopOnSignal:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop."""
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
 
 
 def bootstrap(
@@ -174,7 +148,7 @@ def bootstrap(
         "seed": seed,
         "bf16": bf16,
     }
-    _claim(out, settings)
+    claim(out, settings)
     held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0]
     kept = set(held_out)
     train_rows = [i * cache.views + v for i in range(len(photos)) if i not in kept for v in range(cache.views)]
@@ -212,7 +186,7 @@ def bootstrap(
             train_dataset=CachedViews(cache, train_rows),
             eval_dataset=CachedViews(cache, test_rows),
             data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in items[0]},
-            callbacks=[AveragedWeights(model, average, recipe.ema), stop, ProgressLine("views", recipe.batch_size)],
+            callbacks=[AveragedWeights(model, average, recipe.ema), MarkWhole(), stop, ProgressLine("views", recipe.batch_size)],
         )
         trainer.remove_callback(PrinterCallback)
         new = {row.target for row in rows if row.fate == "new"}
@@ -241,25 +215,6 @@ def bootstrap(
 def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
     for name, parameter in tower.named_parameters():
         parameter.copy_(values[name])
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Tie a folder to its settings, so that a resumed run is the same run."""
-    path = out / "settings.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        wanted = json.loads(json.dumps(settings))
-        differing = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if differing:
-            raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/complete")]
-    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]]) -> None:

@@ -116,6 +116,20 @@ class SparseFormerConfig:
         return self.num_latent_tokens + (self.cls_before_unit is not None)
 
     @property
+    def keeps_cls(self) -> bool:
+        """Whether a language model is given the CLS token as well.
+
+        A CLS token that enters at the cortex is part of the published budget (48 + 1 = 49). One that is there from the first unit on, as
+        in a ViT, stands beside a full budget of latent tokens, and is left out as LLaVA leaves out CLIP's.
+        """
+        return self.cls_before_unit is not None and self.cls_before_unit > 0
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that a language model is given."""
+        return self.num_latent_tokens + self.keeps_cls
+
+    @property
     def mixing_out_points(self) -> int:
         """Points after spatial mixing (O)."""
         return max(self.num_points, 32)

@@ -140,6 +140,10 @@ class SparseFormer(nn.Module):
         seen = None if points is None else tuple(points)
         return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
 
+    def visual_tokens(self, pixels: Tensor) -> Tensor:
+        """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""
+        return self(pixels).last_hidden_state[:, -self.config.visual_tokens :]
+
     @classmethod
     def from_released(cls, config: SparseFormerConfig, state_dict: Mapping[str, Tensor]) -> SparseFormer:
         """Build a tower from a released state dict.
