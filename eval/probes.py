@@ -104,7 +104,7 @@ class NearestNeighbours(_FoldedClassification):
 class LinearProbe(_FoldedClassification):
     """Logistic regression."""
 
-    STRENGTH: ClassVar[float] = 0.1
+    STRENGTH: ClassVar[float] = 0.01
     protocol: ClassVar[str] = (
         f"logistic regression (C = {STRENGTH}) on standardised embeddings of length one; {FOLDS} folds by key hash, "
         f"classes of at least {MIN_PHOTOS} photos"
