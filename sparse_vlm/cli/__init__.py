@@ -29,7 +29,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "sparse-vlm bootstrap --recipe tiny --teacher local-dir:teacher --data 'photos/*.tar'",
     ),
     "train": ("Train a vision-language model on a tower.", "sparse-vlm train --recipe tiny-chat --data 'photos/*.tar'"),
-    "eval": ("Measure a tower or a vision-language model.", "sparse-vlm eval --model tiny --tasks cifar10,flickr8k --data data"),
+    "eval": (
+        "Measure a tower or a vision-language model.",
+        "sparse-vlm eval --model tiny --teacher local-dir:teacher --tasks imagenet,cosine --data data",
+    ),
     "zoo": ("List, show and fetch models.", "sparse-vlm zoo list"),
 }
 
