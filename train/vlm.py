@@ -71,11 +71,12 @@ class Group:
         return sum(parameter.numel() for parameter in self.parameters)
 
 
-def prepare(vlm: VLM, stage: Stage, rank: int | None) -> list[Group]:
+def prepare(vlm: VLM, stage: Stage, rank: int | None, seed: int = 0) -> list[Group]:
     """Make trainable what the stage trains, in float32.
 
     Args:
         rank: of the LLM's adapters, where it has none yet; None trains the LLM itself.
+        seed: of new adapters.
 
     Returns:
         Groups that cover every parameter once.
@@ -89,7 +90,7 @@ def prepare(vlm: VLM, stage: Stage, rank: int | None) -> list[Group]:
     language = vlm.model.model.language_model
     if stage.lr_lora is not None and rank is not None:
         if vlm.peft is None:
-            vlm.add_adapters(rank)
+            vlm.add_adapters(rank, seed)
             vlm.projector.requires_grad_(True)
         for name, parameter in language.named_parameters():
             parameter.requires_grad_("lora_" in name)

@@ -59,7 +59,6 @@ def train(
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
     if threads:
         torch.set_num_threads(threads)
-    torch.manual_seed(seed)
     console = Console(highlight=False, soft_wrap=True)
     talks = _talks(data, images, stage, visits, seed)
     if samples is not None and samples < len(talks):
@@ -69,7 +68,7 @@ def train(
     with console.status("rendering conversations and checking their label masks"):
         built, photos = build_samples(talks, vlm.renderer)
         built = arrange(built, chosen.batch_size, seed)
-    groups = training.prepare(vlm, chosen, None if full else rank)
+    groups = training.prepare(vlm, chosen, None if full else rank, seed)
     _describe(console, talks, built, groups, vlm)
 
     bank = TokenBank(cache, vlm.tower, photos)

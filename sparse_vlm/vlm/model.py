@@ -50,7 +50,7 @@ class VLM:
         self.tower_name, self.llm_name = tower_name, llm_name
         self.peft: Any = None
         self.llm_changed = False
-        self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tower.config.num_tokens)
+        self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tower.config.visual_tokens)
         self._memory = Memory()
 
     @property
@@ -66,7 +66,7 @@ class VLM:
     @property
     def tokens_per_image(self) -> int:
         """Tokens that a picture takes in the LLM (N)."""
-        return self.tower.config.num_tokens
+        return self.tower.config.visual_tokens
 
     @property
     def tokenizer(self) -> Any:
@@ -103,12 +103,12 @@ class VLM:
         _grow_embeddings(text_model, len(tokenizer), used)
 
         template = extend_template(tokenizer.chat_template, language.spec.system)
-        renderer = Renderer(tokenizer, template, config.num_tokens)
+        renderer = Renderer(tokenizer, template, config.visual_tokens)
         llava_config = LlavaConfig(
             vision_config=host.config,
             text_config=text_model.config,
             image_token_index=renderer.image_id,
-            image_seq_length=config.num_tokens,
+            image_seq_length=config.visual_tokens,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
             projector_hidden_act="gelu",
@@ -210,19 +210,14 @@ class VLM:
             for name, tensor in module.state_dict().items():
                 tensor.copy_(state[name])
 
-    def add_adapters(self, rank: int, alpha: float | None = None) -> None:
-        """Give every linear layer of the LLM a fresh LoRA adapter, trainable and without effect.
-
-        Args:
-            rank: width of the adapters.
-            alpha: their scale times `rank`; twice the rank by default.
-        """
+    def add_adapters(self, rank: int, seed: int = 0) -> None:
+        """Give every linear layer of the LLM a fresh LoRA adapter of this rank, trainable and without effect."""
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha or 2 * rank, target_modules=_linear_layers(self.model), lora_dropout=0.0, task_type="CAUSAL_LM"
-        )
-        self.peft = get_peft_model(self.model, config)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_layers(self.model), lora_dropout=0.0, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.peft = get_peft_model(self.model, config)
 
     def _load_adapters(self, folder: Path, fold: bool) -> None:
         from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -248,7 +243,7 @@ class VLM:
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures to tokens in the LLM's width: (B, N, D)."""
         pixels = self.processor.image_processor(list(images))["pixel_values"].to(self.model.device)
-        tokens = self.tower(pixels).last_hidden_state
+        tokens = self.tower.visual_tokens(pixels)
         return self.projector(tokens.to(self.projector.linear_1.weight.dtype))
 
     @torch.inference_mode()

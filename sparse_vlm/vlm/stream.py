@@ -135,6 +135,9 @@ class Stream:
                 shown = text
             if len(answer) < max_new_tokens:
                 logits = self._read([token], None)
+        rest = self._vlm.tokenizer.decode(answer, skip_special_tokens=True)[len(shown) :]
+        if rest:
+            yield rest
 
     def _prefill(self) -> Tensor:
         vlm, timings, memory = self._vlm, self.timings, self._memory

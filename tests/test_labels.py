@@ -1,0 +1,90 @@
+"""Label masks: exactly the assistant's words and its end token carry loss, for any chat template, and every surprise raises."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_vlm import CHATML, save_tokenizer
+from transformers import AutoTokenizer
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Renderer, assistant, extend_template, user
+
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+TALK = [user("What is it?", 1), assistant("A cat."), user("Sure?"), assistant("Yes")]
+
+
+def renderer(tmp_path, template=CHATML, system=None, tokens=3) -> Renderer:
+    save_tokenizer(tmp_path / "tokenizer", template)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    return Renderer(tokenizer, extend_template(template, system), tokens)
+
+
+def supervised_text(r, rendered) -> str:
+    return r.tokenizer.decode([token for token, carries in zip(rendered.ids, rendered.supervised, strict=True) if carries])
+
+
+def test_only_the_assistant_carries_loss(tmp_path):
+    r = renderer(tmp_path)
+    rendered = r.render(TALK)
+    assert supervised_text(r, rendered) == "A cat.<|im_end|>Yes<|im_end|>"
+    assert r.tokenizer.decode(rendered.ids) == (
+        "<|im_start|>system\nYou are a test.<|im_end|>\n<|im_start|>user\n<image><image><image>\nWhat is it?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    )
+
+
+def test_default_system_message_replaces_the_templates_own(tmp_path):
+    r = renderer(tmp_path, system="It's\nshort")
+    assert r.text(TALK).startswith("<|im_start|>system\nIt's\nshort<|im_end|>\n<|im_start|>user\n<image>\nWhat")
+    own = [{"role": "system", "content": "mine"}, *TALK]
+    assert r.text(own).startswith("<|im_start|>system\nmine<|im_end|>\n<|im_start|>user")
+
+
+def test_the_prompt_is_a_prefix_of_the_training_text(tmp_path):
+    r = renderer(tmp_path)
+    assert r.text(TALK).startswith(r.text(TALK[:1], answer_next=True) + "A cat.<|im_end|>")
+    assert r.end_id() == r.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_description_shows_the_mask(tmp_path):
+    r = renderer(tmp_path)
+    assert "<3 image tokens>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n[[A cat.<|im_end|>]]" in r.describe(r.render(TALK))
+
+
+def test_template_that_ends_without_special_token_is_refused(tmp_path):
+    r = renderer(tmp_path, CHATML.replace("+ '<|im_end|>' + '\n' }}{% endfor", "+ '###' }}{% endfor"))
+    with pytest.raises(UserError, match=r"photo 7: the chat template ends the assistant's turn 1 with '###.*no special token"):
+        r.render(TALK, "photo 7")
+
+
+def test_template_that_changes_the_answer_is_refused(tmp_path):
+    r = renderer(tmp_path, CHATML.replace("message['content'] +", "message['content'] | upper +"))
+    with pytest.raises(UserError, match="photo 7: the chat template changes the assistant's turn 1"):
+        r.render(TALK, "photo 7")
+
+
+def test_template_whose_prompt_lacks_a_space_is_refused(tmp_path):
+    # its answers begin with a space that its prompt does not end with, so a model would be trained on what it is never asked
+    r = renderer(tmp_path, LLAMA2)
+    with pytest.raises(UserError, match="changes the assistant's turn 1 or what stands before it"):
+        r.render(TALK)
+
+
+def test_empty_answer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="photo 7: the assistant's turn 1 is empty"):
+        renderer(tmp_path).render([user("What?"), assistant(" ")], "photo 7")
+
+
+def test_image_token_in_words_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a user message contains the text '<image>'"):
+        renderer(tmp_path).render([user("What is <image>?", 1), assistant("A cat.")])
+
+
+def test_wrong_number_of_placeholders_names_sample_and_both_counts(tmp_path):
+    r = renderer(tmp_path)
+    with pytest.raises(UserError, match="photo 7: 3 image placeholders, but 2 pictures give 6 tokens"):
+        r.check_count(r.render(TALK).ids, 2, "photo 7")

@@ -1,0 +1,426 @@
+"""The VLM on a tower and an LLM of a few thousand weights: trees against plain passes, streaming, scoring, training, saving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_vlm import ask, picture, save_llm, save_tower
+
+from sparse_vlm.cli.train import train as train_command
+from sparse_vlm.data.samples import TokenBank, arrange, build_samples
+from sparse_vlm.data.talks import MIXES, Talk, clean_caption, llava_talks, photo_talks
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo
+from sparse_vlm.train.vlm import STAGES, Stage, prepare, train
+from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.prompts import assistant, user
+from sparse_vlm.vlm.tree import collate, merge, target_log_probs
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> tuple[str, str]:
+    """(tower, LLM) folders."""
+    folder = tmp_path_factory.mktemp("parts")
+    return save_tower(folder / "tower"), save_llm(folder / "llm")
+
+
+@pytest.fixture
+def vlm(parts) -> VLM:
+    return VLM.build(*parts, dtype=torch.float32)
+
+
+def photos_of(folder, colors) -> list[Photo]:
+    found = []
+    for color in colors:
+        path = folder / f"{color}.png"
+        picture(color).save(path)
+        info = {"captions": [f"a {color} wall ."], "qa": [{"q": "What color is it?", "a": f"{color}."}]}
+        found.append(Photo(path.name, path, 0, path.stat().st_size, info))
+    return found
+
+
+# ---- trees
+
+
+@torch.no_grad()
+def test_tree_equals_plain_passes(vlm):
+    """Every conversation's loss in the tree is what the stock model says of it alone."""
+    image = picture("red")
+    talks = [
+        [user("What is it?", 1), assistant("A cat.")],
+        [user("What is it?", 1), assistant("A cab")],
+        [user("Why?", 1), assistant("No."), user("Really?"), assistant("Yes.")],
+    ]
+    rendered = [vlm.renderer.render(talk) for talk in talks]
+    tree = merge(rendered)
+    assert len(tree) < 0.7 * sum(len(one.ids) for one in rendered)
+    batch = collate([merge(rendered[:1]), tree], pad_id=vlm.tokenizer.pad_token_id)
+    features = vlm.image_features([image, image])
+    found = target_log_probs(vlm.model, batch, features)
+    pixels = vlm.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    for number, one in enumerate(rendered):
+        labels = [token if carries else -100 for token, carries in zip(one.ids, one.supervised, strict=True)]
+        plain = vlm.model(input_ids=torch.tensor([one.ids]), pixel_values=pixels, labels=torch.tensor([labels])).loss
+        mine = found[(batch.target_owners == torch.tensor([1, number])).all(1)]
+        assert len(mine) == sum(one.supervised)
+        torch.testing.assert_close(-mine.mean(), plain, atol=1e-5, rtol=1e-5)
+    alone, shared = (found[(batch.target_owners == torch.tensor([tree, 0])).all(1)] for tree in (0, 1))
+    torch.testing.assert_close(alone, shared)
+
+
+def test_tree_checks_its_pictures(vlm):
+    batch = collate([merge([vlm.renderer.render([user("What?", 1), assistant("A cat.")])])], 0)
+    with pytest.raises(ValueError, match="5 image placeholders for 2 x 5"):
+        target_log_probs(vlm.model, batch, torch.zeros(2, 5, 32))
+
+
+# ---- talking
+
+
+def test_stream_says_what_generate_says(vlm):
+    conversation = ask("What is it?", picture("red"), picture("blue"))
+    stream = vlm.stream(conversation, max_new_tokens=12)
+    pieces = list(stream)
+    assert vlm.generate([conversation], 12) == ["".join(pieces).strip()]
+    assert stream.timings.answer_tokens > 1
+    assert stream.timings.tower_ms > 0
+    assert stream.timings.first_token_ms > stream.timings.prefill_ms > 0
+    assert stream.timings.tokens_per_second > 0
+
+
+def test_batch_answers_as_one_by_one(vlm):
+    conversations = [
+        ask("What is it?", picture("red")),
+        ask("Hello"),
+        ask("Compare the two of them.", picture("red"), picture("blue")),
+    ]
+    assert vlm.generate(conversations, 10) == [vlm.generate([one], 10)[0] for one in conversations]
+
+
+def test_memory_saves_reading_and_changes_nothing(parts, vlm):
+    red = picture("red")
+    first = ask("What is it?", red)
+    said = "".join(vlm.stream(first, 6))
+    follow = [*first, {"role": "assistant", "content": [{"type": "text", "text": said}]}, *ask("And this?", picture("blue"))]
+    stream = vlm.stream(follow, 6)
+    answer = "".join(stream)
+    assert stream.timings.read_tokens < stream.timings.prompt_tokens
+    fresh = VLM.build(*parts, dtype=torch.float32)
+    assert answer == "".join(fresh.stream(follow, 6))
+    # the same words about another picture are read anew, from that picture on
+    other = vlm.stream(ask("What is it?", picture("green")), 6)
+    assert "".join(other) == "".join(fresh.stream(ask("What is it?", picture("green")), 6))
+    assert other.timings.tower_ms > 0
+    again = vlm.stream(ask("What is it?", red), 6)
+    assert "".join(again) == said
+
+
+def test_end_token_ends_the_answer(vlm):
+    conversation = ask("What is it?", picture("red"))
+    inputs = vlm.processor(text=[vlm.renderer.text(conversation, answer_next=True)], images=[picture("red")], return_tensors="pt")
+    ids = vlm.model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert len(ids) == 12
+    vlm.model.generation_config.eos_token_id = [ids[4]]
+    before = ids[: ids.index(ids[4])]
+    said = vlm.tokenizer.decode(before, skip_special_tokens=True)
+    stream = vlm.stream(conversation, 12)
+    assert "".join(stream) == said
+    assert stream.timings.answer_tokens == len(before)
+    # transformers' generate leaves the token in its output, as it does with every end token
+    vlm.tokenizer.add_special_tokens({"additional_special_tokens": [vlm.tokenizer.convert_ids_to_tokens(ids[4])]})
+    assert vlm.generate([conversation], 12) == [said.strip()]
+
+
+def test_what_cannot_be_answered_is_one_line(vlm):
+    with pytest.raises(UserError, match="contains the text '<image>'"):
+        vlm.generate([ask("What is <image>?", picture("red"))])
+    with pytest.raises(UserError, match="too long: .* the model reads 512"):
+        vlm.stream(ask("word " * 200), 64)
+    with pytest.raises(UserError, match="too long"):
+        vlm.generate([ask("word " * 200)], 64)
+
+
+# ---- scoring
+
+
+@torch.no_grad()
+def test_scores_are_the_log_likelihoods_of_answers(vlm):
+    red, blue = picture("red"), picture("blue")
+    conversations = [ask("What is it?", red), ask("Is it?", red), ask("Hello"), ask("Which?", red, blue)]
+    answers = [["A cat", "A dog there"], ["Yes", "No"], ["Hi"], ["this", "that", "these"]]
+    scores = vlm.score(conversations, answers)
+    assert [len(row) for row in scores] == [2, 2, 1, 3]
+    for conversation, candidates, row in zip(conversations, answers, scores, strict=True):
+        for candidate, score in zip(candidates, row, strict=True):
+            images = [part["image"] for part in conversation[0]["content"] if part["type"] == "image"]
+            one = vlm.renderer.render([*conversation, assistant(candidate)])
+            pixels = vlm.processor.image_processor(images)["pixel_values"] if images else None
+            logits = vlm.model(input_ids=torch.tensor([one.ids]), pixel_values=pixels).logits[0].log_softmax(-1)
+            own = [logits[i - 1, token].item() for i, token in enumerate(one.ids) if one.supervised[i]]
+            assert score.total == pytest.approx(sum(own), abs=1e-4)
+            assert score.mean == pytest.approx(sum(own) / len(own), abs=1e-5)
+
+
+def test_only_the_candidate_counts(vlm):
+    before = [user("Hello"), assistant("Hi there"), user("And now?")]
+    [[score]] = vlm.score([before], [["Yes"]])
+    assert round(score.total / score.mean) == len(vlm.tokenizer("Yes").input_ids) + 1
+
+
+# ---- saving
+
+
+def test_adapters_survive_saving_bit_for_bit(vlm, tmp_path):
+    vlm.add_adapters(rank=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            if "lora_" in name or "projector" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    vlm.save_pretrained(tmp_path / "saved")
+    for fold in (False, True):
+        loaded = VLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, fold=fold)
+        loaded.save_pretrained(tmp_path / "again")
+        for file in ("vlm.json", "projector.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes(), file
+        if not fold:
+            conversation = ask("What is it?", picture("red"))
+            assert loaded.score([conversation], [["A cat"]]) == vlm.score([conversation], [["A cat"]])
+    plain = VLM.build(vlm.tower_name, vlm.llm_name, dtype=torch.float32)
+    folded = loaded.score([conversation], [["A cat"]])[0][0].total
+    assert folded == pytest.approx(vlm.score([conversation], [["A cat"]])[0][0].total, abs=1e-4)
+    assert abs(folded - plain.score([conversation], [["A cat"]])[0][0].total) > 1e-2
+
+
+def test_damaged_folders_are_one_line(vlm, parts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    vlm.add_adapters(rank=2)
+    vlm.save_pretrained(tmp_path / "whole")
+
+    def damaged(name) -> str:
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        return str(tmp_path / name)
+
+    folder = damaged("missing")
+    state = load_file(f"{folder}/adapter_model.safetensors")
+    gone = sorted(state)[0]
+    save_file({name: tensor for name, tensor in state.items() if name != gone}, f"{folder}/adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"tensor {gone} is missing"):
+        VLM.from_pretrained(folder)
+    folder = damaged("extra")
+    save_file({**load_file(f"{folder}/projector.safetensors"), "odd": torch.zeros(1)}, f"{folder}/projector.safetensors")
+    with pytest.raises(UserError, match="tensor odd is not one of the model"):
+        VLM.from_pretrained(folder)
+    folder = damaged("truncated")
+    with open(f"{folder}/projector.safetensors", "r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(UserError, match=r"projector\.safetensors: cannot be read"):
+        VLM.from_pretrained(folder)
+    folder = damaged("tower")
+    described = json.loads((tmp_path / "whole" / "vlm.json").read_text())
+    described["tower"] = save_tower(tmp_path / "other-tower", tokens=7)
+    (tmp_path / "tower" / "vlm.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"made for .*'tokens': 5.* are .*'tokens': 7"):
+        VLM.from_pretrained(folder)
+    with pytest.raises(UserError, match="not a VLM folder"):
+        VLM.from_pretrained(parts[0])
+
+
+# ---- data
+
+
+def test_captions_become_sentences():
+    assert clean_caption(" A boy with a toy gun . ") == "A boy with a toy gun."
+    assert clean_caption("man , dog and  students ' union") == "Man, dog and students' union."
+    assert clean_caption("") == ""
+
+
+def test_yes_and_no_are_balanced_for_every_word(tmp_path):
+    import re
+    from collections import Counter
+
+    photos = []
+    for number in range(120):
+        thing = ("dog", "cat", "boat")[number % 3]
+        captions = [f"A {thing} is on the grass." for _ in range(5)]
+        qa = [{"q": f"Does {thing} exist in the image?", "a": "Yes."}]
+        photos.append(Photo(str(number), tmp_path, 0, 0, {"captions": captions, "qa": qa}))
+    counts = Counter()
+    for talk in photo_talks(photos, MIXES["instruct"]):
+        there = talk.conversations[0][1]["content"][0]["text"].split()[1]
+        for conversation in talk.conversations:
+            for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
+                found = re.search(r"(?:a|an|Does) (dog|cat|boat|grass) (?:in|exist)", question["content"][-1]["text"])
+                if found:
+                    said = answer["content"][0]["text"]
+                    assert said == ("Yes" if found.group(1) == there else "No")
+                    counts[found.group(1), said] += 1
+    for thing in ("dog", "cat", "boat"):
+        assert counts[thing, "Yes"] == counts[thing, "No"] > 10
+
+
+def test_visits_differ_and_repeat_by_seed(tmp_path):
+    photos = [Photo(str(i), tmp_path, 0, 0, {"captions": [f"Caption {j} of {i}" for j in range(9)]}) for i in range(3)]
+    talks = photo_talks(photos, MIXES["instruct"], visits=2)
+    assert [talk.conversations for talk in talks[:3]] != [talk.conversations for talk in talks[3:]]
+    assert talks == photo_talks(photos, MIXES["instruct"], visits=2)
+
+
+def test_llava_json(tmp_path):
+    picture("red").save(tmp_path / "red.png")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A wall."}]
+    path = tmp_path / "data.json"
+
+    def read(*samples):
+        path.write_text(json.dumps(samples))
+        return llava_talks(path, tmp_path)
+
+    talks = read(
+        {"id": "1", "image": "red.png", "conversations": turns}, {"id": "2", "conversations": [{**turns[0], "value": "Hi"}, turns[1]]}
+    )
+    assert talks[0].conversations[0] == (user("What is it?", 1), assistant("A wall."))
+    assert talks[0].photo.load().size == (48, 40)
+    assert talks[1].photo is None
+    with pytest.raises(UserError, match=r"data.json:0 \(id 9\): .*gone.png: no such picture"):
+        read({"id": "9", "image": "gone.png", "conversations": turns})
+    with pytest.raises(UserError, match="turn 0 is from 'gpt'; human and gpt must alternate"):
+        read({"id": "9", "image": "red.png", "conversations": turns[::-1]})
+    with pytest.raises(UserError, match="1 <image> marks for 0 pictures"):
+        read({"id": "9", "conversations": turns})
+    with pytest.raises(UserError, match="'conversations' is missing"):
+        read({"id": "9"})
+
+
+def test_wrong_placeholders_name_the_sample(vlm, tmp_path):
+    [photo] = photos_of(tmp_path, ["red"])
+    talk = Talk("red one", photo, ((user("What?"), assistant("A wall.")),))
+    with pytest.raises(UserError, match="red one: 0 image placeholders, but 1 pictures give 5 tokens"):
+        build_samples([talk], vlm.renderer)
+
+
+def test_bank_keeps_what_the_tower_says(vlm, tmp_path):
+    photos = photos_of(tmp_path, ["red", "blue", "green"])
+    bank = TokenBank(tmp_path / "cache", vlm.tower, photos)
+    bank.fill([0, 2])
+    again = TokenBank(tmp_path / "cache", vlm.tower, photos)
+    assert again.missing([0, 1, 2]) == [1]
+    pixels = vlm.processor.image_processor([photos[2].load()])["pixel_values"]
+    with torch.no_grad():
+        expected = vlm.tower(pixels).last_hidden_state[0]
+        torch.testing.assert_close(again[2].float(), expected, atol=0.02, rtol=0.01)
+        vlm.tower.norm.weight.mul_(2)
+    assert TokenBank(tmp_path / "cache", vlm.tower, photos).missing([0]) == [0]
+
+
+# ---- training
+
+
+def learn(parts, folder, stage: Stage, rank, init=None, max_steps=None, visits=12) -> tuple[VLM, bool]:
+    """A short run as the command makes it."""
+    vlm = VLM.from_pretrained(init, dtype=torch.float32, fold=False) if init else VLM.build(*parts, dtype=torch.float32)
+    photos = photos_of(folder.parent, ["red", "blue", "green", "yellow"])
+    samples, used = build_samples(photo_talks(photos, MIXES["instruct"], visits), vlm.renderer)
+    samples = arrange(samples, 4)
+    groups = prepare(vlm, stage, rank)
+    bank = TokenBank(folder.parent / "cache", vlm.tower, used)
+    bank.fill(range(len(used)))
+    settings = {"stage": "test", "steps": len(samples) // 4}
+    return vlm, train(vlm, groups, stage, samples, bank, folder, settings, max_steps)
+
+
+def losses(folder) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["history"] if "loss" in entry]
+
+
+def test_two_stages_learn_and_touch_only_what_they_should(parts, tmp_path):
+    align = Stage(lr_projector=2e-2, lr_lora=None, lr_full=None, batch_size=4)
+    before = VLM.build(*parts, dtype=torch.float32)
+    vlm, complete = learn(parts, tmp_path / "align", align, rank=4)
+    assert complete
+    assert losses(tmp_path / "align")[-1] < losses(tmp_path / "align")[0]
+    for name, tensor in vlm.model.state_dict().items():
+        same = torch.equal(tensor, before.model.state_dict()[name])
+        assert same == ("multi_modal_projector" not in name), name
+
+    instruct = Stage(lr_projector=1e-2, lr_lora=2e-2, lr_full=None, batch_size=4)
+    vlm, complete = learn(parts, tmp_path / "instruct", instruct, rank=4, init=tmp_path / "align")
+    assert complete
+    assert losses(tmp_path / "instruct")[-1] < 0.8 * losses(tmp_path / "align")[0]
+    loaded = VLM.from_pretrained(tmp_path / "instruct", dtype=torch.float32)
+    conversation = ask("What color is it?", picture("red"))
+    assert loaded.score([conversation], [["red"]])[0][0].total == pytest.approx(vlm.score([conversation], [["red"]])[0][0].total, abs=1e-3)
+
+
+def test_full_training_saves_the_llm(parts, tmp_path):
+    stage = Stage(lr_projector=1e-2, lr_lora=1e-2, lr_full=1e-2, batch_size=4)
+    vlm, _ = learn(parts, tmp_path / "full", stage, rank=None, visits=3)
+    loaded = VLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
+    assert loaded.peft is None
+    for name, tensor in vlm.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name]), name
+
+
+def test_interrupted_run_goes_on_where_it_stopped(parts, tmp_path, monkeypatch):
+    stage = Stage(lr_projector=1e-2, lr_lora=1e-2, lr_full=None, batch_size=4)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight, _ = learn(parts, tmp_path / "a" / "run", stage, rank=2)
+
+    import os
+    import signal
+
+    from sparse_vlm.train import vlm as training
+
+    seen = []
+    original = training.LearnerTrainer.compute_loss
+
+    def interrupting(self, *args, **kwargs):
+        seen.append(1)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.LearnerTrainer, "compute_loss", interrupting)
+    _, complete = learn(parts, tmp_path / "b" / "run", stage, rank=2)
+    assert not complete
+    assert len(seen) == 5
+    resumed, complete = learn(parts, tmp_path / "b" / "run", stage, rank=2)
+    assert complete
+    assert len(seen) == 12
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_another_run_in_the_same_folder_is_refused(parts, tmp_path):
+    stage = Stage(lr_projector=1e-2, lr_lora=None, lr_full=None, batch_size=4)
+    learn(parts, tmp_path / "run", stage, rank=2, visits=2)
+    with pytest.raises(UserError, match="holds a run with another steps"):
+        learn(parts, tmp_path / "run", stage, rank=2, visits=3)
+
+
+def test_groups_cover_every_parameter_once(vlm):
+    groups = prepare(vlm, STAGES["instruct"], rank=2)
+    listed = [id(parameter) for group in groups for parameter in group.parameters]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in vlm.model.parameters()}
+    assert {group.name: group.lr is not None for group in groups} == {"tower": False, "projector": True, "LLM": False, "LLM adapters": True}
+
+
+def test_train_command(parts, command, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A wall."}]
+    picture("red").save(tmp_path / "red.png")
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}] * 8))
+    done = command(
+        "train", "--stage", "align", "--tower", parts[0], "--llm", parts[1], "--data", str(tmp_path / "data.json"),
+        "--images", str(tmp_path), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--batch-size", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "[[A wall.<|im_end|>]]" in done.stdout
+    assert "frozen" in done.stdout
+    assert {"vlm.json", "projector.safetensors", "training.json", "loss.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="--stage polish: no such stage; known are align, instruct"):
+        train_command(data=["x"], out=tmp_path / "out", stage="polish")
