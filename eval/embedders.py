@@ -129,7 +129,7 @@ def tower_embedder(name: str) -> ModuleEmbedder:
         config.image_mean,
         config.image_std,
         config.embed_dim,
-        config.num_tokens,
+        config.visual_tokens,
         count_macs(config).total,
     )
 

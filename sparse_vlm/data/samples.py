@@ -112,7 +112,7 @@ class TokenBank:
             digest.update(f"{photo.source.name}/{photo.key}/{photo.size}\n".encode())
         self.folder = folder / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        shape = (len(photos), tower.config.num_tokens, tower.config.width)
+        shape = (len(photos), tower.config.visual_tokens, tower.config.width)
         path = self.folder / "tokens.bf16"
         # as 16-bit integers: numpy has no bfloat16
         self._tokens = np.memmap(path, np.int16, "r+" if path.exists() else "w+", shape=shape)
@@ -135,7 +135,7 @@ class TokenBank:
             pixels = preprocess(images, config.image_size, config.image_mean, config.image_std).to(device)
             # at 49 tokens plain attention is faster than the fused kernel
             with sdpa_kernel(SDPBackend.MATH):
-                tokens = self.tower(pixels).last_hidden_state
+                tokens = self.tower.visual_tokens(pixels)
             self._tokens[chosen] = tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy()
             self._tokens.flush()
             self._done[chosen] = 1

@@ -43,7 +43,7 @@ class SparseFormerHostConfig(PretrainedConfig):
             self.hidden_size = config.width
             self.image_size = config.image_size
             self.patch_size = config.image_size  # the whole picture is one "patch"; see `processor_counts`
-            self.num_tokens = config.num_tokens
+            self.num_tokens = config.visual_tokens
             self.num_channels = 3
             self.num_hidden_layers = len(config.units)
         super().__init__(**kwargs)
@@ -61,7 +61,11 @@ class SparseFormerHostConfig(PretrainedConfig):
 
 
 class SparseFormerHostModel(PreTrainedModel):
-    """The tower as a transformers vision model: `hidden_states[-1]` is (B, N, d), `pooler_output` (B, E)."""
+    """The tower as a transformers vision model.
+
+    `hidden_states[-1]` is what a language model is given, (B, `config.num_tokens`, d); `last_hidden_state` has the CLS token as well where
+    the tower has one, and `pooler_output` is (B, E).
+    """
 
     config_class = SparseFormerHostConfig
     config: SparseFormerHostConfig
@@ -93,7 +97,7 @@ class SparseFormerHostModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """(B, 3, S, S) normalised pixels to tokens."""
         out = self.tower(pixel_values)
-        hidden_states = (out.last_hidden_state,)
+        hidden_states = (out.last_hidden_state[:, -self.config.num_tokens :],)
         if return_dict is False:
             return out.last_hidden_state, out.image_embeds, hidden_states
         return BaseModelOutputWithPooling(
@@ -155,7 +159,7 @@ def processor_counts(config: SparseFormerConfig) -> dict[str, Any]:
     """
     return {
         "patch_size": config.image_size,
-        "num_additional_image_tokens": config.num_tokens - 1,
+        "num_additional_image_tokens": config.visual_tokens - 1,
         "vision_feature_select_strategy": "full",
     }
 
