@@ -28,7 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Make a tower from a teacher and photos.",
         "sparse-vlm bootstrap --recipe tiny --teacher local-dir:teacher --data 'photos/*.tar'",
     ),
-    "train": ("Train a vision-language model on a tower.", "sparse-vlm train --recipe tiny-chat --data 'photos/*.tar'"),
+    "train": ("Train a vision-language model on a tower.", "sparse-vlm train --data 'photos/*.tar' --out build/aligned"),
     "eval": (
         "Measure a tower or a vision-language model.",
         "sparse-vlm eval --model tiny --teacher local-dir:teacher --tasks imagenet,cosine --data data",
