@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 INK, PAPER, MUTED = "#22262b", "#ffffff", "#6b7280"
 SAMPLE = "#2dd4bf"
 STILL_TO_FAR = ("#7cc7ff", "#ffe066", "#ff4d4d")
-COLUMNS = 3
 SHOWN_SIDE = 1024  # pixels of the photo behind a panel; more cannot be seen
 
 
@@ -102,27 +101,30 @@ def draw(gaze: Gaze, title: str) -> Figure:
     """A figure with a panel for the start, one for each look, and one for how far every token moved."""
     from matplotlib.figure import Figure
 
-    columns = min(COLUMNS, len(gaze.looks) + 2)
-    rows = -(-(len(gaze.looks) + 2) // columns)
+    panels = len(gaze.looks) + 2
+    columns = min((3, 4), key=lambda columns: -panels % columns)  # whichever leaves fewer places empty
+    rows = -(-panels // columns)
     width = 4.2 * columns
     panel = (width - 0.3 * (columns + 1)) / columns * gaze.photo.height / gaze.photo.width
-    height = rows * (panel + 0.42) + 0.95
+    height = rows * (panel + 0.48) + 1.3
     figure = Figure(figsize=(width, height), dpi=110, facecolor=PAPER, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.12)
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, parse_math=False)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    sides = gaze.start[:, 2:] - gaze.start[:, :2]
+    cover = max(1.0, float(sides.prod(dim=-1).sum()))  # regions over a place, on average
     colours = token_colours(gaze.start)
 
     _panel(axes[0], gaze, f"Start: {len(gaze.start)} tokens, each with its region")
-    _regions(axes[0], gaze, gaze.start, colours, fill=0.45)
+    _regions(axes[0], gaze, gaze.start, colours, fill=0.45 / cover)
     for number, (look, axis) in enumerate(zip(gaze.looks, axes[1:], strict=False), 1):
         _panel(axis, gaze, f"Look {number}: {look.points.shape[1]} points a token")
         _regions(axis, gaze, look.rois, colours)
         at = _to_photo(look.points, gaze.crop)
         dots = np.repeat(colours, at.shape[1], axis=0)
         axis.scatter(*at.reshape(-1, 2).T, s=7, c=dots, linewidths=0.35, edgecolors="black", zorder=3)
-    _movement(figure, axes[len(gaze.looks) + 1], gaze)
-    for axis in axes[len(gaze.looks) + 2 :]:
+    _movement(figure, axes[panels - 1], gaze)
+    for axis in axes[panels:]:
         axis.set_axis_off()
     _legend(figure)
     return figure
@@ -201,7 +203,7 @@ def _movement(figure: Figure, axis: Axes, gaze: Gaze) -> None:
     _panel(axis, gaze, "End: how far each token moved from its dot")
     centres = [_to_photo((rois[:, :2] + rois[:, 2:]) / 2, gaze.crop) for rois in (gaze.start, gaze.end)]
     far = (((gaze.end - gaze.start)[:, :2] + (gaze.end - gaze.start)[:, 2:]) / 2).norm(dim=-1).numpy() * 100
-    scale = ScalarMappable(Normalize(0, max(far.max(), 1e-3)), cmap=LinearSegmentedColormap.from_list("movement", STILL_TO_FAR))
+    scale = ScalarMappable(Normalize(0, max(far.max(), 1.0)), cmap=LinearSegmentedColormap.from_list("movement", STILL_TO_FAR))
     colours = scale.to_rgba(far)
     _regions(axis, gaze, gaze.end, colours[:, :3])
     axis.quiver(
@@ -216,8 +218,8 @@ def _movement(figure: Figure, axis: Axes, gaze: Gaze) -> None:
         zorder=3,
     )
     axis.scatter(*centres[0].T, s=9, color="white", linewidths=0, zorder=4)
-    bar = figure.colorbar(scale, ax=axis, fraction=0.04, pad=0.02)
-    bar.set_label("moved, % of the crop's side", fontsize=8.5, color=MUTED)
+    bar = figure.colorbar(scale, cax=axis.inset_axes([0, -0.05, 1, 0.025]), orientation="horizontal")
+    bar.set_label("moved, % of the frame's side", fontsize=8.5, color=MUTED)
     bar.ax.tick_params(labelsize=8, colors=MUTED)
     bar.outline.set_visible(False)
 

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sparse_vlm.cli import main
+from sparse_vlm.cli.chat import Flow
 
 COMMAND = [sys.executable, "-c", "from sparse_vlm.cli import main; main()", "chat"]
 WAIT_S = 120  # far more than needed, for busy machines
@@ -233,6 +234,27 @@ def test_conversation_in_a_terminal(model, photo, terminal, tmp_path):
     assert person.exit_code() == 0
 
 
+def test_lines_break_between_words(capsys):
+    """However the answer is cut into pieces, and never inside a word that fits."""
+    said = "A cup of coffee on a red saucer.\nBeside it: a spoon, and " + "x" * 60
+    for size in (1, 3, 200):
+        text = Flow(width=20)
+        for start in range(0, len(said), size):
+            text.add(said[start : start + size] + "\x1b")
+        text.end()
+        lines = capsys.readouterr().out.split("\n")
+        assert lines[:4] == ["A cup of coffee on a", "red saucer.", "Beside it: a spoon,", "and"]
+        assert "".join(lines[4:]) == "x" * 60
+
+
+def test_pieces_are_shown_before_the_answer_ends(capsys):
+    text = Flow(width=80)
+    text.add("A cup of cof")
+    assert capsys.readouterr().out == "A cup of"
+    text.add("字" * 24)
+    assert capsys.readouterr().out != ""
+
+
 # ---- mistakes
 
 
@@ -289,6 +311,7 @@ def test_mistakes_are_found_before_anything_heavy_is_imported():
     script = f"""
 import sys
 from sparse_vlm.cli import main
+from sparse_vlm.cli.chat import Flow
 for arguments in {[arguments for arguments, _ in MISTAKES.values()]!r}:
     sys.argv[1:] = ["chat", *arguments]
     try:

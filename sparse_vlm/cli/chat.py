@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from sparse_vlm.store import locate
 if TYPE_CHECKING:
     from sparse_vlm.vlm.chat import Answer, Conversation, Picture
 
+LONGEST_WORD = 24  # characters held back until a word is whole; scripts without spaces must flow, too
 HELP = """\
 /image PATH  show one more picture with the next question
 /reset       forget what was said, keep the pictures given with --image
@@ -141,21 +143,15 @@ class Screen:
     def answer(self, conversation: Conversation, question: str, stop: Callable[[], bool] = lambda: False) -> Answer:
         """Ask, and write the answer as it comes, until it ends or `stop` says so."""
 
-        shown = False
-
-        def show(piece: str) -> None:
-            nonlocal shown
-            shown = True
-            sys.stdout.write("".join(c for c in piece if c.isprintable() or c in "\n\t"))
-            sys.stdout.flush()
-
+        text = Flow(shutil.get_terminal_size().columns if self.interactive else None)
         try:
-            answer = conversation.ask(question, show=show, stop=stop)
-            shown = True  # an empty answer is a line, too
+            answer = conversation.ask(question, show=text.add, stop=stop)
+            text.end()
             return answer
-        finally:
-            if shown:
-                print(flush=True)
+        except BaseException:
+            if text.begun:
+                text.end()
+            raise
 
     def cost(self, answer: Answer) -> None:
         """What the answer took, below it."""
@@ -163,6 +159,49 @@ class Screen:
             f"{'stopped; ' if answer.stopped else ''}{answer.image_tokens} image tokens, {answer.answer_tokens} answer tokens, "
             f"first after {answer.ms.first_token / 1000:.2f} s, {answer.tokens_per_second:.1f} tokens/s"
         )
+
+
+class Flow:
+    """Text as it comes to stdout, without control characters; with `width`, broken between words, each written when it is whole."""
+
+    def __init__(self, width: int | None) -> None:
+        self.begun = False
+        self._width = width
+        self._column = 0
+        self._space = self._word = ""
+
+    def add(self, piece: str) -> None:
+        """Write what can be written by now."""
+        self.begun = True
+        piece = "".join(c for c in piece if c.isprintable() or c in "\n\t")
+        if self._width is None:
+            sys.stdout.write(piece)
+        else:
+            for character in piece:
+                if character.isspace():
+                    self._place(character)
+                else:
+                    self._word += character
+                    if len(self._word) == LONGEST_WORD:
+                        self._place("")
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Write the rest and end the line."""
+        self._place("\n")
+        sys.stdout.flush()
+
+    def _place(self, after: str) -> None:
+        """Write the waiting word, on a new line where this one is full; `after` is the space or line end that follows it."""
+        if self._column and self._column + len(self._space + self._word) > (self._width or 0):
+            sys.stdout.write("\n")
+            self._column, self._space = 0, ""
+        sys.stdout.write(self._space + self._word)
+        self._column += len(self._space + self._word)
+        self._space, self._word = after, ""
+        if after == "\n":
+            sys.stdout.write(after)
+            self._column, self._space = 0, ""
 
 
 @contextlib.contextmanager
