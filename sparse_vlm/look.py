@@ -200,9 +200,10 @@ def _movement(figure: Figure, axis: Axes, gaze: Gaze) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    _panel(axis, gaze, "End: how far each token moved from its dot")
+    areas = [(rois[:, 2:] - rois[:, :2]).prod(dim=-1).mean() for rois in (gaze.start, gaze.end)]
     centres = [_to_photo((rois[:, :2] + rois[:, 2:]) / 2, gaze.crop) for rois in (gaze.start, gaze.end)]
     far = (((gaze.end - gaze.start)[:, :2] + (gaze.end - gaze.start)[:, 2:]) / 2).norm(dim=-1).numpy() * 100
+    _panel(axis, gaze, f"End: moved by {far.mean():.1f} % on average, area times {areas[1] / areas[0]:.2f}")
     scale = ScalarMappable(Normalize(0, max(far.max(), 1.0)), cmap=LinearSegmentedColormap.from_list("movement", STILL_TO_FAR))
     colours = scale.to_rgba(far)
     _regions(axis, gaze, gaze.end, colours[:, :3])
@@ -219,7 +220,7 @@ def _movement(figure: Figure, axis: Axes, gaze: Gaze) -> None:
     )
     axis.scatter(*centres[0].T, s=9, color="white", linewidths=0, zorder=4)
     bar = figure.colorbar(scale, cax=axis.inset_axes([0, -0.05, 1, 0.025]), orientation="horizontal")
-    bar.set_label("moved, % of the frame's side", fontsize=8.5, color=MUTED)
+    bar.set_label("distance from its dot at the start, % of the frame's side", fontsize=8.5, color=MUTED)
     bar.ax.tick_params(labelsize=8, colors=MUTED)
     bar.outline.set_visible(False)
 

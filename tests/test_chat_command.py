@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sparse_vlm.cli import main
-from sparse_vlm.cli.chat import Flow
+from sparse_vlm.cli.chat import Flow, _path, stop_on_interrupt
 
 COMMAND = [sys.executable, "-c", "from sparse_vlm.cli import main; main()", "chat"]
 WAIT_S = 120  # far more than needed, for busy machines
@@ -207,7 +207,7 @@ def test_conversation_in_a_terminal(model, photo, terminal, tmp_path):
     person.type("\x03")
     assert "stopped; 9 image tokens" in person.until(r"tokens/s\s+> $")
 
-    for mistake in ("/image nowhere.png", f"/image {tmp_path}", "/image", "/save talk.txt", "/frobnicate"):
+    for mistake in ("/image nowhere.png", f"/image {tmp_path}", "/image", "/image " + "x" * 300, "/save talk.txt", "/frobnicate"):
         person.type(mistake + "\n")
         complaint = person.until(r"> $").replace(mistake, "", 1).strip("\r\n> ")
         assert complaint and "\n" not in complaint and "Traceback" not in complaint
@@ -232,6 +232,26 @@ def test_conversation_in_a_terminal(model, photo, terminal, tmp_path):
     assert "/reset" in person.until(r"> $")
     person.type("\x04")
     assert person.exit_code() == 0
+
+
+def test_first_interrupt_stops_and_second_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_interrupt() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("typed", ["{}", "'{}'", '"{}"', "  {}", "{escaped}"])
+def test_paths_as_people_type_them(typed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a photo.png").touch()
+    whole = str(tmp_path / "a photo.png")
+    assert _path(typed.format(whole, escaped=whole.replace(" ", "\\ ")).strip()) == Path(whole)
+    assert _path("~/a photo.png") == Path(whole)
 
 
 def test_lines_break_between_words(capsys):
@@ -311,7 +331,7 @@ def test_mistakes_are_found_before_anything_heavy_is_imported():
     script = f"""
 import sys
 from sparse_vlm.cli import main
-from sparse_vlm.cli.chat import Flow
+from sparse_vlm.cli.chat import Flow, _path, stop_on_interrupt
 for arguments in {[arguments for arguments, _ in MISTAKES.values()]!r}:
     sys.argv[1:] = ["chat", *arguments]
     try:

@@ -79,7 +79,10 @@ def chat(
 def _open(path: Path) -> tuple[Path, Any, float]:
     """The path, the decoded picture, and the milliseconds it took."""
     started = time.perf_counter()
-    picture = load_image(path)
+    try:
+        picture = load_image(path)
+    except OSError as error:  # no permission, or a whole sentence where a path should be
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return path, picture, (time.perf_counter() - started) * 1000
 
 
@@ -248,6 +251,10 @@ class Session:
             except UserError as error:
                 self.screen.error(str(error))
                 self.failed = True
+            except KeyboardInterrupt:  # a second Ctrl-C, or one between answers: the person wants to stop, not to lose the conversation
+                if not self.screen.interactive:
+                    raise
+                self.screen.note("stopped")
         return 2 if self.failed and not self.screen.interactive else 0
 
     def _read(self) -> str | None:
@@ -313,10 +320,8 @@ class Session:
 
 def _path(text: str) -> Path:
     """A path as a person types, drops or pastes it: spaces as they are, or quoted or escaped as a shell would."""
-    path = Path(text).expanduser()
-    if not path.exists():
-        with contextlib.suppress(ValueError):
-            words = shlex.split(text)
-            if len(words) == 1:
-                return Path(words[0]).expanduser()
+    path = Path(os.path.expanduser(text))
+    with contextlib.suppress(OSError, ValueError):
+        if not path.exists() and len(words := shlex.split(text)) == 1:
+            return Path(os.path.expanduser(words[0]))
     return path
