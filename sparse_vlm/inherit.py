@@ -134,8 +134,8 @@ def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
     old = weight.shape[-1]
     if old == patch_size:
         return weight
-    eye = torch.eye(patch_size).view(1, patch_size, patch_size, 1)
-    scale = F.interpolate(eye, size=(old, 1), mode="bicubic", antialias=True)[0, :, :, 0].T  # (old, new)
+    basis = torch.eye(patch_size).view(patch_size, 1, patch_size, 1).repeat(1, 1, 1, patch_size)
+    scale = F.interpolate(basis, size=(old, patch_size), mode="bicubic", antialias=True)[:, 0, :, 0].T  # (old, new)
     return scale.T @ weight @ scale
 
 

@@ -90,11 +90,15 @@ def load_image(path: str | Path) -> Image.Image:
         PhotoError: also when there is no such file.
     """
     path = Path(path)
-    if not path.exists():
-        raise PhotoError(f"{path}: no such file")
-    if path.is_dir():
-        raise PhotoError(f"{path}: is a folder, not an image")
-    return decode_image(path.read_bytes(), name=str(path))
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise PhotoError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise PhotoError(f"{path}: is a folder, not an image") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise PhotoError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return decode_image(data, name=str(path))
 
 
 class PhotoSet(Sequence[Photo]):

@@ -187,10 +187,9 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(teacher: Teacher, photos:
 
 
 def command(teacher_name: str, photos: Path, out: Path, views: int) -> list[str]:
-    return [
-        str(Path(sys.executable).with_name("sparse-vlm")), "bootstrap", "--recipe", "tiny", "--teacher", teacher_name, "--data", str(photos),
-        "--out", str(out), "--cache", str(out.parent / "cache"), "--views", str(views), "--threads", "1",
-    ]  # fmt: skip
+    verb = [str(Path(sys.executable).with_name("sparse-vlm")), "bootstrap", "--recipe", "tiny", "--threads", "1"]
+    run = ["--data", str(photos), "--out", str(out), "--cache", str(out.parent / "cache"), "--views", str(views)]
+    return [*verb, "--teacher", teacher_name, *run]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +205,7 @@ def test_a_short_bootstrap_learns(finished: Path) -> None:
     history = json.loads((finished / "training.json").read_text())["history"]
     cosines = [h["eval_cosine"] for h in history if "eval_cosine" in h]
     losses = [h["loss"] for h in history if "loss" in h]
-    assert cosines[-1] > cosines[0] + 0.02
+    assert 1 - cosines[-1] < 0.7 * (1 - cosines[0])
     assert losses[-1] < losses[0]
     assert (finished / "loss.png").stat().st_size > 10_000
     assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
