@@ -19,7 +19,7 @@ def train(
     llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
     init: Annotated[str | None, typer.Option(help="A VLM to start from, with its tower and LLM: for instruct, what align made.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
-    visits: Annotated[int, typer.Option(help="Times each photo is visited, with other captions and questions each time.", min=1)] = 1,
+    epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
     samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos a step, instead of the stage's.", min=1)] = None,
@@ -60,7 +60,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     console = Console(highlight=False, soft_wrap=True)
-    talks = _talks(data, images, stage, visits, seed)
+    talks = _talks(data, images, stage, epochs, seed)
     if samples is not None and samples < len(talks):
         talks = random.Random(seed).sample(talks, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,7 @@ def train(
         "rank": None if full or chosen.lr_lora is None else rank,
         "photos": len(photos),
         "samples": len(built),
-        "visits": visits,
+        "epochs": epochs,
         "max_steps": max_steps,
         "seed": seed,
     }
@@ -93,15 +93,15 @@ def train(
         raise typer.Exit(130)
 
 
-def _talks(data: list[str], images: Path | None, stage: str, visits: int, seed: int) -> list[Any]:
+def _talks(data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> list[Any]:
     from sparse_vlm.data.talks import MIXES, llava_talks, photo_talks
     from sparse_vlm.photos import PhotoSet
 
     files = [pattern for pattern in data if pattern.endswith(".json")]
     patterns = [pattern for pattern in data if not pattern.endswith(".json")]
-    talks = photo_talks(PhotoSet(patterns), MIXES[stage], visits, seed) if patterns else []
+    talks = photo_talks(PhotoSet(patterns), MIXES[stage], epochs, seed) if patterns else []
     for file in files:
-        talks += llava_talks(Path(file), images) * visits
+        talks += llava_talks(Path(file), images) * epochs
     return talks
 
 
