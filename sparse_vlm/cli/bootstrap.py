@@ -31,6 +31,7 @@ def bootstrap(
     import torch
     from rich.console import Console
 
+    from sparse_vlm.cli.progress import counting
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.inherit import inherit
     from sparse_vlm.photos import PhotoSet
@@ -64,7 +65,11 @@ def bootstrap(
     from sparse_vlm.train.bootstrap import bootstrap as run
 
     store = TeacherCache(cache, source, photos, chosen.views_per_photo, tower.initial_roi.weight.detach(), seed)
-    _fill(console, store, source)
+    if store.done == len(store):
+        console.print(f"teacher's answers: {len(store)} views, all cached")
+    else:
+        with counting(console, "asking the teacher", "views", len(store), store.done) as advance:
+            store.fill(source, on_rows=advance)
     done = run(recipe, chosen, source, photos, store, out, rows, tower, seed=seed)
     if done:
         console.print(f"student written to {out}; its curve is {out / 'loss.png'}")
@@ -93,26 +98,3 @@ def _mapping_table(rows: list[Any]) -> Any:
 def _block(name: str) -> str:
     parts = name.split(".")
     return ".".join([*parts[:2], "*"]) if parts[0] in ("blocks", "layers") else name
-
-
-def _fill(console: Any, cache: Any, teacher: Any) -> None:
-    """Ask the teacher for what the cache lacks, showing rate and remaining time."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if cache.done == len(cache):
-        console.print(f"teacher's answers: {len(cache)} views, all cached")
-        return
-    columns = (
-        TextColumn("asking the teacher"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} views/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(cache), completed=cache.done, rate=0.0)
-
-        def advance(count: int) -> None:
-            progress.update(task, advance=count, rate=progress.tasks[0].speed or 0.0)
-
-        cache.fill(teacher, on_rows=advance)

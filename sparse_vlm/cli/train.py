@@ -41,6 +41,7 @@ def train(
     import torch
     from rich.console import Console
 
+    from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
@@ -72,7 +73,12 @@ def train(
     _describe(console, talks, built, groups, vlm)
 
     bank = TokenBank(cache, vlm.tower, photos)
-    _fill(console, bank, [sample.photo for sample in built if sample.photo is not None])
+    wanted = [sample.photo for sample in built if sample.photo is not None]
+    if missing := len(bank.missing(wanted)):
+        with counting(console, "looking", "photos", missing) as advance:
+            bank.fill(wanted, advance)
+    else:
+        console.print(f"tower's tokens: {len(set(wanted))} photos, all cached")
     settings = {
         "stage": stage,
         **dataclasses.asdict(chosen),
@@ -122,27 +128,3 @@ def _describe(console: Any, talks: list[Any], samples: list[Any], groups: list[A
     shown = vlm.renderer.render(talks[0].conversations[-1], talks[0].name)
     console.print(f"one conversation, [[what carries loss]] in brackets ({talks[0].name}):", markup=False)
     console.print(escape(vlm.renderer.describe(shown)))
-
-
-def _fill(console: Any, bank: Any, wanted: list[int]) -> None:
-    """Let the tower look at the photos it has not seen, showing rate and remaining time."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    missing = len(bank.missing(wanted))
-    if not missing:
-        console.print(f"tower's tokens: {len(set(wanted))} photos, all cached")
-        return
-    columns = (
-        TextColumn("looking"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} photos/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=missing, rate=0.0)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, rate=progress.tasks[0].speed or 0.0)
-
-        bank.fill(wanted, advance)

@@ -124,8 +124,12 @@ class TokenBank:
         return [index for index in sorted(set(wanted)) if not self._done[index]]
 
     @torch.no_grad()
-    def fill(self, wanted: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compute what is missing; an interrupted fill goes on where it stopped."""
+    def fill(self, wanted: Sequence[int], on_photos: Callable[[int], None] = lambda photos: None) -> None:
+        """Compute what is missing; an interrupted fill goes on where it stopped.
+
+        Args:
+            on_photos: called with the number of photos just finished.
+        """
         config = self.tower.config
         missing = self.missing(wanted)
         device = next(self.tower.parameters()).device
@@ -139,7 +143,7 @@ class TokenBank:
             self._tokens[chosen] = tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy()
             self._tokens.flush()
             self._done[chosen] = 1
-            progress(start + len(chosen), len(missing))
+            on_photos(len(chosen))
 
     def __getitem__(self, index: int) -> Tensor:
         """(N, d) bfloat16."""
