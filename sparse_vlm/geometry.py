@@ -27,7 +27,7 @@ def grid_rois(num_tokens: int) -> Tensor:
     start as twins.
 
     Returns:
-        (N, 4) float32.
+        (N, 4) float32, on the CPU also where tensors are made elsewhere by default, so that a tower can be built on the meta device.
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; a tower needs at least one token")
@@ -36,7 +36,7 @@ def grid_rois(num_tokens: int) -> Tensor:
     for row in range(rows):
         columns = (num_tokens * (row + 1)) // rows - (num_tokens * row) // rows
         boxes += [(c / columns, row / rows, (c + 1) / columns, (row + 1) / rows) for c in range(columns)]
-    return torch.tensor(boxes, dtype=torch.float32)
+    return torch.tensor(boxes, dtype=torch.float32, device="cpu")
 
 
 def released_rois(num_tokens: int) -> Tensor:
@@ -46,11 +46,11 @@ def released_rois(num_tokens: int) -> Tensor:
         (N, 4) float32.
     """
     side = math.isqrt(num_tokens)
-    corners = torch.linspace(0.0, 0.5, side)
+    corners = torch.linspace(0.0, 0.5, side, device="cpu")
     y, x = torch.meshgrid(corners, corners, indexing="ij")
     top_left = torch.stack([x, y], dim=-1).reshape(-1, 2)
     boxes = torch.cat([top_left, top_left + 0.5], dim=-1)
-    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(num_tokens - side * side, 4)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device="cpu").expand(num_tokens - side * side, 4)
     return torch.cat([boxes, whole])
 
 
