@@ -127,9 +127,9 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
-    """A patch embedding (d, 3, p, p) for larger patches that answers as the old one does to the patch scaled down to its size.
+    """A patch embedding (d, 3, p, p) for patches of another size that answers as the old one does to the patch scaled to its size.
 
-    Scaling down is linear, x -> A x A^T, so the new kernel is A^T W A (compare FlexiViT, arXiv 2212.08013, section 3.4).
+    Scaling is linear, x -> A x A^T, so the new kernel is A^T W A (compare FlexiViT, arXiv 2212.08013, section 3.4).
     """
     old = weight.shape[-1]
     if old == patch_size:

@@ -47,12 +47,17 @@ class Recipe:
     ema: float = 0.995
 
 
-def _warm_start(looks: int, patch_size: int | None = None, points_per_side: int = 4) -> Callable[[TeacherSpec], SparseFormerConfig]:
-    """49 tokens that begin as the teacher's patch embeddings averaged over their cells, then all of its blocks; the first `looks` of
-    them also look. Another patch size than the teacher's resizes its patch embedding."""
+def _warm_start(looks: int, pooled: bool) -> Callable[[TeacherSpec], SparseFormerConfig]:
+    """49 tokens that begin as the teacher's patch embedding of their cell of a 7 x 7 grid, then all of its blocks; the first `looks` of
+    them also look.
+
+    Args:
+        pooled: embed patches of the teacher's size and average them over the cell; else scale the cell down to one patch and embed that,
+            which is a patch embedding resized to the cell's size.
+    """
 
     def student(spec: TeacherSpec) -> SparseFormerConfig:
-        patch = patch_size or spec.patch_size
+        patch = spec.patch_size if pooled else spec.image_size // 7
         units = []
         for index in range(spec.num_blocks):
             before = ("SAMPLING_M",) if index < looks else ()
@@ -67,7 +72,7 @@ def _warm_start(looks: int, patch_size: int | None = None, points_per_side: int 
             image_std=spec.image_std,
             cls_before_unit=0,
             token_init="glance",
-            glance=GlanceConfig(patch, spec.image_size // patch, points_per_side, spec.norm_pre),
+            glance=GlanceConfig(patch, spec.image_size // patch, 4 if pooled else 1, spec.norm_pre),
             num_heads=spec.num_heads,
             ln_eps=spec.ln_eps,
         )
@@ -81,18 +86,23 @@ def _all_blocks(spec: TeacherSpec) -> tuple[int | None, ...]:
 
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
-        summary="49 tokens that begin as the teacher's patches averaged over 7 x 7 cells and look four times; all blocks inherited",
-        student=_warm_start(looks=4),
+        summary="49 tokens that begin as the teacher's patch embedding of their cell and look four times; all blocks inherited",
+        student=_warm_start(looks=4, pooled=False),
+        blocks=_all_blocks,
+    ),
+    "tiny-pool": Recipe(
+        summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",
+        student=_warm_start(looks=4, pooled=True),
         blocks=_all_blocks,
     ),
     "control-pool": Recipe(
         summary="control: the teacher's blocks fed with 7 x 7 average-pooled patch embeddings; no looking",
-        student=_warm_start(looks=0),
+        student=_warm_start(looks=0, pooled=True),
         blocks=_all_blocks,
     ),
     "control-stride32": Recipe(
         summary="control: the teacher's blocks fed with a stride-32 patch embedding (its own, resized); no looking",
-        student=_warm_start(looks=0, patch_size=32, points_per_side=1),
+        student=_warm_start(looks=0, pooled=False),
         blocks=_all_blocks,
     ),
 }

@@ -101,10 +101,10 @@ def test_an_inherited_block_computes_what_the_teachers_block_computes(teacher: T
 
 def test_with_one_cell_a_patch_the_student_begins_as_the_teacher(teacher: Teacher) -> None:
     """The warm start adds nothing but pooling: where a cell is a patch, student and teacher agree."""
-    config = dataclasses.replace(student(teacher).config, num_latent_tokens=16)
+    config = dataclasses.replace(student(teacher, "tiny-pool").config, num_latent_tokens=16)
     config = dataclasses.replace(config, glance=dataclasses.replace(config.glance, points_per_side=1))
     tower = SparseFormer(config).eval()
-    inherit(tower, teacher, RECIPES["tiny"])
+    inherit(tower, teacher, RECIPES["tiny-pool"])
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         ours, theirs = tower(pixels), teacher(pixels)
