@@ -236,6 +236,17 @@ def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Pa
     assert re.search(r"another views", done.stderr) and "Traceback" not in done.stderr
 
 
+def test_checkpoints_of_an_unknown_run_are_never_resumed(tmp_path: Path) -> None:
+    from sparse_vlm.train.run import claim
+
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    claim(tmp_path, {"seed": 0})  # what is not whole does not count
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "checkpoints" / "checkpoint-3" / "complete").touch()
+    with pytest.raises(UserError, match="unknown run"):
+        claim(tmp_path, {"seed": 0})
+
+
 def test_unknown_recipes_are_one_line() -> None:
     from sparse_vlm.recipes import get_recipe
 

@@ -56,7 +56,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     """Tie a folder to a run's settings, so that a resumed run is the same run.
 
     Raises:
-        UserError: the folder holds a run of other settings.
+        UserError: the folder holds a run of other settings, or checkpoints of an unknown one.
     """
     path = out / "settings.json"
     wanted = json.loads(json.dumps(settings))
@@ -65,6 +65,8 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         differing = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
         if differing:
             raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
+    elif latest_checkpoint(out / "checkpoints") is not None:
+        raise UserError(f"{out} holds checkpoints without settings.json, so of an unknown run; choose another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(wanted, indent=1) + "\n")
