@@ -90,7 +90,7 @@ class TeacherCache:
         """Ask the teacher for every row that is missing, in bfloat16.
 
         Args:
-            batch_size: small, so that the activations of a large ViT stay in a CPU's cache: 8 was twice as fast as 32 beside other work.
+            batch_size: small, a ViT of 257 tokens takes a quarter less a view on two CPU cores at 8 than at 32.
             on_rows: called with the number of rows just finished.
         """
         spec = teacher.spec

@@ -78,10 +78,7 @@ class SparseFormerHostModel(PreTrainedModel):
 
     def __init__(self, config: SparseFormerHostConfig, tower: SparseFormer | None = None) -> None:
         super().__init__(config)
-        if tower is None:
-            with torch.device("cpu"):  # transformers builds on the meta device, where the grid of RoIs cannot be computed
-                tower = SparseFormer(config.unwrap())
-        self.tower = tower
+        self.tower = SparseFormer(config.unwrap()) if tower is None else tower
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
