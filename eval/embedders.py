@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
-from sparse_vlm.llm import native_dtype
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import Triple, preprocess
 from sparse_vlm.teacher import load_teacher

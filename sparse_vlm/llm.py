@@ -8,6 +8,7 @@ never used. An unpacked model is an ordinary model: its quantisation mark is gon
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_vlm import store
+from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,12 +55,6 @@ class LLM:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: LLMSpec
-
-
-def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the machine multiplies in it, else float32 (which is then faster)."""
-    native = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LLM:
@@ -145,7 +141,9 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        # the bar of reading a GGUF file asks nobody
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

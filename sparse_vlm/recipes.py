@@ -1,14 +1,14 @@
 """Recipes: how a tower is bootstrapped from a teacher. A new one is one more entry in `RECIPES`.
 
 A recipe says what the student is made of, which of the teacher's blocks it inherits, which of those are tuned and which stay frozen,
-and how long and how fast it learns. Rates come from trials on 13.7 k photos: 4e-5 and more on inherited parts learns fast and forgets,
-5e-4 on new parts lets the RoIs run away.
+and how long and how fast it learns. Rates are relative to the size of the tensor they change (see `distill.objective.parameter_groups`);
+those of RoIs are absolute, and at 5e-4 the RoIs run away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.teacher import TeacherSpec
@@ -26,7 +26,9 @@ class Recipe:
         frozen: units whose inherited block is not trained.
         views: views of photos to learn from.
         views_per_photo: distinct views of a photo, cached with the teacher's answers.
-        lr_inherited, lr_new, lr_rois: peak learning rates of inherited tensors, of new ones, and of all that moves points and RoIs.
+        lr: peak learning rate, as a share of a tensor's root mean square a step.
+        new_boost: how many times faster new tensors learn than inherited ones.
+        lr_rois: absolute peak rate of all that moves points and RoIs.
         dense_weight: weight of the token-by-token term of the objective.
         ema: decay of the averaged weights that become the student.
     """
@@ -37,10 +39,10 @@ class Recipe:
     frozen: tuple[int, ...] = ()
     views: int = 40_000
     views_per_photo: int = 2
-    batch_size: int = 32
+    batch_size: int = 16
     warmup_steps: int = 200
-    lr_inherited: float = 1.5e-5
-    lr_new: float = 2e-4
+    lr: float = 2e-3
+    new_boost: float = 2.0
     lr_rois: float = 2e-5
     weight_decay: float = 0.05
     dense_weight: float = 0.5
@@ -117,3 +119,24 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"no recipe is called {name!r}; known are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """A recipe with some of its numbers changed.
+
+    Args:
+        changes: each `field=number`.
+
+    Raises:
+        UserError: no such number in a recipe, or no number.
+    """
+    numbers = {field.name: int if field.type == "int" else float for field in fields(Recipe) if field.type in ("int", "float")}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in numbers:
+            raise UserError(f"--set {change}: a recipe has no number called {name!r}; it has {', '.join(numbers)}")
+        try:
+            recipe = replace(recipe, **{name: numbers[name](value)})
+        except ValueError as error:
+            raise UserError(f"--set {change}: {value!r} is not {'a whole number' if numbers[name] is int else 'a number'}") from error
+    return recipe

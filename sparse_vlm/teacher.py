@@ -81,9 +81,9 @@ class Teacher(nn.Module):
         """(B, 3, S, S) normalised by the teacher's own mean and std."""
         return TeacherOutput(*self.model(pixels))
 
-    def bfloat16_copy(self) -> Teacher:
-        """The same teacher with bfloat16 weights, to ask and not to inherit from."""
-        return Teacher(self.spec, copy.deepcopy(self.model).bfloat16(), self.tensors)
+    def copy_in(self, dtype: torch.dtype) -> Teacher:
+        """The same teacher with weights of another dtype, to ask and not to inherit from."""
+        return Teacher(self.spec, copy.deepcopy(self.model).to(dtype), self.tensors)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any of the teacher's weights; caches and checkpoints are tied to it."""

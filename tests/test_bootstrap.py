@@ -21,12 +21,14 @@ open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_cl
 
 from sparse_vlm import SparseFormer  # noqa: E402
 from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
+from sparse_vlm.distill.objective import parameter_groups  # noqa: E402
 from sparse_vlm.distill.views import make_view  # noqa: E402
 from sparse_vlm.errors import UserError  # noqa: E402
 from sparse_vlm.geometry import grid_rois  # noqa: E402
 from sparse_vlm.inherit import inherit, plan, resize_patch_embedding  # noqa: E402
 from sparse_vlm.photos import PhotoSet  # noqa: E402
-from sparse_vlm.recipes import RECIPES  # noqa: E402
+from sparse_vlm.preprocess import normalize  # noqa: E402
+from sparse_vlm.recipes import RECIPES, changed  # noqa: E402
 from sparse_vlm.teacher import Teacher, TeacherError, load_teacher  # noqa: E402
 
 
@@ -182,8 +184,59 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(teacher: Teacher, photos:
     broken = cache(tmp_path / "broken")
     broken.fill(teacher, batch_size=4, on_rows=asked.append)
     assert broken.done == len(broken) == 48
-    assert np.array_equal(whole.embeds, broken.embeds) and np.array_equal(whole.patches, broken.patches)
+    for row in range(48):
+        assert all(map(torch.equal, whole.answers(row), broken.answers(row)))
     cache(tmp_path / "broken").fill(teacher, on_rows=stop)  # full: the teacher is not asked again
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_teacher_is_asked_in_what_the_machine_multiplies_in(
+    teacher: Teacher, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
+) -> None:
+    """Bfloat16 without instructions for it is emulated, eight times slower than float32 for a ViT."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    asked: list[torch.dtype] = []
+    copy_in = Teacher.copy_in
+    monkeypatch.setattr(Teacher, "copy_in", lambda self, dtype: asked.append(dtype) or copy_in(self, dtype))
+    TeacherCache(tmp_path, teacher, list(PhotoSet(photos))[:4], 1, grid_rois(49)).fill(teacher)
+    assert asked == [dtype]
+
+
+def test_more_views_a_photo_keep_those_that_are_cached(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
+    few = list(PhotoSet(photos))[:8]
+    one = TeacherCache(tmp_path, teacher, few, 1, grid_rois(49))
+    one.fill(teacher)
+    first = [one.answers(row) for row in range(8)]
+    two = TeacherCache(tmp_path, teacher, few, 2, grid_rois(49))
+    assert (two.done, len(two)) == (8, 16)
+    asked: list[int] = []
+    two.fill(teacher, on_rows=asked.append)
+    assert sum(asked) == 8
+    for row in range(8):
+        assert all(map(torch.equal, first[row], two.answers(row)))
+    embeds, _ = two.answers(8 + 3)  # view 1 of photo 3
+    pixels = normalize(two.pixels(8 + 3), teacher.spec.image_mean, teacher.spec.image_std).unsqueeze(0)
+    assert torch.cosine_similarity(embeds, teacher(pixels).embeds[0], dim=0) > 0.999
+
+
+def test_rates_are_relative_to_the_size_of_what_they_change(teacher: Teacher) -> None:
+    tower = student(teacher)
+    recipe = RECIPES["tiny"]
+    new = {row.target for row in inherit(tower, teacher, recipe) if row.fate == "new"}
+    groups = {group["name"]: group for group in parameter_groups(tower, new, 1e-3, 2.0, 5e-6, 0.05)}
+    assert len(groups) == sum(p.requires_grad for p in tower.parameters())
+
+    def size(name: str) -> float:
+        return tower.get_parameter(name).square().mean().sqrt().item()
+
+    weight = "layers.1.mlp.fc1.weight"
+    assert groups[f"inherited {weight}"]["lr"] == pytest.approx(1e-3 * size(weight))
+    looking = "layers.0.adaptive_mixing.out_proj.weight"  # begins at zero
+    smallest = min(size(name) for name, p in tower.named_parameters() if p.ndim >= 2 and name not in new)
+    assert groups[f"new {looking}"]["lr"] == pytest.approx(2e-3 * smallest)
+    assert groups["inherited norm.weight"]["lr"] == pytest.approx(1e-5)  # ones, which count as 0.01
+    assert groups["rois layers.0.roi_offset_bias"]["lr"] == 5e-6
+    assert groups["rois layers.0.roi_offset_bias"]["weight_decay"] == groups["inherited norm.weight"]["weight_decay"] == 0
 
 
 def command(teacher_name: str, photos: Path, out: Path, views: int) -> list[str]:
@@ -252,3 +305,14 @@ def test_unknown_recipes_are_one_line() -> None:
 
     with pytest.raises(UserError, match="known are tiny"):
         get_recipe("tinny")
+
+
+def test_numbers_of_a_recipe_can_be_changed() -> None:
+    recipe = changed(RECIPES["tiny"], ["lr=1e-3", "batch_size=8"])
+    assert (recipe.lr, recipe.batch_size, recipe.views) == (1e-3, 8, RECIPES["tiny"].views)
+    with pytest.raises(UserError, match="no number called 'summary'; it has views"):
+        changed(recipe, ["summary=3"])
+    with pytest.raises(UserError, match="'fast' is not a number"):
+        changed(recipe, ["lr=fast"])
+    with pytest.raises(UserError, match="'1.5' is not a whole number"):
+        changed(recipe, ["batch_size=1.5"])

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from sparse_vlm.devices import native_dtype
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
 from sparse_vlm.errors import UserError
@@ -33,7 +34,7 @@ from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import MarkWhole, StopOnSignal, claim, latest_checkpoint
+from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 
 HELD_OUT_ONE_IN = 100
 
@@ -49,11 +50,8 @@ class CachedViews(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
-        return {
-            "pixels": self.cache.pixels(row),
-            "embeds": torch.from_numpy(self.cache.embeds[row].astype("float32")),
-            "tokens": torch.from_numpy(self.cache.patches[row].astype("float32")),
-        }
+        embeds, tokens = self.cache.answers(row)
+        return {"pixels": self.cache.pixels(row), "embeds": embeds, "tokens": tokens}
 
 
 class BootstrapTrainer(Trainer):
@@ -124,14 +122,12 @@ def bootstrap(
     rows: list[Row],
     tower: SparseFormer,
     seed: int = 0,
-    bf16: bool = True,
 ) -> bool:
     """Train `tower` (already inherited) and write the student to `out`.
 
     Args:
         rows: the mapping that `inherit` carried out.
         cache: filled.
-        bf16: train in bfloat16 autocast.
 
     Returns:
         True when the run is complete; False when it was interrupted and saved.
@@ -146,38 +142,30 @@ def bootstrap(
         "frozen": list(recipe.frozen),
         "cache": cache.meta,
         "seed": seed,
-        "bf16": bf16,
     }
     claim(out, settings)
     held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0]
     kept = set(held_out)
-    train_rows = [i * cache.views + v for i in range(len(photos)) if i not in kept for v in range(cache.views)]
-    test_rows = [i * cache.views for i in held_out]
+    train_rows = [v * len(photos) + i for v in range(cache.views) for i in range(len(photos)) if i not in kept]
+    test_rows = held_out  # view 0, the evaluation transform
     if not train_rows or not test_rows:
         raise UserError(f"{len(photos)} photos are too few: none is left to train on, or none to hold out")
 
     model = Distillation(tower, *cache.means(), recipe.dense_weight)
     average = {name: p.detach().clone().float() for name, p in tower.named_parameters()}
-    args = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=recipe.batch_size,
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = arguments(
+        out,
+        device,
+        steps,
+        recipe.batch_size,
+        save_steps=max(1, min(100, steps // 4)),
         per_device_eval_batch_size=recipe.batch_size,
-        lr_scheduler_type="cosine",
         warmup_steps=min(recipe.warmup_steps, steps // 5),
-        max_grad_norm=1.0,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=native_dtype(device) == torch.bfloat16,
         seed=seed,
-        logging_steps=max(1, min(10, steps // 20)),
         eval_strategy="steps",
         eval_steps=max(1, min(200, steps // 4)),
-        save_steps=max(1, min(100, steps // 4)),
-        save_total_limit=2,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
     )
     with StopOnSignal() as stop:
         trainer = BootstrapTrainer(
@@ -190,7 +178,7 @@ def bootstrap(
         )
         trainer.remove_callback(PrinterCallback)
         new = {row.target for row in rows if row.fate == "new"}
-        trainer.groups = parameter_groups(tower, new, recipe.lr_inherited, recipe.lr_new, recipe.lr_rois, recipe.weight_decay)
+        trainer.groups = parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
         trainer.average = average
         checkpoint = latest_checkpoint(out / "checkpoints")
         if checkpoint is not None:

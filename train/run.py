@@ -13,6 +13,33 @@ from transformers import TrainerCallback, TrainingArguments
 from sparse_vlm.errors import UserError
 
 
+def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: int, **more: Any) -> TrainingArguments:
+    """What our runs share of the Trainer's settings.
+
+    Args:
+        out: the run's folder.
+        device: `cpu` or `cuda`.
+        save_steps: steps between two checkpoints; the last two are kept.
+        more: a run's own settings.
+    """
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        use_cpu=device == "cpu",
+        logging_steps=max(1, min(10, steps // 20)),
+        save_steps=save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        **more,
+    )
+
+
 class StopOnSignal(TrainerCallback):
     """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once. To be entered around the training."""
 

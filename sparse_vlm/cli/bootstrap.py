@@ -17,6 +17,9 @@ def bootstrap(
     out: Annotated[Path | None, typer.Option(help="Folder of the student; build/RECIPE by default.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached answers, shared by all runs.")] = Path("build/teacher-cache"),
     views: Annotated[int | None, typer.Option(help="Views to learn from, instead of the recipe's number.", min=32)] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a number of the recipe, as lr=1e-3 or views_per_photo=4; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, order and new weights.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     mapping_only: Annotated[bool, typer.Option("--mapping-only", help="Print what is inherited, and stop.")] = False,
@@ -35,13 +38,13 @@ def bootstrap(
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.inherit import inherit
     from sparse_vlm.photos import PhotoSet
-    from sparse_vlm.recipes import get_recipe
+    from sparse_vlm.recipes import changed, get_recipe
     from sparse_vlm.teacher import load_teacher
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.tower.cost import count_macs, vit_macs
 
     console = Console()
-    chosen = get_recipe(recipe)
+    chosen = changed(get_recipe(recipe), change or [])
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
     out = out or Path("build") / recipe

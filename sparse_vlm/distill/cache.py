@@ -1,11 +1,11 @@
 """The teacher's answers for a fixed set of views of each photo, computed once and replayed in every run.
 
-Shape legend: V views in the cache (photos x views a photo), N student tokens, d width, E embedding.
-The teacher costs more than the student; with V views cached, an epoch over them costs the student alone.
+Shape legend: P photos, V views of each, N student tokens, d width, E embedding.
+The teacher costs more than the student; with the views cached, an epoch over them costs the student alone.
 
-Notable: the cache is two float16 arrays that are filled in order, a json that ties them to teacher, photos and views, and a counter that is
-moved forward only after the rows before it reached the disk: an interrupted fill resumes, and a cache of another teacher is
-never mistaken for this one.
+Notable: each view of all photos is two float16 arrays that are filled in order, and a counter that is moved forward only after the rows
+before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are there. A
+json ties them to teacher, photos and cells; a cache of another teacher is never mistaken for this one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_vlm.devices import native_dtype
 from sparse_vlm.distill.views import CROP_AREA, CROP_ASPECT, make_view
 from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo
@@ -28,12 +29,13 @@ from sparse_vlm.teacher import Teacher
 
 
 class TeacherCache:
-    """Cached teacher answers; row `photo * views + view`.
+    """Cached teacher answers; row `view * P + photo`.
 
     Args:
-        folder: where the arrays lie; one sub-folder a (teacher, photos, views, rois).
+        folder: where the arrays lie; one sub-folder a (teacher, photos, rois).
         teacher: asked for what is missing.
         photos: in a fixed order.
+        views: views of each photo that this run wants.
         rois: (N, 4), the cells over which the teacher's patch tokens are averaged.
     """
 
@@ -46,7 +48,6 @@ class TeacherCache:
             "teacher": teacher.fingerprint(),
             "photos": len(photos),
             "keys": keys,
-            "views": views,
             "seed": seed,
             "crop": [*CROP_AREA, *CROP_ASPECT],
             "rois": cells,
@@ -56,73 +57,86 @@ class TeacherCache:
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
-        rows = len(photos) * views
-        self.embeds = self._open("embeds", (rows, teacher.spec.embed_dim))
-        self.patches = self._open("patches", (rows, rois.shape[0], teacher.spec.width))
+        self._embeds = [self._open(view, "embeds", (len(photos), teacher.spec.embed_dim)) for view in range(views)]
+        self._patches = [self._open(view, "patches", (len(photos), rois.shape[0], teacher.spec.width)) for view in range(views)]
 
-    def _open(self, name: str, shape: tuple[int, ...]) -> np.memmap:
-        path = self.folder / f"{name}.npy"
+    def _open(self, view: int, name: str, shape: tuple[int, ...]) -> np.memmap:
+        path = self.folder / f"{name}-{view}.npy"
         if path.exists():
             array = np.lib.format.open_memmap(path, mode="r+")
             if array.shape == shape:
                 return array
-        self._progress.unlink(missing_ok=True)
+        self._progress(view).unlink(missing_ok=True)
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
 
-    @property
-    def _progress(self) -> Path:
-        return self.folder / "rows_done"
+    def _progress(self, view: int) -> Path:
+        return self.folder / f"rows_done-{view}"
+
+    def _done(self, view: int) -> int:
+        path = self._progress(view)
+        return int(path.read_text()) if path.exists() else 0
 
     @property
     def done(self) -> int:
-        """Rows that are filled and on disk."""
-        return int(self._progress.read_text()) if self._progress.exists() else 0
+        """Rows of the wanted views that are filled and on disk."""
+        return sum(self._done(view) for view in range(self.views))
 
     def __len__(self) -> int:
         return len(self.photos) * self.views
 
     def pixels(self, row: int) -> Tensor:
         """The view of a row, (3, S, S) uint8."""
-        photo = self.photos[row // self.views]
-        return to_uint8(make_view(photo.load(), self.size, photo.key, row % self.views, self.seed))
+        view, index = divmod(row, len(self.photos))
+        photo = self.photos[index]
+        return to_uint8(make_view(photo.load(), self.size, photo.key, view, self.seed))
+
+    def answers(self, row: int) -> tuple[Tensor, Tensor]:
+        """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32."""
+        view, index = divmod(row, len(self.photos))
+        both = self._embeds[view][index], self._patches[view][index]
+        return torch.from_numpy(both[0].astype(np.float32)), torch.from_numpy(both[1].astype(np.float32))
 
     def fill(self, teacher: Teacher, batch_size: int = 8, on_rows: Callable[[int], None] = lambda rows: None) -> None:
-        """Ask the teacher for every row that is missing, in bfloat16.
+        """Ask the teacher for every row that is missing, in the dtype that this machine multiplies in.
 
         Args:
-            batch_size: small, a ViT of 257 tokens takes a quarter less a view on two CPU cores at 8 than at 32.
+            batch_size: small, in bfloat16 a ViT of 257 tokens takes a quarter less a view on two CPU cores at 8 than at 32.
             on_rows: called with the number of rows just finished.
         """
+        if self.done == len(self):
+            return
         spec = teacher.spec
         weights = roi_average_weights(self.rois, spec.grid, spec.grid)
-        start = self.done
-        if start == len(self):
-            return
-        fast = teacher.bfloat16_copy()
-        while start < len(self):
-            rows = range(start, min(start + batch_size, len(self)))
-            pixels = torch.stack([self.pixels(row) for row in rows])
-            out = fast(normalize(pixels, spec.image_mean, spec.image_std).bfloat16())
-            self.embeds[rows.start : rows.stop] = out.embeds.float().numpy()
-            self.patches[rows.start : rows.stop] = (weights @ out.patches.float()).numpy()
-            start = rows.stop
-            if start == len(self) or (start // batch_size) % 80 == 0:
-                self._commit(start)
-            on_rows(len(rows))
+        dtype = native_dtype()
+        fast = teacher.copy_in(dtype)
+        count = len(self.photos)
+        for view in range(self.views):
+            start = self._done(view)
+            while start < count:
+                stop = min(start + batch_size, count)
+                pixels = torch.stack([self.pixels(view * count + index) for index in range(start, stop)])
+                out = fast(normalize(pixels, spec.image_mean, spec.image_std).to(dtype))
+                self._embeds[view][start:stop] = out.embeds.float().numpy()
+                self._patches[view][start:stop] = (weights @ out.patches.float()).numpy()
+                on_rows(stop - start)
+                start = stop
+                if start == count or (start // batch_size) % 80 == 0:
+                    self._commit(view, start)
 
-    def _commit(self, rows: int) -> None:
-        self.embeds.flush()
-        self.patches.flush()
-        aside = self._progress.with_suffix(".tmp")
+    def _commit(self, view: int, rows: int) -> None:
+        self._embeds[view].flush()
+        self._patches[view].flush()
+        progress = self._progress(view)
+        aside = progress.with_suffix(".tmp")
         with open(aside, "w") as stream:
             stream.write(str(rows))
             stream.flush()
             os.fsync(stream.fileno())
-        aside.replace(self._progress)
+        aside.replace(progress)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """The teacher's mean embedding (E,) and mean patch token (d,), over a spread of at most 4,096 cached rows."""
-        step = max(1, len(self) // 4096)
-        embeds = torch.from_numpy(np.array(self.embeds[::step], dtype=np.float32))
-        patches = torch.from_numpy(np.array(self.patches[::step], dtype=np.float32))
+        """The teacher's mean embedding (E,) and mean patch token (d,), over a spread of at most 4,096 photos as evaluation sees them."""
+        step = max(1, len(self.photos) // 4096)
+        embeds = torch.from_numpy(np.array(self._embeds[0][::step], dtype=np.float32))
+        patches = torch.from_numpy(np.array(self._patches[0][::step], dtype=np.float32))
         return embeds.mean(0), patches.mean((0, 1))

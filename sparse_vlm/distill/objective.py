@@ -48,26 +48,34 @@ class Distillation(nn.Module):
         return {"loss": loss, "cosine": cosine.detach(), "token_cosine": token_cosine.detach()}
 
 
-def parameter_groups(tower: SparseFormer, new: set[str], lr_inherited: float, lr_new: float, lr_rois: float, decay: float) -> list[dict]:
-    """AdamW groups: inherited, new, and everything that moves a point or an RoI; no decay on vectors.
+def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: float, lr_rois: float, decay: float) -> list[dict]:
+    """AdamW groups, one a tensor, because a rate is relative to the size of what it changes.
+
+    Adam moves every number by about its rate, whatever the number's size. A ViT's tensors differ in size by a factor of twenty: what
+    writes to the residual stream early, the patch embedding foremost, is tiny, and one rate for all either leaves the late blocks as
+    they are or shakes the early ones. So a matrix moves by `lr` of its root mean square a step (compare Adafactor, arXiv 1804.04235,
+    section 8). A matrix that begins at zero counts as large as the smallest inherited one, and a vector as 0.01 at most.
 
     Args:
-        new: names of the student's tensors that were not inherited.
+        new: names of the student's tensors that were not inherited; their rate is `new_boost` times as high.
+        lr_rois: absolute rate of all that moves a point or an RoI.
+        decay: weight decay of matrices.
     """
-    rates = {"inherited": lr_inherited, "new": lr_new, "rois": lr_rois}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    sizes = {name: p.detach().square().mean().sqrt().item() for name, p in tower.named_parameters()}
+    floor = min(sizes[name] for name, p in tower.named_parameters() if name not in new and p.ndim >= 2)
+    groups = []
     for name, parameter in tower.named_parameters():
         if not parameter.requires_grad:
             continue
         if any(part in name for part in ("roi_offset", "roi_adjust", "initial_roi")):
-            kind = "rois"
+            kind, rate = "rois", lr_rois
         else:
             kind = "new" if name in new else "inherited"
-        groups.setdefault((kind, parameter.ndim >= 2 and kind != "rois"), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rates[kind], "weight_decay": decay if decays else 0.0, "name": kind}
-        for (kind, decays), parameters in groups.items()
-    ]
+            size = max(sizes[name], floor)
+            rate = lr * (size if parameter.ndim >= 2 else min(size, 0.01)) * (new_boost if name in new else 1.0)
+        decays = parameter.ndim >= 2 and kind != "rois"
+        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay if decays else 0.0, "name": f"{kind} {name}"})
+    return groups
 
 
 @torch.no_grad()
