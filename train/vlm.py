@@ -3,7 +3,8 @@
     sparse-vlm train --stage align --tower tiny --data 'photos/*.tar' --out build/align
     sparse-vlm train --stage instruct --init build/align --data 'photos/coco*.tar' --out build/chat
 
-`align` trains the projector alone, on captions and names; `instruct` trains projector and LLM (LoRA on every linear layer, or all of it).
+`align` trains the projector alone, on captions and names, after it has learnt words without the LLM (`train.words`); `instruct` trains
+projector and LLM (LoRA on every linear layer, or all of it).
 
 Notable: runs on transformers' Trainer. A photo is one sample: everything that is said about it is a tree of tokens that shares the photo's
 (`sparse_vlm.vlm.tree`), and the tower's tokens come from a cache on disk, so a step costs the LLM and nothing else. What is frozen stays
@@ -23,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from sparse_vlm.data.samples import Sample, TokenBank
+from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import MarkWhole, StopOnSignal, claim, latest_checkpoint
+from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.tree import TreeBatch, collate, target_log_probs
 
@@ -41,18 +43,20 @@ class Stage:
         lr_projector: learning rate of the projector.
         lr_lora, lr_full: of the LLM, through adapters or in full; None leaves the LLM frozen.
         batch_size: photos a step.
+        word_epochs: how often a new projector goes over the photos to learn words (`train.words`) before the stage begins.
     """
 
     lr_projector: float
     lr_lora: float | None
     lr_full: float | None
     batch_size: int = 16
+    word_epochs: int = 0
     weight_decay: float = 0.0
     warmup: float = 0.05  # of the steps
 
 
 STAGES: dict[str, Stage] = {
-    "align": Stage(lr_projector=2e-3, lr_lora=None, lr_full=None),
+    "align": Stage(lr_projector=1e-3, lr_lora=None, lr_full=None, word_epochs=5),
     "instruct": Stage(lr_projector=5e-4, lr_lora=4e-4, lr_full=5e-5),
 }
 
@@ -228,24 +232,17 @@ def train(
         tokens = [t for _, t in items if t is not None]
         return {"trees": collate([sample.tree for sample, _ in items], pad_id), "tokens": torch.stack(tokens) if tokens else None}
 
-    args = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        lr_scheduler_type="cosine",
+    args = arguments(
+        out,
+        vlm.model.device.type,
+        steps,
+        batch,
+        save_steps=max(1, min(50, steps // 4)),
         warmup_steps=max(1, round(stage.warmup * steps)),
         weight_decay=stage.weight_decay,
-        max_grad_norm=1.0,
-        bf16=vlm.model.dtype == torch.bfloat16 or vlm.llm_changed,
-        use_cpu=vlm.model.device.type == "cpu",
+        # an LLM that is trained in full is float32 by now, whatever it was loaded in
+        bf16=(native_dtype(vlm.model.device) if vlm.llm_changed else vlm.model.dtype) == torch.bfloat16,
         seed=seed,
-        logging_steps=max(1, min(10, steps // 20)),
-        save_steps=max(1, min(50, steps // 4)),
-        save_total_limit=2,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
     )
     with StopOnSignal() as stop:
         trainer = LearnerTrainer(

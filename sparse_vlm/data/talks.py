@@ -76,7 +76,7 @@ class Mix:
 
 MIXES: dict[str, Mix] = {
     "align": Mix(captions=5, web_captions=True, labels=True, questions=0),
-    "instruct": Mix(captions=5, web_captions=False, labels=False, questions=6),
+    "instruct": Mix(captions=3, web_captions=False, labels=False, questions=10),
 }
 
 
@@ -154,10 +154,10 @@ def _labels(info: dict[str, Any], mix: Mix) -> Iterable[tuple[Message, ...]]:
 
 
 def _questions(items: list[_Item], mix: Mix, rng: random.Random) -> Iterable[tuple[Message, ...]]:
-    """Conversations of one to three turns out of a photo's questions."""
+    """Conversations of one or two turns out of a photo's questions; single questions share all that stands before them."""
     chosen = rng.sample(items, min(len(items), mix.questions))
     while chosen:
-        turns = [chosen.pop() for _ in range(min(len(chosen), rng.choice((1, 1, 1, 2, 3))))]
+        turns = [chosen.pop() for _ in range(min(len(chosen), rng.choice((1, 1, 1, 1, 2))))]
         messages: list[Message] = []
         for turn, item in enumerate(turns):
             question = existence(item.word, rng) if item.word else item.question

@@ -1,0 +1,91 @@
+"""The projector learns words from a tower's tokens without the LLM, and hands the LLM vectors that are as long as a word's."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_vlm import picture, save_llm, save_tower
+
+from sparse_vlm.data.samples import build_samples
+from sparse_vlm.data.talks import Talk
+from sparse_vlm.photos import Photo
+from sparse_vlm.train import words as learning
+from sparse_vlm.train.words import say_words, words_of
+from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.prompts import assistant, user
+
+COLORS = {"red": (200, 40, 40), "green": (40, 190, 60), "blue": (40, 60, 200)}
+
+
+class Vocabulary:
+    """Knows four words as one token and all others as two."""
+
+    IDS: ClassVar = {" red": 65, " green": 70, " blue": 75, " always": 80}
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.IDS[text]] if text in self.IDS else [1, 2]
+
+
+@pytest.fixture
+def vlm(tmp_path) -> VLM:
+    return VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
+
+
+def talks_about_colors(folder, count: int) -> list[Talk]:
+    """Walls of three colours, each a little different; two sentences a wall, one of which names the colour."""
+    generator = torch.Generator().manual_seed(0)
+    talks = []
+    for i in range(count):
+        name, base = list(COLORS.items())[i % 3]
+        shade = torch.randint(-40, 40, (3,), generator=generator).tolist()
+        path = folder / f"{i}.png"
+        picture(tuple(value + change for value, change in zip(base, shade, strict=True))).save(path)
+        photo = Photo(path.name, path, 0, path.stat().st_size)
+        sentences = (f"Always a {name} wall.", "Always a wall, thrice.")
+        talks.append(Talk(path.name, photo, tuple((user("What?", 1), assistant(text)) for text in sentences)))
+    return talks
+
+
+def test_words_are_single_tokens_that_tell_photos_apart(vlm, tmp_path):
+    talks = [*talks_about_colors(tmp_path, 39), Talk("no photo", None, ((user("Hello"), assistant("A blue one.")),))]
+    samples, photos = build_samples(talks, vlm.renderer)
+    words = words_of(talks, samples, Vocabulary())
+    assert words.names == ("blue", "green", "red")  # "always" is said of every photo, "wall" and "thrice" are two tokens
+    assert words.ids.tolist() == [75, 70, 65]
+    assert len(words.photos) == len(photos) == 39
+    assert words.said[0].tolist() == [0, 0, 0.5]  # one of two sentences
+    assert words_of(talks[:30], samples[:30], Vocabulary()).names == ()  # ten of each are too few
+
+
+def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "BATCH", 8)
+    monkeypatch.setattr(learning, "LEARNING_RATE", 1e-2)
+    talks = talks_about_colors(tmp_path, 90)
+    samples, _ = build_samples(talks, vlm.renderer)
+    # one token of five shows the color; an untrained tower would say the same of all walls
+    generator = torch.Generator().manual_seed(1)
+    bank = torch.randn(90, 5, 64, generator=generator)
+    bank[torch.arange(90), torch.arange(90) % 5] += 2 * torch.randn(3, 64, generator=generator)[torch.arange(90) % 3]
+    words = words_of(talks, samples, Vocabulary())
+    vlm.projector.float().requires_grad_(True)
+    before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
+    seen: list[int] = []
+    learnt = say_words(vlm, words, bank, epochs=12, on_photos=seen.append)
+
+    held_out = 90 - sum(seen) // 12
+    assert 0 < held_out < 15 and sum(seen) == 12 * (90 - held_out)
+    assert learnt["first"] > 0.9 > 0.6 > learnt["commonest"]
+    for name, tensor in vlm.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("multi_modal_projector" not in name), name
+
+    # a red wall's tokens lie near the embedding of " red", and are as long as a word
+    embeddings = vlm.model.get_input_embeddings().weight[words.ids].float()
+    with torch.no_grad():
+        said = vlm.projector(bank[:9]) - embeddings.mean(0)
+    directions = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=-1)
+    clearest = (said @ directions.T).amax(1).argmax(-1)
+    assert [words.names[i] for i in clearest.tolist()] == ["red", "green", "blue"] * 3
+    expected = (embeddings - embeddings.mean(0)).norm(dim=-1).mean()
+    assert said.norm(dim=-1).mean().item() == pytest.approx(expected.item(), rel=0.1)
