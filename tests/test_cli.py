@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from sparse_vlm import __version__, store
 from sparse_vlm.cli import VERBS
@@ -146,3 +148,17 @@ def test_help_is_quick(command):
         command("--help")
         times.append(time.perf_counter() - started)
     assert min(times) < 1.0
+
+
+def test_long_work_without_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_vlm.cli import progress
+
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with progress.counting(console, "looking", "photos", total=40, completed=10) as advance:
+        advance(5)  # too soon for a line
+        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+        advance(10)
+        advance(15)
+    lines = console.file.getvalue().splitlines()
+    assert [line.split(" photos,")[0] for line in lines] == ["looking: 25/40", "looking: 40/40"]
+    assert lines[1].endswith("photos/s, 0 min left")

@@ -1,7 +1,8 @@
-"""A bar with rate and remaining time for work that is counted."""
+"""A bar with rate and remaining time for work that is counted; where no terminal is, a line every half minute."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,10 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+SECONDS_BETWEEN_LINES = 30.0
+
 
 @contextmanager
 def counting(console: Console, label: str, unit: str, total: int, completed: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar; what is given to the `with` block is called with the number of units just finished."""
+    """Show progress; what is given to the `with` block is called with the number of units just finished."""
+    if not console.is_terminal:
+        yield _lines(console, label, unit, total, completed)
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     rate = TextColumn("{task.fields[rate]:.1f} " + f"{unit}/s")
@@ -23,3 +29,20 @@ def counting(console: Console, label: str, unit: str, total: int, completed: int
             progress.update(task, advance=count, rate=progress.tasks[0].speed or 0.0)
 
         yield advance
+
+
+def _lines(console: Console, label: str, unit: str, total: int, completed: int) -> Callable[[int], None]:
+    began = said = time.monotonic()
+    done = completed
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        now = time.monotonic()
+        if now - said < SECONDS_BETWEEN_LINES and done < total:
+            return
+        said = now
+        speed = (done - completed) / max(now - began, 1e-9)
+        console.print(f"{label}: {done}/{total} {unit}, {speed:.1f} {unit}/s, {(total - done) / speed / 60:.0f} min left")
+
+    return advance
