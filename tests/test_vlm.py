@@ -195,6 +195,24 @@ def test_adapters_survive_saving_bit_for_bit(vlm, tmp_path):
     assert abs(folded - plain.score([conversation], [["A cat"]])[0][0].total) > 1e-2
 
 
+def test_another_tower_can_take_the_place_of_a_models_own(vlm, tmp_path):
+    vlm.add_adapters(rank=2)
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    vlm.save_pretrained(tmp_path / "vlm")
+    other = save_tower(tmp_path / "other", tokens=10)
+    swapped = VLM.from_pretrained(tmp_path / "vlm", dtype=torch.float32, fold=False, new_tower=other)
+    assert (swapped.tower_name, swapped.llm_name, swapped.tokens_per_image) == (other, vlm.llm_name, 10)
+    weights = dict(vlm.model.named_parameters())
+    for name, parameter in swapped.model.named_parameters():
+        if "language_model" in name:
+            assert torch.equal(parameter, weights[name]), name
+    swapped.save_pretrained(tmp_path / "swapped")
+    assert VLM.from_pretrained(tmp_path / "swapped", dtype=torch.float32).tokens_per_image == 10
+
+
 def test_damaged_folders_are_one_line(vlm, parts, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -15,9 +15,12 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
     stage: Annotated[str, typer.Option(help="align: the projector alone; instruct: projector and LLM.")] = "align",
-    tower: Annotated[str, typer.Option(help="Tower: a folder or a name of the zoo.")] = "tiny",
+    tower: Annotated[str | None, typer.Option(help="Tower: a folder or a name of the zoo; tiny, or that of --init, unless given.")] = None,
     llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
-    init: Annotated[str | None, typer.Option(help="A VLM to start from, with its tower and LLM: for instruct, what align made.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="A VLM to start from: for instruct, what align made. With --tower, its tower is replaced and its projector new."),
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
     epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
     samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
@@ -67,7 +70,7 @@ def train(
     if samples is not None and samples < len(talks):
         talks = random.Random(seed).sample(talks, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vlm = VLM.from_pretrained(init, device, fold=False) if init else VLM.build(tower, llm, device, seed=seed)
+    vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower) if init else VLM.build(tower or "tiny", llm, device, seed=seed)
     with console.status("rendering conversations and checking their label masks"):
         in_order, photos = build_samples(talks, vlm.renderer)
         built = arrange(in_order, chosen.batch_size, seed)
@@ -94,7 +97,7 @@ def train(
         "max_steps": max_steps,
         "seed": seed,
     }
-    fresh = init is None and latest_checkpoint(out / "checkpoints") is None
+    fresh = (init is None or tower is not None) and latest_checkpoint(out / "checkpoints") is None
     if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
             learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)

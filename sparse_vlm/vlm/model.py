@@ -144,12 +144,18 @@ class VLM:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_zoo_name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, fold: bool = True
+        cls,
+        path_or_zoo_name: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        fold: bool = True,
+        new_tower: str | Path | None = None,
     ) -> VLM:
         """Load a VLM from a folder, or from the zoo by name.
 
         Args:
             fold: add adapters to the LLM's weights, which is faster; training needs them apart.
+            new_tower: a folder or zoo name of a tower to put in the place of its own; the projector is then new, too, and untrained.
 
         Raises:
             UserError: no such folder or name, not a VLM, a part that cannot be found, or weights that do not fit.
@@ -162,10 +168,11 @@ class VLM:
             tower, llm, shape = described["tower"], described["llm"], described["projector"]
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{path_or_zoo_name}: not a VLM folder ({error})") from error
-        vlm = cls.build(tower, llm, device, dtype)
-        if shape != vlm._shape():
-            raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {tower} and LLM {llm} are {vlm._shape()}")
-        vlm._load(vlm.projector, folder / "projector.safetensors")
+        vlm = cls.build(new_tower or tower, llm, device, dtype)
+        if new_tower is None:
+            if shape != vlm._shape():
+                raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {tower} and LLM {llm} are {vlm._shape()}")
+            vlm._load(vlm.projector, folder / "projector.safetensors")
         if (folder / "llm.safetensors").is_file():
             vlm._load(vlm.model.model.language_model, folder / "llm.safetensors")
             vlm.llm_changed = True
