@@ -232,8 +232,9 @@ def test_rates_are_relative_to_the_size_of_what_they_change(teacher: Teacher) ->
     weight = "layers.1.mlp.fc1.weight"
     assert groups[f"inherited {weight}"]["lr"] == pytest.approx(1e-3 * size(weight))
     looking = "layers.0.adaptive_mixing.out_proj.weight"  # begins at zero
-    smallest = min(size(name) for name, p in tower.named_parameters() if p.ndim >= 2 and name not in new)
-    assert groups[f"new {looking}"]["lr"] == pytest.approx(2e-3 * smallest)
+    assert size(looking) == 0
+    assert groups[f"new {looking}"]["lr"] == pytest.approx(2e-3 * 0.02)  # as a fresh layer's
+    assert groups["new feat_extractor.conv1.weight"]["lr"] == pytest.approx(2e-3 * size("feat_extractor.conv1.weight"))
     assert groups["inherited norm.weight"]["lr"] == pytest.approx(1e-5)  # ones, which count as 0.01
     assert groups["rois layers.0.roi_offset_bias"]["lr"] == 5e-6
     assert groups["rois layers.0.roi_offset_bias"]["weight_decay"] == groups["inherited norm.weight"]["weight_decay"] == 0

@@ -468,3 +468,13 @@ def test_a_model_that_is_the_teacher_is_measured_once(data: Path, fakes: dict[st
 )
 def test_names_of_teachers(name: str, split: tuple[str, str | None]) -> None:
     assert split_tag(name) == split
+
+
+def test_a_second_set_of_the_same_file_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparse_vlm.cli import eval as module
+
+    lines, clock = module._Lines(), iter([0, 100, 200, 210])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    for done in (1, 400, 1, 100):
+        lines("set", done, 400)
+    assert capsys.readouterr().err == "set: 400/400, 4.0/s, 0 s left\nset: 100/400, 10.0/s, 30 s left\n"

@@ -107,7 +107,7 @@ class _Lines:
     """Progress for a log: a line when something takes longer than `LINE_EVERY_S`, and every so often from then on."""
 
     def __init__(self) -> None:
-        self._what = ""
+        self._what, self._done = "", 0
         self._started = self._last = 0.0
 
     def __enter__(self) -> _Lines:
@@ -118,8 +118,9 @@ class _Lines:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if what != self._what:
+        if what != self._what or done < self._done:  # two sets can lie in one file
             self._what, self._started, self._last = what, now, now
+        self._done = done
         if now - self._last < LINE_EVERY_S or not done:
             return
         self._last = now

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 
+FRESH = 0.02  # root mean square of a new linear layer
+
 
 class Distillation(nn.Module):
     """A student with its objective.
@@ -54,7 +56,7 @@ def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: f
     Adam moves every number by about its rate, whatever the number's size. A ViT's tensors differ in size by a factor of twenty: what
     writes to the residual stream early, the patch embedding foremost, is tiny, and one rate for all either leaves the late blocks as
     they are or shakes the early ones. So a matrix moves by `lr` of its root mean square a step (compare Adafactor, arXiv 1804.04235,
-    section 8). A matrix that begins at zero counts as large as the smallest inherited one, and a vector as 0.01 at most.
+    section 8). A new matrix counts as large as a fresh one at least, although it may begin at zero, and a vector as 0.01 at most.
 
     Args:
         new: names of the student's tensors that were not inherited; their rate is `new_boost` times as high.
@@ -71,7 +73,7 @@ def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: f
             kind, rate = "rois", lr_rois
         else:
             kind = "new" if name in new else "inherited"
-            size = max(sizes[name], floor)
+            size = max(sizes[name], FRESH if name in new else floor)
             rate = lr * (size if parameter.ndim >= 2 else min(size, 0.01)) * (new_boost if name in new else 1.0)
         decays = parameter.ndim >= 2 and kind != "rois"
         groups.append({"params": [parameter], "lr": rate, "weight_decay": decay if decays else 0.0, "name": f"{kind} {name}"})
