@@ -64,8 +64,10 @@ def test_gradients_equal_the_authors(name: str) -> None:
     parameters = dict(tower.named_parameters())
     wanted = {key.removeprefix("grad."): value for key, value in data.items() if key.startswith("grad.")}
     assert wanted
+    # v1's gradients move by 1.9e-4 when the pixels move by 1e-7, so other kernels than AVX-512's need slack here as well
+    exact = torch.backends.cpu.get_cpu_capability() == "AVX512"
     for key, value in wanted.items():
-        assert (parameters[key].grad - value).norm() <= 1e-4 * value.norm(), key
+        assert (parameters[key].grad - value).norm() <= (1e-4 if exact else 5e-4) * value.norm(), key
 
 
 @pytest.mark.parametrize(

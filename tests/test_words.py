@@ -28,6 +28,12 @@ class Vocabulary:
         return [self.IDS[text]] if text in self.IDS else [1, 2]
 
 
+@pytest.fixture(autouse=True)
+def _three_colors_are_few(monkeypatch):
+    """Each is said of a third of all walls."""
+    monkeypatch.setattr(learning, "MAX_SHARE", 0.5)
+
+
 @pytest.fixture
 def vlm(tmp_path) -> VLM:
     return VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
