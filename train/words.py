@@ -1,7 +1,7 @@
 """The projector's beginning: a picture's tokens say words before the LLM hears them.
 
 Shape legend: B photos, N tokens a picture, d width of the tower, D width of the LLM, V words.
-A projector that begins at random hands the LLM noise, and running the LLM to tell it so costs a hundred times what the projector does. But
+A projector that begins at random hands the LLM noise, and running the LLM to tell it so costs far more than the projector itself. But
 what a good projector says is half known: an LLM reads embeddings of words. So the projector first learns, without the LLM, that a photo's
 tokens point in the direction of the words that are said about the photo: for each word the token that says it most clearly counts (multiple
 instance learning, as in Fang et al., From Captions to Visual Concepts and Back, arXiv 1411.4952, section 3). LLaVA's two stages follow.
@@ -108,7 +108,7 @@ def say_words(
 
     Returns:
         On one photo in twenty, not learnt from: `first`, how often the clearest word of a photo is said of it, and `commonest`, the same
-        for the word that is said most often.
+        for the word that is said most often; nothing where the photos are too few to spare any.
     """
     projector = vlm.projector
     device = projector.linear_1.weight.device

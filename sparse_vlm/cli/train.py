@@ -101,10 +101,11 @@ def train(
     if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
             learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)
-        console.print(
-            f"the word that a new photo's tokens say most clearly is said of it in {learnt['first']:.0%} of the cases "
-            f"(the most common word in {learnt['commonest']:.0%})"
-        )
+        if learnt:
+            console.print(
+                f"the word that a new photo's tokens say most clearly is said of it in {learnt['first']:.0%} of the cases "
+                f"(the most common word in {learnt['commonest']:.0%})"
+            )
     if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed):
         console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
     else:
