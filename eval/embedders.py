@@ -111,17 +111,25 @@ class ModuleEmbedder:
             return self.forward(pixels).float().cpu()
 
 
-def tower_embedder(name: str) -> ModuleEmbedder:
+def tower_embedder(name: str, control: str = "none") -> ModuleEmbedder:
     """A tower from a folder or the zoo.
 
+    Args:
+        control: a key of `TOWER_CONTROLS`; what is measured under one is named after it, too.
+
     Raises:
-        UserError: no such tower.
+        UserError: no such tower, or one that does not look where the control is to keep it from looking.
     """
     device = best_device()
     tower = SparseFormer.from_pretrained(name, dtype=native_dtype(device)).to(device)
     config = tower.config
+    if control == "no-looks":
+        if not any("SAMPLING_M" in unit.ops for unit in config.units):
+            raise UserError(f"{name} does not look, so no-looks is the tower itself; leave that control out")
+        for unit in tower.units():
+            unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
     return ModuleEmbedder(
-        name,
+        name if control == "none" else f"{name}, {control}",
         "tower",
         tower,
         lambda pixels: tower(pixels).image_embeds,
@@ -165,13 +173,9 @@ def split_tag(name: str) -> tuple[str, str | None]:
     return model, tag
 
 
-def load_embedder(name: str) -> ModuleEmbedder:
-    """A teacher where the name is one (`local-dir:`, `hf-hub:`, `MODEL@TAG`), else a tower from a folder or the zoo.
-
-    Raises:
-        UserError: no such model.
-    """
-    return teacher_embedder(name) if name.startswith(("local-dir:", "hf-hub:")) or "@" in name else tower_embedder(name)
+def is_teacher(name: str) -> bool:
+    """Whether a name is a teacher's: `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG`."""
+    return name.startswith(("local-dir:", "hf-hub:")) or "@" in name
 
 
 class TeacherText:

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from sparse_vlm import __version__
 from sparse_vlm.eval.run import Column, Report
-from sparse_vlm.eval.task import CONTROLS
 
 FORMAT = "sparse-vlm/eval/1"
 
@@ -89,8 +88,7 @@ def caption(report: Report) -> str:
     parts = ["[95 % interval, bootstrap over photos]"]
     if report.teacher is not None:
         parts.append("= share of the teacher's value")
-    if any(column.control for column in report.columns):
-        parts += [f"{control}: {meaning}" for control, meaning in CONTROLS.items() if control != "none"]
+    parts += [f"{control}: {meaning}" for control, meaning in report.controls.items()]
     if report.limit is not None:
         parts.append(f"at most {report.limit} photos a set")
     return "; ".join(parts)

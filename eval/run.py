@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, load_embedder, teacher_embedder, text_side
+from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, is_teacher, teacher_embedder, text_side, tower_embedder
 from sparse_vlm.eval.metrics import Metric, ratio
-from sparse_vlm.eval.task import CONTROLS, Data, ImageTask, Result, Task, VLMTask
+from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
 
 Progress = Callable[[str, int, int], None]
@@ -26,7 +26,7 @@ class Column:
     """A model, and for VLM tasks the control it was run under."""
 
     model: str
-    control: str | None = None
+    control: str | None = None  # of a VLM; a tower under a control has a name of its own
 
     @property
     def title(self) -> str:
@@ -41,6 +41,7 @@ class Report:
     Attributes:
         models: what each model is (kind, tokens, cost), by name.
         teacher, text: names, where there is one.
+        controls: what the controls of the run mean, by name.
         dtype: that the models compute in.
         results: by task and column.
     """
@@ -50,6 +51,7 @@ class Report:
     teacher: str | None = None
     text: str | None = None
     limit: int | None = None
+    controls: dict[str, str] = field(default_factory=dict)
     dtype: str = ""
     seconds: float = 0.0
     results: dict[str, dict[Column, Result]] = field(default_factory=dict)
@@ -94,7 +96,7 @@ def evaluate(
     data: Path,
     teacher: str | None = None,
     text: str | None = None,
-    controls: Sequence[str] = tuple(CONTROLS),
+    controls: Sequence[str] | None = None,
     limit: int | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Report:
@@ -105,7 +107,7 @@ def evaluate(
         data: the folder that holds `eval/` and `train/`.
         teacher: measured beside the towers; `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG`.
         text: the text side; the teacher's own by default.
-        controls: for VLM tasks, keys of `CONTROLS`.
+        controls: for VLM tasks keys of `CONTROLS`, all by default; for image tasks of `TOWER_CONTROLS`, where `none` is the default.
         limit: photos a set.
         on_progress: called with (what, done, total).
 
@@ -114,9 +116,6 @@ def evaluate(
     """
     started = time.perf_counter()
     chosen = find_tasks(list(dict.fromkeys(tasks)))
-    for control in controls:
-        if control not in CONTROLS:
-            raise UserError(f"{control}: no such control; there are {', '.join(CONTROLS)}")
     if limit is not None and limit < 2:
         raise UserError(f"--limit is {limit}; it must be at least 2")
     files = Data(data, limit)
@@ -127,20 +126,32 @@ def evaluate(
     vlm_tasks = {name: task for name, task in chosen.items() if isinstance(task, VLMTask)}
     if image_tasks and vlm_tasks:
         raise UserError(f"{', '.join(image_tasks)} measure towers, {', '.join(vlm_tasks)} models that answer in words; run them apart")
+    known = TOWER_CONTROLS if image_tasks else CONTROLS
+    controls = controls or (["none"] if image_tasks else list(CONTROLS))
+    for control in controls:
+        if control not in known:
+            raise UserError(f"{control}: no such control for {', '.join(chosen)}; there are {', '.join(known)}")
     names = list(dict.fromkeys(models))
     if image_tasks:
-        report = _run_image_tasks(names, image_tasks, files, teacher, text, on_progress)
+        report = _run_image_tasks(names, image_tasks, files, teacher, text, controls, on_progress)
     else:
         if not names:
             raise UserError("no model to measure; name one with --model")
         report = _run_vlm_tasks(names, vlm_tasks, files, controls, on_progress)
     report.limit = limit
+    report.controls = {control: known[control] for control in controls if control != "none"}
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _run_image_tasks(
-    names: list[str], tasks: dict[str, ImageTask], data: Data, teacher: str | None, text: str | None, on_progress: Progress
+    names: list[str],
+    tasks: dict[str, ImageTask],
+    data: Data,
+    teacher: str | None,
+    text: str | None,
+    controls: Sequence[str],
+    on_progress: Progress,
 ) -> Report:
     for name, task in tasks.items():
         if task.needs_teacher and teacher is None:
@@ -149,7 +160,12 @@ def _run_image_tasks(
             raise UserError(f"{name} compares photos with words; give --text, or --teacher to use its own")
     if not names and teacher is None:
         raise UserError("no model to measure; name one with --model")
-    embedders: list[Embedder] = [load_embedder(name) for name in names if name != teacher]
+    embedders: list[Embedder] = []
+    for name in names:
+        if is_teacher(name):
+            embedders += [] if name == teacher else [teacher_embedder(name)]
+        else:
+            embedders += [tower_embedder(name, control) for control in controls]
     reference = None if teacher is None else teacher_embedder(teacher)
     if reference is not None:
         embedders.append(reference)

@@ -24,6 +24,10 @@ CONTROLS = {
     "no-image": "the same questions without any image",
     "wrong-image": "another photo of the set in its place",
 }
+TOWER_CONTROLS = {
+    "none": "the tower as it is",
+    "no-looks": "the same weights with nothing added by any look",
+}
 
 
 @dataclass

@@ -129,7 +129,7 @@ class FakeText:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEmbedder]:
     made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0), "teacher": FakeEmbedder("teacher")}
-    monkeypatch.setattr(run, "load_embedder", made.__getitem__)
+    monkeypatch.setattr(run, "tower_embedder", lambda name, control: made[name])
     monkeypatch.setattr(run, "teacher_embedder", made.__getitem__)
     monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
     return made
@@ -374,6 +374,33 @@ def test_a_tower_as_embedder(tower_folder: Path, data: Path) -> None:
     assert embedder.macs > 0
 
 
+def test_a_tower_kept_from_looking(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
+
+    config = SparseFormerConfig(
+        units=(UnitConfig(64, ("SAMPLING_M", "ATTN", "MLP")),),
+        num_latent_tokens=4,
+        embed_dim=16,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
+        image_size=32,
+        conv_dim=16,
+        head="avg",
+        token_init="each",
+    )
+    SparseFormer(config).save_pretrained(tmp_path / "looking")
+    SparseFormer(replace(config, units=(UnitConfig(64, ("ATTN", "MLP")),))).save_pretrained(tmp_path / "blind")
+    pictures = [Image.new("RGB", (32, 32), name) for name in ("red", "blue")]
+    seeing, kept = (tower_embedder(str(tmp_path / "looking"), control) for control in ("none", "no-looks"))
+    assert not torch.equal(*seeing.embed(pictures))
+    assert torch.equal(*kept.embed(pictures)), "without looks nothing of the picture is left in this tower"
+    assert kept.name == f"{seeing.name}, no-looks"
+    with pytest.raises(UserError, match="blind does not look"):
+        tower_embedder(str(tmp_path / "blind"), "no-looks")
+
+
 def test_command(command: Any, tower_folder: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["eval", "--model", str(tower_folder), "--tasks", "knn", "--data", str(data), "--threads", "1"]
     done = command(*arguments, "--json", "-", "--out", str(tmp_path / "out"))
@@ -406,7 +433,8 @@ def test_help_names_every_task() -> None:
         ({"tasks": ["knn"], "models": [], "teacher": None}, "no model to measure"),
         ({"tasks": ["pope"], "models": []}, "no model to measure"),
         ({"tasks": ["imagenet", "pope"]}, "imagenet measure towers, pope models that answer in words; run them apart"),
-        ({"tasks": ["pope"], "controls": ["no-photo"]}, "no-photo: no such control; there are none, no-image, wrong-image"),
+        ({"tasks": ["pope"], "controls": ["no-photo"]}, "no-photo: no such control for pope; there are none, no-image, wrong-image"),
+        ({"tasks": ["knn"], "controls": ["no-image"]}, "no-image: no such control for knn; there are none, no-looks"),
         ({"tasks": ["imagenet"], "limit": 1}, "--limit is 1; it must be at least 2"),
         ({"tasks": ["knn"], "limit": 2}, "imagen-200 .*: too few photos to learn from"),
         ({"tasks": ["pope"], "data": Path("nowhere")}, "nowhere/eval/coco_vqa.tar: no such file; --data names the folder"),

@@ -29,7 +29,9 @@ def eval(
     model: Annotated[list[str] | None, typer.Option(help="A tower (or, for tasks in words, a VLM): folder or zoo name; repeat it.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Measured too: local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip.")] = None,
     text: Annotated[str | None, typer.Option(help="The text side: folder or zoo name; the teacher's own unless given.")] = None,
-    control: Annotated[list[str] | None, typer.Option(help="For tasks in words: none, no-image, wrong-image; all unless given.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="VLMs: none, no-image, wrong-image, all unless given. Towers: none, no-looks.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many photos a set.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the report, the table in Markdown, and every prediction.")] = None,
@@ -49,13 +51,12 @@ def eval(
 
     from sparse_vlm.eval.report import as_json, as_table, save, write_aside
     from sparse_vlm.eval.run import evaluate
-    from sparse_vlm.eval.task import CONTROLS
 
     if threads:
         torch.set_num_threads(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     with progress:
-        report = evaluate(model or [], names, data, teacher, text, control or list(CONTROLS), limit, progress)
+        report = evaluate(model or [], names, data, teacher, text, control, limit, progress)
     document = json.dumps(as_json(report), indent=1) + "\n"
     if out is not None:
         save(report, out)
