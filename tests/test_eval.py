@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -374,26 +375,14 @@ def test_a_tower_as_embedder(tower_folder: Path, data: Path) -> None:
     assert embedder.macs > 0
 
 
-def test_a_tower_kept_from_looking(tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_a_tower_kept_from_looking(tower_folder: Path, tmp_path: Path) -> None:
+    from sparse_vlm.tower import SparseFormer
 
-    from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
-
-    config = SparseFormerConfig(
-        units=(UnitConfig(64, ("SAMPLING_M", "ATTN", "MLP")),),
-        num_latent_tokens=4,
-        embed_dim=16,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.25, 0.25, 0.25),
-        image_size=32,
-        conv_dim=16,
-        head="avg",
-        token_init="each",
-    )
-    SparseFormer(config).save_pretrained(tmp_path / "looking")
-    SparseFormer(replace(config, units=(UnitConfig(64, ("ATTN", "MLP")),))).save_pretrained(tmp_path / "blind")
+    config = SparseFormer.from_pretrained(tower_folder).config
+    blind = tuple(replace(unit, ops=("ATTN", "MLP")) for unit in config.units)
+    SparseFormer(replace(config, units=blind)).save_pretrained(tmp_path / "blind")
     pictures = [Image.new("RGB", (32, 32), name) for name in ("red", "blue")]
-    seeing, kept = (tower_embedder(str(tmp_path / "looking"), control) for control in ("none", "no-looks"))
+    seeing, kept = (tower_embedder(str(tower_folder), control) for control in ("none", "no-looks"))
     assert not torch.equal(*seeing.embed(pictures))
     assert torch.equal(*kept.embed(pictures)), "without looks nothing of the picture is left in this tower"
     assert kept.name == f"{seeing.name}, no-looks"

@@ -180,6 +180,7 @@ def test_adapters_survive_saving_bit_for_bit(vlm, tmp_path):
         for name, parameter in vlm.model.named_parameters():
             if "lora_" in name or "projector" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    vlm.new_projector = False
     vlm.save_pretrained(tmp_path / "saved")
     for fold in (False, True):
         loaded = VLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, fold=fold)
@@ -209,6 +210,8 @@ def test_another_tower_can_take_the_place_of_a_models_own(vlm, tmp_path):
     for name, parameter in swapped.model.named_parameters():
         if "language_model" in name:
             assert torch.equal(parameter, weights[name]), name
+    assert swapped.new_projector
+    swapped.new_projector = False  # as after training
     swapped.save_pretrained(tmp_path / "swapped")
     assert VLM.from_pretrained(tmp_path / "swapped", dtype=torch.float32).tokens_per_image == 10
 
@@ -217,6 +220,7 @@ def test_damaged_folders_are_one_line(vlm, parts, tmp_path):
     from safetensors.torch import load_file, save_file
 
     vlm.add_adapters(rank=2)
+    vlm.new_projector = False
     vlm.save_pretrained(tmp_path / "whole")
 
     def damaged(name) -> str:
@@ -440,5 +444,18 @@ def test_train_command(parts, command, tmp_path):
     assert "[[A wall.<|im_end|>]]" in done.stdout
     assert "frozen" in done.stdout
     assert {"vlm.json", "projector.safetensors", "training.json", "loss.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UserError, match="--stage polish: no such stage; known are align, instruct"):
+    with pytest.raises(UserError, match="--stage polish: no such stage; known are read, align, instruct"):
         train_command(data=["x"], out=tmp_path / "out", stage="polish")
+
+
+def test_read_then_align(parts, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A wall."}]
+    picture("red").save(tmp_path / "red.png")
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}] * 16))
+    shared = {"data": [str(tmp_path / "data.json")], "images": tmp_path, "cache": tmp_path / "cache", "batch_size": 4, "rank": 2}
+    train_command(stage="read", tower=parts[0], llm=parts[1], out=tmp_path / "read", **shared)
+    assert not (tmp_path / "cache").exists(), "no tower looked"
+    train_command(stage="align", init=str(tmp_path / "read"), out=tmp_path / "align", **shared)
+    read = VLM.from_pretrained(tmp_path / "read", dtype=torch.float32, fold=False).model.state_dict()
+    for name, tensor in VLM.from_pretrained(tmp_path / "align", dtype=torch.float32, fold=False).model.state_dict().items():
+        assert torch.equal(tensor, read[name]) == ("multi_modal_projector" not in name), name

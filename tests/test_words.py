@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -10,8 +12,12 @@ from tiny_vlm import picture, save_llm, save_tower
 
 from sparse_vlm.data.samples import build_samples
 from sparse_vlm.data.talks import Talk
+from sparse_vlm.data.words import words_about
+from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.train import words as learning
+from sparse_vlm.train.reading import WordPictures
+from sparse_vlm.train.vlm import STAGES, prepare, train
 from sparse_vlm.train.words import say_words, words_of
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import assistant, user
@@ -26,12 +32,6 @@ class Vocabulary:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [self.IDS[text]] if text in self.IDS else [1, 2]
-
-
-@pytest.fixture(autouse=True)
-def _three_colors_are_few(monkeypatch):
-    """Each is said of a third of all walls."""
-    monkeypatch.setattr(learning, "MAX_SHARE", 0.5)
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_words_are_single_tokens_that_tell_photos_apart(vlm, tmp_path):
     talks = [*talks_about_colors(tmp_path, 39), Talk("no photo", None, ((user("Hello"), assistant("A blue one.")),))]
     samples, photos = build_samples(talks, vlm.renderer)
     words = words_of(talks, samples, Vocabulary())
-    assert words.names == ("blue", "green", "red")  # "always" is said of every photo, "wall" and "thrice" are two tokens
+    assert words.names == ("blue", "green", "red")  # always is said of all, "wall" and "thrice" are two tokens, "a" names nothing
     assert words.ids.tolist() == [75, 70, 65]
     assert len(words.photos) == len(photos) == 39
-    assert words.said[0].tolist() == [0, 0, 0.5]  # one of two sentences
-    assert words_of(talks[:30], samples[:30], Vocabulary()).names == ()  # ten of each are too few
+    assert words.said[0].tolist() == [0, 0, 1]
+    assert words_of(talks[:30], samples[:30], Vocabulary()).names == ()  # ten of each colour are too few
 
 
 def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
@@ -72,8 +72,8 @@ def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
     samples, _ = build_samples(talks, vlm.renderer)
     # one token of five shows the color; an untrained tower would say the same of all walls
     generator = torch.Generator().manual_seed(1)
-    bank = torch.randn(90, 5, 64, generator=generator)
-    bank[torch.arange(90), torch.arange(90) % 5] += 2 * torch.randn(3, 64, generator=generator)[torch.arange(90) % 3]
+    bank = torch.randn(64, generator=generator) + 0.3 * torch.randn(90, 5, 64, generator=generator)
+    bank[torch.arange(90), torch.arange(90) % 5] += torch.randn(3, 64, generator=generator)[torch.arange(90) % 3]
     words = words_of(talks, samples, Vocabulary())
     vlm.projector.float().requires_grad_(True)
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
@@ -95,3 +95,53 @@ def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
     assert [words.names[i] for i in clearest.tolist()] == ["red", "green", "blue"] * 3
     expected = (embeddings - embeddings.mean(0)).norm(dim=-1).mean()
     assert said.norm(dim=-1).mean().item() == pytest.approx(expected.item(), rel=0.1)
+
+
+def test_words_about_a_photo_are_what_is_there(tmp_path):
+    info = {"captions": ["A dog on the grass.", "A dog on the grass."], "objects": ["frisbee", "wine glass"]}
+    turns = (("Is there a cat in the image?", "No"), ("Does leash exist in the image?", "Yes"), ("What color is it?", "Brown"))
+    talk = Talk("x", Photo("x", tmp_path, 0, 0, info), tuple((user(question, 1), assistant(answer)) for question, answer in turns))
+    assert words_about(talk) == [{"dog", "grass"}, {"frisbee", "wine", "glass"}, {"leash"}, {"brown"}]
+
+
+def test_pictures_of_words_show_every_word(vlm, tmp_path):
+    talks = talks_about_colors(tmp_path, 3)
+    samples, _ = build_samples(talks, vlm.renderer)
+    embeddings = vlm.model.get_input_embeddings().weight
+    shown = WordPictures(vlm, talks, samples)[0]
+    assert shown.shape == (vlm.tokens_per_image, embeddings.shape[1])
+    # the tokenizer of tests knows bytes: each word begins with a space
+    assert {tuple(row) for row in shown.tolist()} == {tuple(embeddings[vlm.tokenizer.encode(" ")[0]].tolist())}
+
+
+def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
+    """It learns to tell from the words, and the model is not used before its projector has learnt something."""
+    vlm = VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
+    before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
+    letters = ["x", "y", "z"] * 40
+    talks = [Talk(letter, Photo(f"{i}", tmp_path, i, 0), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)]
+    samples, _ = build_samples(talks, vlm.renderer)
+    stage = replace(STAGES["read"], lr_lora=2e-2, batch_size=4)
+    groups = prepare(vlm, stage, rank=8)
+    assert {group.name: group.lr for group in groups} == {"tower": None, "projector": None, "LLM": None, "LLM adapters": 2e-2}
+    fresh = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
+
+    def last_loss(shown: list[str]) -> float:
+        pictures = WordPictures(vlm, talks, samples)
+        # this tokenizer begins every word with the same byte, and these are told by another
+        pictures._ids = {i: vlm.tokenizer.encode(letter) for i, letter in enumerate(shown)}
+        with torch.no_grad():
+            for name, parameter in vlm.model.named_parameters():
+                if name in fresh:
+                    parameter.copy_(fresh[name])
+        folder = tmp_path / "".join(shown[:3])
+        assert train(vlm, groups, stage, samples, pictures, folder, {"stage": "read"})
+        return [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["history"] if "loss" in entry][-1]
+
+    assert last_loss(["w"] * 120) - last_loss(letters) > 0.3, "a letter is told from the picture alone"
+    after = {name.replace(".base_layer", ""): t for name, t in vlm.model.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with pytest.raises(UserError, match="its projector has learnt nothing yet"):
+        VLM.from_pretrained(tmp_path / "xyz")
+    again = VLM.from_pretrained(tmp_path / "xyz", dtype=torch.float32, fold=False)
+    assert again.new_projector and again.peft is not None

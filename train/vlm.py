@@ -1,10 +1,12 @@
-"""Teaching an LLM to read a tower's tokens, in LLaVA's two stages.
+"""Teaching an LLM to read a tower's tokens, in LLaVA's two stages and one before them.
 
-    sparse-vlm train --stage align --tower tiny --data 'photos/*.tar' --out build/align
-    sparse-vlm train --stage instruct --init build/align --data 'photos/coco*.tar' --out build/chat
+    sparse-vlm train --stage read --tower tiny --data 'photos/*.tar' --out build/read
+    sparse-vlm train --stage align --init build/read --data 'photos/*.tar' --out build/align
+    sparse-vlm train --stage instruct --init build/align --data 'photos/*.tar' --out build/chat
 
-`align` trains the projector alone, on captions and names, after it has learnt words without the LLM (`train.words`); `instruct` trains
-projector and LLM (LoRA on every linear layer, or all of it).
+`read` teaches a small LLM to answer from words that stand in a picture's place (`train.reading`); larger ones do without. `align` trains
+the projector alone, on captions and names, after it has learnt words without the LLM (`train.words`); `instruct` trains projector and LLM
+(LoRA on every linear layer, or all of it).
 
 Notable: runs on transformers' Trainer. A photo is one sample: everything that is said about it is a tree of tokens that shares the photo's
 (`sparse_vlm.vlm.tree`), and the tower's tokens come from a cache on disk, so a step costs the LLM and nothing else. What is frozen stays
@@ -30,6 +32,7 @@ from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.train.progress import ProgressLine
+from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.tree import TreeBatch, collate, target_log_probs
@@ -37,25 +40,28 @@ from sparse_vlm.vlm.tree import TreeBatch, collate, target_log_probs
 
 @dataclass(frozen=True)
 class Stage:
-    """One of LLaVA's two stages.
+    """One stage of training.
 
     Attributes:
-        lr_projector: learning rate of the projector.
+        lr_projector: learning rate of the projector; None leaves it as it is.
         lr_lora, lr_full: of the LLM, through adapters or in full; None leaves the LLM frozen.
         batch_size: photos a step.
+        pictures_of_words: whether words stand in a picture's place (`train.reading`).
         word_epochs: how often a new projector goes over the photos to learn words (`train.words`) before the stage begins.
     """
 
-    lr_projector: float
+    lr_projector: float | None
     lr_lora: float | None
     lr_full: float | None
     batch_size: int = 16
+    pictures_of_words: bool = False
     word_epochs: int = 0
     weight_decay: float = 0.0
     warmup: float = 0.05  # of the steps
 
 
 STAGES: dict[str, Stage] = {
+    "read": Stage(lr_projector=None, lr_lora=4e-4, lr_full=5e-5, batch_size=2, pictures_of_words=True),
     "align": Stage(lr_projector=1e-3, lr_lora=None, lr_full=None, word_epochs=5),
     "instruct": Stage(lr_projector=5e-4, lr_lora=4e-4, lr_full=5e-5),
 }
@@ -89,13 +95,12 @@ def prepare(vlm: VLM, stage: Stage, rank: int | None, seed: int = 0) -> list[Gro
         UserError: adapters and full training at once.
     """
     vlm.model.requires_grad_(False)
-    vlm.projector.float().requires_grad_(True)
+    vlm.projector.float()
     llm_lr = None
     language = vlm.model.model.language_model
     if stage.lr_lora is not None and rank is not None:
         if vlm.peft is None:
             vlm.add_adapters(rank, seed)
-            vlm.projector.requires_grad_(True)
         for name, parameter in language.named_parameters():
             parameter.requires_grad_("lora_" in name)
         llm_lr = stage.lr_lora
@@ -106,6 +111,7 @@ def prepare(vlm: VLM, stage: Stage, rank: int | None, seed: int = 0) -> list[Gro
         language.float().requires_grad_(True)
         vlm.llm_changed = True
         llm_lr = stage.lr_full
+    vlm.projector.requires_grad_(stage.lr_projector is not None)
     if vlm.model.device.type == "cpu":
         # at a few hundred tokens a tree, plain attention takes a quarter less of a step than the fused kernel
         language.set_attn_implementation("eager")
@@ -130,20 +136,25 @@ def _leave_inputs_alone(language: nn.Module) -> None:
 
 
 class Learner(nn.Module):
-    """What the Trainer sees: token trees and the tower's tokens in, the loss out; its state dict is what is trained."""
+    """What the Trainer sees: token trees and the tower's tokens in, the loss out; its state dict is what is trained.
 
-    def __init__(self, vlm: VLM) -> None:
+    Args:
+        project: whether pictures come as the tower's tokens; else they are in the LLM's width already.
+    """
+
+    def __init__(self, vlm: VLM, project: bool = True) -> None:
         super().__init__()
-        self.model = vlm.model
+        self.model, self.project = vlm.model, project
 
     def forward(self, trees: TreeBatch, tokens: Tensor | None) -> dict[str, Tensor]:
         """Mean negative log-likelihood of the targets.
 
         Args:
-            tokens: (pictures, N, d) of the tower; None without pictures.
+            tokens: (pictures, N, d) of the tower, or (pictures, N, D); None without pictures.
         """
-        features = None if tokens is None else self.model.model.multi_modal_projector(tokens.float())
-        return {"loss": -target_log_probs(self.model, trees, features).mean()}
+        if tokens is not None and self.project:
+            tokens = self.model.model.multi_modal_projector(tokens.float())
+        return {"loss": -target_log_probs(self.model, trees, tokens).mean()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Trained tensors alone."""
@@ -163,7 +174,7 @@ class Learner(nn.Module):
 class Samples(Dataset):
     """Samples in the order in which they are learnt from."""
 
-    def __init__(self, samples: Sequence[Sample], bank: TokenBank) -> None:
+    def __init__(self, samples: Sequence[Sample], bank: TokenBank | WordPictures) -> None:
         self.samples, self.bank = samples, bank
 
     def __len__(self) -> int:
@@ -203,7 +214,7 @@ def train(
     groups: list[Group],
     stage: Stage,
     samples: Sequence[Sample],
-    bank: TokenBank,
+    bank: TokenBank | WordPictures,
     out: Path,
     settings: dict[str, Any],
     max_steps: int | None = None,
@@ -246,7 +257,7 @@ def train(
     )
     with StopOnSignal() as stop:
         trainer = LearnerTrainer(
-            model=Learner(vlm),
+            model=Learner(vlm, project=not stage.pictures_of_words),
             args=args,
             train_dataset=Samples(samples, bank),
             data_collator=gather,
@@ -258,6 +269,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         complete = trainer.state.global_step >= steps
     if complete:
+        vlm.new_projector = vlm.new_projector and stage.lr_projector is None
         vlm.save_pretrained(out)
         write_history(out, settings, trainer.state.log_history, batch)
     return complete

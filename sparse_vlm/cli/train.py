@@ -14,12 +14,12 @@ def train(
         typer.Option(help="Photos with captions or questions: webdataset tars, globs, or a LLaVA json; repeatable."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    stage: Annotated[str, typer.Option(help="align: the projector alone; instruct: projector and LLM.")] = "align",
+    stage: Annotated[str, typer.Option(help="read: the LLM, from words; align: the projector; instruct: both.")] = "align",
     tower: Annotated[str | None, typer.Option(help="Tower: a folder or a name of the zoo; tiny, or that of --init, unless given.")] = None,
     llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
     init: Annotated[
         str | None,
-        typer.Option(help="A VLM to start from: for instruct, what align made. With --tower, its tower is replaced and its projector new."),
+        typer.Option(help="A VLM to start from: what the stage before made. With --tower, its tower is replaced and its projector new."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
     epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
@@ -48,6 +48,7 @@ def train(
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
+    from sparse_vlm.train.reading import WordPictures
     from sparse_vlm.train.run import latest_checkpoint
     from sparse_vlm.train.words import say_words, words_of
     from sparse_vlm.vlm import VLM
@@ -66,24 +67,27 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     console = Console(highlight=False, soft_wrap=True)
-    talks = _talks(data, images, stage, epochs, seed)
+    talks, known = _talks(data, images, stage, epochs, seed)
     if samples is not None and samples < len(talks):
         talks = random.Random(seed).sample(talks, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower) if init else VLM.build(tower or "tiny", llm, device, seed=seed)
     with console.status("rendering conversations and checking their label masks"):
-        in_order, photos = build_samples(talks, vlm.renderer)
+        in_order, photos = build_samples(talks, vlm.renderer, known)
         built = arrange(in_order, chosen.batch_size, seed)
     groups = training.prepare(vlm, chosen, None if full else rank, seed)
     _describe(console, talks, built, groups, vlm)
 
-    bank = TokenBank(cache, vlm.tower, photos)
-    wanted = [sample.photo for sample in in_order if sample.photo is not None]
-    if missing := len(bank.missing(wanted)):
-        with counting(console, "looking", "photos", missing) as advance:
-            bank.fill(wanted, advance)
+    if chosen.pictures_of_words:
+        bank = WordPictures(vlm, talks, in_order, seed)
     else:
-        console.print(f"tower's tokens: {len(set(wanted))} photos, all cached")
+        bank = TokenBank(cache, vlm.tower, photos)
+        wanted = [sample.photo for sample in in_order if sample.photo is not None]
+        if missing := len(bank.missing(wanted)):
+            with counting(console, "looking", "photos", missing) as advance:
+                bank.fill(wanted, advance)
+        else:
+            console.print(f"tower's tokens: {len(set(wanted))} photos, all cached")
     settings = {
         "stage": stage,
         **dataclasses.asdict(chosen),
@@ -97,13 +101,13 @@ def train(
         "max_steps": max_steps,
         "seed": seed,
     }
-    fresh = (init is None or tower is not None) and latest_checkpoint(out / "checkpoints") is None
+    fresh = vlm.new_projector and latest_checkpoint(out / "checkpoints") is None
     if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
             learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)
         if learnt:
             console.print(
-                f"the word that a new photo's tokens say most clearly is said of it in {learnt['first']:.0%} of the cases "
+                f"the word that a new photo's tokens say most is said of it in {learnt['first']:.0%} of the cases "
                 f"(the most common word in {learnt['commonest']:.0%})"
             )
     if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed):
@@ -113,16 +117,18 @@ def train(
         raise typer.Exit(130)
 
 
-def _talks(data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> list[Any]:
+def _talks(data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """What the data says, and the photos of its tars and folders."""
     from sparse_vlm.data.talks import MIXES, llava_talks, photo_talks
     from sparse_vlm.photos import PhotoSet
 
     files = [pattern for pattern in data if pattern.endswith(".json")]
     patterns = [pattern for pattern in data if not pattern.endswith(".json")]
-    talks = photo_talks(PhotoSet(patterns), MIXES[stage], epochs, seed) if patterns else []
+    photos = list(PhotoSet(patterns)) if patterns else []
+    talks = photo_talks(photos, MIXES[stage], epochs, seed) if photos else []
     for file in files:
         talks += llava_talks(Path(file), images) * epochs
-    return talks
+    return talks, photos
 
 
 def _describe(console: Any, talks: list[Any], samples: list[Any], groups: list[Any], vlm: Any) -> None:

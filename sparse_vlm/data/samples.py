@@ -39,8 +39,11 @@ class Sample:
     tree: TokenTree
 
 
-def build_samples(talks: Sequence[Talk], renderer: Renderer) -> tuple[list[Sample], list[Photo]]:
+def build_samples(talks: Sequence[Talk], renderer: Renderer, known: Sequence[Photo] = ()) -> tuple[list[Sample], list[Photo]]:
     """Render and merge talks; every label mask is verified.
+
+    Args:
+        known: photos to number first, whether talked about or not, so that runs over the same data share the tower's cached tokens.
 
     Returns:
         Samples, and the photos that their indices mean.
@@ -48,7 +51,7 @@ def build_samples(talks: Sequence[Talk], renderer: Renderer) -> tuple[list[Sampl
     Raises:
         UserError: naming the talk whose mask or placeholders are not as they must be.
     """
-    photos: dict[Photo, int] = {}
+    photos = {photo: number for number, photo in enumerate(known)}
     samples = []
     for talk in talks:
         tree = merge([renderer.render(conversation, talk.name) for conversation in talk.conversations])

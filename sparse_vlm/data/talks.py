@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_vlm.data.caption_questions import questions_of
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.vlm.prompts import Message, assistant, user
@@ -66,17 +67,22 @@ class Mix:
         web_captions: whether captions that no person wrote for the photo are used.
         labels: whether class names become a question.
         questions: at most so many questions and statements.
+        existence_only: whether all of them ask for what is there.
+        caption_questions: of each kind at most so many questions that captions answer (`data.caption_questions`).
     """
 
     captions: int
     web_captions: bool
     labels: bool
     questions: int
+    existence_only: bool = False
+    caption_questions: int = 0
 
 
 MIXES: dict[str, Mix] = {
+    "read": Mix(captions=3, web_captions=False, labels=False, questions=12, existence_only=True),
     "align": Mix(captions=5, web_captions=True, labels=True, questions=0),
-    "instruct": Mix(captions=3, web_captions=False, labels=False, questions=10),
+    "instruct": Mix(captions=2, web_captions=False, labels=False, questions=8, caption_questions=2),
 }
 
 
@@ -123,11 +129,13 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
         UserError: nothing is known about any photo.
     """
     items = _balanced(photos, seed) if mix.questions else [[] for _ in photos]
+    things = {item.word for asked in items for item in asked if item.word}
     talks = []
     for visit in range(visits):
         for photo, asked in zip(photos, items, strict=True):
             rng = random.Random(f"{seed}/{visit}/{photo.source.name}/{photo.key}")
             conversations = [*_captions(photo.info, mix, rng), *_labels(photo.info, mix), *_questions(asked, mix, rng)]
+            conversations += _caption_questions(photo.info, things, asked, mix, rng)
             if conversations:
                 talks.append(Talk(f"{photo.source.name}:{photo.key}", photo, tuple(conversations)))
     if not talks:
@@ -155,6 +163,8 @@ def _labels(info: dict[str, Any], mix: Mix) -> Iterable[tuple[Message, ...]]:
 
 def _questions(items: list[_Item], mix: Mix, rng: random.Random) -> Iterable[tuple[Message, ...]]:
     """Conversations of one or two turns out of a photo's questions; single questions share all that stands before them."""
+    if mix.existence_only:
+        items = [item for item in items if item.word]
     chosen = rng.sample(items, min(len(items), mix.questions))
     while chosen:
         turns = [chosen.pop() for _ in range(min(len(chosen), rng.choice((1, 1, 1, 1, 2))))]
@@ -165,6 +175,18 @@ def _questions(items: list[_Item], mix: Mix, rng: random.Random) -> Iterable[tup
                 question = f"{question}\n{SHORT_ANSWER}"
             messages += [user(question, 1 if turn == 0 else 0), assistant(item.answer)]
         yield tuple(messages)
+
+
+def _caption_questions(
+    info: dict[str, Any], things: set[str], items: list[_Item], mix: Mix, rng: random.Random
+) -> Iterable[tuple[Message, ...]]:
+    """Single questions that the captions answer."""
+    if not mix.caption_questions:
+        return
+    there = {item.word for item in items if item.word and item.answer == "Yes"}
+    for found in questions_of(info.get("captions") or [], things, there).values():
+        for question, answer in rng.sample(found, min(len(found), mix.caption_questions)):
+            yield user(f"{question}\n{SHORT_ANSWER}" if rng.random() < 0.5 else question, 1), assistant(answer)
 
 
 def _balanced(photos: Sequence[Photo], seed: int) -> list[list[_Item]]:

@@ -44,6 +44,7 @@ class VLM:
         tower_name, llm_name: what tower and LLM were loaded by.
         peft: PEFT's wrapper around `model` when the LLM has adapters, else None.
         llm_changed: whether the LLM's own weights were trained and are saved with the model.
+        new_projector: whether the projector has learnt nothing yet; whoever trains it by other means than ours sets it to False.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tower_name: str, llm_name: str) -> None:
@@ -51,6 +52,7 @@ class VLM:
         self.tower_name, self.llm_name = tower_name, llm_name
         self.peft: Any = None
         self.llm_changed = False
+        self.new_projector = True
         self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tower.config.visual_tokens)
         self._memory = Memory()
 
@@ -154,11 +156,12 @@ class VLM:
         """Load a VLM from a folder, or from the zoo by name.
 
         Args:
-            fold: add adapters to the LLM's weights, which is faster; training needs them apart.
+            fold: to use the model: adapters are added to the LLM's weights, which is faster. Training needs them apart.
             new_tower: a folder or zoo name of a tower to put in the place of its own; the projector is then new, too, and untrained.
 
         Raises:
-            UserError: no such folder or name, not a VLM, a part that cannot be found, or weights that do not fit.
+            UserError: no such folder or name, not a VLM, a part that cannot be found, weights that do not fit, or a model to use whose
+                projector has learnt nothing.
         """
         folder = store.locate(path_or_zoo_name, kind="vlm")
         try:
@@ -168,8 +171,12 @@ class VLM:
             tower, llm, shape = described["tower"], described["llm"], described["projector"]
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{path_or_zoo_name}: not a VLM folder ({error})") from error
+        blank = described.get("new_projector", False)
+        if fold and (blank or new_tower is not None):
+            raise UserError(f"{path_or_zoo_name}: its projector has learnt nothing yet; `sparse-vlm train --stage align --init` teaches it")
         vlm = cls.build(new_tower or tower, llm, device, dtype)
         if new_tower is None:
+            vlm.new_projector = blank
             if shape != vlm._shape():
                 raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {tower} and LLM {llm} are {vlm._shape()}")
             vlm._load(vlm.projector, folder / "projector.safetensors")
@@ -201,6 +208,8 @@ class VLM:
             config.save_pretrained(str(folder))
             write_tensors(get_peft_model_state_dict(self.peft, save_embedding_layers=False), folder / "adapter_model.safetensors", dtype)
         described = {"format": FORMAT, "tower": tower or self.tower_name, "llm": self.llm_name, "projector": self._shape()}
+        if self.new_projector:
+            described["new_projector"] = True
         write_text(folder / "vlm.json", json.dumps(described, indent=1) + "\n")
 
     def _shape(self) -> dict[str, int]:

@@ -1,0 +1,43 @@
+"""Short questions whose answers stand in a photo's captions: what is there, what someone does, what colour something has.
+
+Source: the generated questions of COCO-QA (Ren et al., Exploring Models and Data for Image Question Answering, arXiv 1505.02074, section
+3.2); patterns in the place of a parser, and only where the captions do not contradict each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+_COLORS = "black white blue brown red yellow green orange pink gray grey purple tan silver gold"
+_MANY = "men women boys girls people children kids dogs"
+_ACTORS = f"man woman boy girl person child kid guy lady baby player surfer skier dog cat horse bird elephant {_MANY}"
+_NO_DOING = (
+    "doing wearing being having including containing featuring showing during morning evening building wedding clothing ceiling king ring"
+)
+_THERE = ("What is in the image?", "What can be seen in the image?", "What is one thing in the image?", "Name something in the image.")
+
+_COLORED = re.compile(rf"\b({'|'.join(_COLORS.split())}) ([a-z]{{3,}})\b(?! and)")
+_ACTING = re.compile(rf"\b({'|'.join(_ACTORS.split())})(?: is| are)? ([a-z]{{2,}}ing)\b")
+
+
+def questions_of(captions: Iterable[str], things: Collection[str], there: Collection[str]) -> dict[str, list[tuple[str, str]]]:
+    """Questions with answers of one or two words in lower case, by kind: `there`, `color`, `doing`.
+
+    Args:
+        things: words that are known to name things; only these are asked the colour of.
+        there: what is known to be in the photo.
+    """
+    colors: dict[str, set[str]] = {}
+    doing: set[tuple[str, str]] = set()
+    for caption in map(str.lower, captions):
+        for color, thing in _COLORED.findall(caption):
+            if thing in things:
+                colors.setdefault(thing, set()).add("gray" if color == "grey" else color)
+        # two captions may call the same action by two names, each of which is an answer
+        doing.update((actor, verb) for actor, verb in _ACTING.findall(caption) if verb not in _NO_DOING.split())
+    return {
+        "there": [(_THERE[i % len(_THERE)], thing) for i, thing in enumerate(sorted(there))],
+        "color": [(f"What color is the {thing}?", next(iter(said))) for thing, said in sorted(colors.items()) if len(said) == 1],
+        "doing": [(f"What {'are' if actor in _MANY.split() else 'is'} the {actor} doing?", verb) for actor, verb in sorted(doing)],
+    }

@@ -1,0 +1,32 @@
+"""What is said about a photo, as words: of its captions, of answers about it, and of questions about it that are answered with yes."""
+
+from __future__ import annotations
+
+import re
+
+from sparse_vlm.data.talks import SHORT_ANSWER, Talk
+
+# words that name nothing one could see, those of our questions among them
+FUNCTION_WORDS = (
+    "a about all along an and another any are around as at be been behind being between but by can do does down during each exist few for "
+    "from front had has have he her him his how image in into is it its like many near next no not of off on one or other out over photo "
+    "picture question she side some statement that the their them there these they this three through to top true two under up very was "
+    "were what where which while who with yes"
+)
+
+
+def words_about(talk: Talk) -> list[set[str]]:
+    """The words of each sentence that says what is in a talk's photo; sentences without any are left out."""
+    sentences: list[str] = []
+    if talk.photo is not None:
+        sentences += talk.photo.info.get("captions") or []
+        sentences.append(" ".join(talk.photo.info.get("objects") or []))
+    for conversation in talk.conversations:
+        texts = [next(part["text"] for part in message["content"] if part["type"] == "text") for message in conversation]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            sentences.append(question.replace(SHORT_ANSWER, "") if answer == "Yes" else answer)
+    return [words for sentence in dict.fromkeys(sentences) if (words := _words(sentence))]
+
+
+def _words(sentence: str) -> set[str]:
+    return set(re.findall(r"[a-z]{2,}", sentence.lower())) - set(FUNCTION_WORDS.split())

@@ -1,0 +1,50 @@
+"""Reading before seeing: pictures of words, from which the LLM learns to answer about what stands in a picture's place.
+
+Shape legend: N tokens a picture, D width of the LLM.
+An LLM of 135 M parameters cannot use what stands in a picture's place even where it is plain: shown the embeddings of all words that are
+said of a photo, it tells the things that are there from those that are not no better than by chance, yet it learns to within a few
+hundred photos. Against a projector's first tokens the same lesson takes far longer, because both sides are noise to each other. So the
+LLM learns to read first, from embeddings of words in the place of a photo's tokens. Neither tower nor projector takes part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_vlm.data.samples import Sample
+from sparse_vlm.data.talks import Talk
+from sparse_vlm.data.words import words_about
+from sparse_vlm.vlm import VLM
+
+
+class WordPictures:
+    """For each photo N embeddings of words that are said about it, all of them where they fit, in random order: (N, D).
+
+    Args:
+        samples: of the talks, in the same order.
+        seed: of the order.
+    """
+
+    def __init__(self, vlm: VLM, talks: Sequence[Talk], samples: Sequence[Sample], seed: int = 0) -> None:
+        self._embeddings = vlm.model.get_input_embeddings().weight.detach()
+        self._tokens, self._seed = vlm.tokens_per_image, seed
+        said: dict[int, set[str]] = {}
+        for talk, sample in zip(talks, samples, strict=True):
+            if sample.photo is not None:
+                said.setdefault(sample.photo, set()).update(*words_about(talk))
+        # a word of several tokens is known by its first
+        first = {word: vlm.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for words in said.values() for word in words}
+        self._ids = {photo: sorted({first[word] for word in words}) for photo, words in said.items()}
+
+    def __getitem__(self, photo: int) -> Tensor:
+        """(N, D)."""
+        rng = random.Random(f"{self._seed}/{photo}")
+        ids = self._ids[photo]
+        shown = rng.sample(ids, min(len(ids), self._tokens))
+        shown += rng.choices(ids, k=self._tokens - len(shown))
+        rng.shuffle(shown)
+        return self._embeddings[torch.tensor(shown)]
