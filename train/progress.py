@@ -50,8 +50,8 @@ class ProgressLine(TrainerCallback):
         if not self.console.is_terminal and now - self.said > SECONDS_BETWEEN_LINES:
             self.said = now
             left = (total - done) / speed / 60
-            loss = self.bar.tasks[0].fields["loss"]
-            self.console.print(f"{done}/{total} {self.unit}, {speed:.1f} {self.unit}/s, {left:.0f} min left, {loss}", highlight=False)
+            parts = [f"{done}/{total} {self.unit}", f"{speed:.1f} {self.unit}/s", f"{left:.0f} min left", self.bar.tasks[0].fields["loss"]]
+            self.console.print(", ".join(part for part in parts if part), highlight=False)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """The loss stands beside the bar; an evaluation gets a line that stays."""

@@ -11,6 +11,7 @@ this class. Adapters are folded into the LLM's weights for use and stay at hand 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,20 +230,20 @@ class VLM:
 
     def add_adapters(self, rank: int, seed: int = 0) -> None:
         """Give every linear layer of the LLM a fresh LoRA adapter of this rank, trainable and without effect."""
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_layers(self.model), lora_dropout=0.0, task_type="CAUSAL_LM")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.peft = get_peft_model(self.model, config)
+            self.peft = _with_adapters(self.model, config)
 
     def _load_adapters(self, folder: Path, fold: bool) -> None:
-        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = fold
         config.base_model_name_or_path = None
-        self.peft = get_peft_model(self.model, config)
+        self.peft = _with_adapters(self.model, config)
         path = folder / "adapter_model.safetensors"
         state = read_tensors(path)
         check_tensors(
@@ -310,6 +311,15 @@ class VLM:
         limit = self.model.config.text_config.max_position_embeddings
         if tokens > limit:
             raise UserError(f"the conversation is too long: {tokens} tokens with its answer, the model reads {limit}; start a new one")
+
+
+def _with_adapters(model: LlavaForConditionalGeneration, config: Any) -> Any:
+    """PEFT's wrapper, without its warning about a property that transformers has renamed since."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _linear_layers(model: LlavaForConditionalGeneration) -> str:
