@@ -16,17 +16,21 @@ CAPTIONS = [
 
 def test_what_captions_answer():
     found = questions_of(CAPTIONS, things={"dog", "wall", "car", "cat"}, there={"wall", "dog"})
-    assert [thing for _, thing in found["there"]] == ["dog", "wall"]
-    assert found["color"] == [
-        ("What color is the cat?", "white"),
-        ("What color is the dog?", "black"),
-        ("What color is the wall?", "gray"),
-    ], "no car, of which there are two, and no hat, which is not known to be a thing"
-    assert found["doing"] == [
-        ("What is the cat doing?", "running"),
-        ("What are the children doing?", "playing"),
-        ("What is the dog doing?", "jumping"),
+    assert [(asked.word, asked.sentence) for asked in found["there"]] == [
+        ("dog", "There is a dog in the image."),
+        ("wall", "There is a wall in the image."),
     ]
+    assert [(asked.question, asked.word, asked.sentence) for asked in found["color"]] == [
+        ("What color is the cat?", "white", "The cat is white."),
+        ("What color is the dog?", "black", "The dog is black."),
+        ("What color is the wall?", "gray", "The wall is gray."),
+    ], "no car, of which there are two, and no hat, which is not known to be a thing"
+    assert [(asked.question, asked.word, asked.sentence) for asked in found["doing"]] == [
+        ("What is the cat doing?", "running", "The cat is running."),
+        ("What are the children doing?", "playing", "The children are playing."),
+        ("What is the dog doing?", "jumping", "The dog is jumping."),
+    ]
+    assert questions_of([], things={}, there={"skis", "apple", "bus"})["there"][2].sentence == "There are skis in the image."
 
 
 def test_they_are_asked_in_the_last_stage(tmp_path):
@@ -36,10 +40,11 @@ def test_they_are_asked_in_the_last_stage(tmp_path):
     answered = {"dog": set(), "boat": set()}
     for talk in photo_talks(photos, MIXES["instruct"]):
         for question, answer, *_ in talk.conversations:
-            text = question["content"][-1]["text"].removesuffix(f"\n{SHORT_ANSWER}")
-            answered["dog" if talk.photo.info is info else "boat"].add((text, answer["content"][0]["text"]))
-    assert ("What is the dog doing?", "running") in answered["dog"]
-    assert ("What is in the image?", "dog") in answered["dog"] - answered["boat"]
+            answered["dog" if talk.photo.info is info else "boat"].add((question["content"][-1]["text"], answer["content"][0]["text"]))
+    assert (f"What is the dog doing?\n{SHORT_ANSWER}", "running") in answered["dog"]
+    assert ("What is the dog doing?", "The dog is running.") in answered["dog"]
+    assert (f"What is in the image?\n{SHORT_ANSWER}", "dog") in answered["dog"] - answered["boat"]
+    assert ("What is in the image?", "There is a dog in the image.") in answered["dog"] - answered["boat"]
     assert not any(
         turn["content"][-1]["text"].startswith("What")
         for talk in photo_talks(photos, MIXES["read"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 _COLORS = "black white blue brown red yellow green orange pink gray grey purple tan silver gold"
 _MANY = "men women boys girls people children kids dogs"
@@ -15,14 +16,23 @@ _ACTORS = f"man woman boy girl person child kid guy lady baby player surfer skie
 _NO_DOING = (
     "doing wearing being having including containing featuring showing during morning evening building wedding clothing ceiling king ring"
 )
-_THERE = ("What is in the image?", "What can be seen in the image?", "What is one thing in the image?", "Name something in the image.")
+_THERE = ("What is in the image?", "What can be seen in the picture?", "What is in this picture?", "Name something in the image.")
 
 _COLORED = re.compile(rf"\b({'|'.join(_COLORS.split())}) ([a-z]{{3,}})\b(?! and)")
 _ACTING = re.compile(rf"\b({'|'.join(_ACTORS.split())})(?: is| are)? ([a-z]{{2,}}ing)\b")
 
 
-def questions_of(captions: Iterable[str], things: Collection[str], there: Collection[str]) -> dict[str, list[tuple[str, str]]]:
-    """Questions with answers of one or two words in lower case, by kind: `there`, `color`, `doing`.
+@dataclass(frozen=True)
+class CaptionQuestion:
+    """A question, its answer in one or two words of lower case, and as a sentence."""
+
+    question: str
+    word: str
+    sentence: str
+
+
+def questions_of(captions: Iterable[str], things: Collection[str], there: Collection[str]) -> dict[str, list[CaptionQuestion]]:
+    """Questions by kind: `there`, `color`, `doing`.
 
     Args:
         things: words that are known to name things; only these are asked the colour of.
@@ -37,7 +47,28 @@ def questions_of(captions: Iterable[str], things: Collection[str], there: Collec
         # two captions may call the same action by two names, each of which is an answer
         doing.update((actor, verb) for actor, verb in _ACTING.findall(caption) if verb not in _NO_DOING.split())
     return {
-        "there": [(_THERE[i % len(_THERE)], thing) for i, thing in enumerate(sorted(there))],
-        "color": [(f"What color is the {thing}?", next(iter(said))) for thing, said in sorted(colors.items()) if len(said) == 1],
-        "doing": [(f"What {'are' if actor in _MANY.split() else 'is'} the {actor} doing?", verb) for actor, verb in sorted(doing)],
+        "there": [
+            CaptionQuestion(_THERE[i % len(_THERE)], thing, f"There {'are' if plural(thing) else 'is'} {with_article(thing)} in the image.")
+            for i, thing in enumerate(sorted(there))
+        ],
+        "color": [
+            CaptionQuestion(f"What color is the {thing}?", (color := next(iter(said))), f"The {thing} is {color}.")
+            for thing, said in sorted(colors.items())
+            if len(said) == 1
+        ],
+        "doing": [
+            CaptionQuestion(f"What {verb_is} the {actor} doing?", verb, f"The {actor} {verb_is} {verb}.")
+            for actor, verb in sorted(doing)
+            if (verb_is := "are" if actor in _MANY.split() else "is")
+        ],
     }
+
+
+def plural(word: str) -> bool:
+    """Whether a word looks like more than one thing."""
+    return word.endswith("s") and not word.endswith("ss") and word not in ("bus", "tennis")
+
+
+def with_article(word: str) -> str:
+    """`a dog`, `an apple`, `skis`."""
+    return word if plural(word) else f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.data.caption_questions import questions_of
+from sparse_vlm.data.caption_questions import plural, questions_of, with_article
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.vlm.prompts import Message, assistant, user
@@ -98,14 +98,9 @@ def clean_caption(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def with_article(word: str) -> str:
-    """`a dog`, `an apple`."""
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
 def existence(word: str, rng: random.Random) -> str:
     """Ask whether something is there, mostly as POPE asks."""
-    if word.endswith("s") and not word.endswith("ss") and word not in ("bus", "tennis"):
+    if plural(word):
         return f"Are there {word} in the image?"
     return f"Is there {with_article(word)} in the image?" if rng.random() < 0.8 else f"Does {word} exist in the image?"
 
@@ -185,8 +180,11 @@ def _caption_questions(
         return
     there = {item.word for item in items if item.word and item.answer == "Yes"}
     for found in questions_of(info.get("captions") or [], things, there).values():
-        for question, answer in rng.sample(found, min(len(found), mix.caption_questions)):
-            yield user(f"{question}\n{SHORT_ANSWER}" if rng.random() < 0.5 else question, 1), assistant(answer)
+        for asked in rng.sample(found, min(len(found), mix.caption_questions)):
+            if rng.random() < 0.5:
+                yield user(f"{asked.question}\n{SHORT_ANSWER}", 1), assistant(asked.word)
+            else:
+                yield user(asked.question, 1), assistant(asked.sentence)
 
 
 def _balanced(photos: Sequence[Photo], seed: int) -> list[list[_Item]]:
