@@ -29,6 +29,7 @@ from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.cost import count_macs, vit_macs
 
 BATCH = 32
+LOCATED = ("local-dir:", "hf-hub:")  # how open_clip names a model by where it lies
 FEW_TOKENS = 128  # below it, on a CPU, plain attention is faster than the fused kernel
 
 
@@ -167,7 +168,7 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
 
 def split_tag(name: str) -> tuple[str, str | None]:
     """`ViT-B-16@openai` as (model, tag); located names have no tag."""
-    if name.startswith(("local-dir:", "hf-hub:")) or "@" not in name:
+    if name.startswith(LOCATED) or "@" not in name:
         return name, None
     model, _, tag = name.partition("@")
     return model, tag
@@ -175,7 +176,7 @@ def split_tag(name: str) -> tuple[str, str | None]:
 
 def is_teacher(name: str) -> bool:
     """Whether a name is a teacher's: `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG`."""
-    return name.startswith(("local-dir:", "hf-hub:")) or "@" in name
+    return name.startswith(LOCATED) or "@" in name
 
 
 class TeacherText:

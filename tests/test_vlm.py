@@ -448,12 +448,19 @@ def test_train_command(parts, command, tmp_path):
         train_command(data=["x"], out=tmp_path / "out", stage="polish")
 
 
-def test_read_then_align(parts, tmp_path):
+def test_read_then_align(parts, tmp_path, capsys):
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A wall."}]
     picture("red").save(tmp_path / "red.png")
-    (tmp_path / "data.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}] * 16))
     shared = {"data": [str(tmp_path / "data.json")], "images": tmp_path, "cache": tmp_path / "cache", "batch_size": 4, "rank": 2}
+    wordless = [*turns[:1], {"from": "gpt", "value": "2"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "red.png", "conversations": wordless}] * 4))
+    with pytest.raises(UserError, match="--stage read: no word is said about any photo"):
+        train_command(stage="read", tower=parts[0], llm=parts[1], out=tmp_path / "read", **shared)
+    samples = [{"image": "red.png", "conversations": said} for said in (turns, wordless)] * 8
+    (tmp_path / "data.json").write_text(json.dumps(samples))
     train_command(stage="read", tower=parts[0], llm=parts[1], out=tmp_path / "read", **shared)
+    assert "left out: 8 of 16 samples, because no word is said about their photo" in capsys.readouterr().out
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}] * 16))
     assert not (tmp_path / "cache").exists(), "no tower looked"
     train_command(stage="align", init=str(tmp_path / "read"), out=tmp_path / "align", **shared)
     read = VLM.from_pretrained(tmp_path / "read", dtype=torch.float32, fold=False).model.state_dict()

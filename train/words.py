@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.data.talks import Talk
-from sparse_vlm.data.words import words_about
+from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
 MIN_PHOTOS = 12  # that a word must be said of
@@ -58,10 +58,7 @@ def words_of(talks: Sequence[Talk], samples: Sequence[Sample], tokenizer: object
     Args:
         samples: of the same talks, in the same order.
     """
-    sentences: dict[int, list[set[str]]] = {}
-    for talk, sample in zip(talks, samples, strict=True):
-        if sample.photo is not None:
-            sentences.setdefault(sample.photo, []).extend(words_about(talk))
+    sentences = words_by_photo(talks, samples)
     spread = Counter(word for said in sentences.values() for word in set().union(*said))
     names, ids = [], []
     for word in sorted(word for word, count in spread.items() if MIN_PHOTOS <= count <= MAX_SHARE * len(sentences)):

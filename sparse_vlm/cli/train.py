@@ -46,6 +46,7 @@ def train(
 
     from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
+    from sparse_vlm.data.words import words_about
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
     from sparse_vlm.train.reading import WordPictures
@@ -68,6 +69,13 @@ def train(
         torch.set_num_threads(threads)
     console = Console(highlight=False, soft_wrap=True)
     talks, known = _talks(data, images, stage, epochs, seed)
+    if chosen.pictures_of_words:
+        spoken = [talk for talk in talks if talk.photo is None or words_about(talk)]
+        if not spoken:
+            raise UserError(f"--stage {stage}: no word is said about any photo; give captions, or answers in words")
+        if len(spoken) < len(talks):
+            console.print(f"left out: {len(talks) - len(spoken):,} of {len(talks):,} samples, because no word is said about their photo")
+        talks = spoken
     if samples is not None and samples < len(talks):
         talks = random.Random(seed).sample(talks, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 _COLORS = "black white blue brown red yellow green orange pink gray grey purple tan silver gold"
-_MANY = "men women boys girls people children kids dogs"
-_ACTORS = f"man woman boy girl person child kid guy lady baby player surfer skier dog cat horse bird elephant {_MANY}"
-_NO_DOING = (
+_PLURALS = "men women boys girls people children kids dogs"
+_ACTORS = f"man woman boy girl person child kid guy lady baby player surfer skier dog cat horse bird elephant {_PLURALS}"
+_NOT_ACTIONS = (
     "doing wearing being having including containing featuring showing during morning evening building wedding clothing ceiling king ring"
 )
+_MANY, _NO_DOING = frozenset(_PLURALS.split()), frozenset(_NOT_ACTIONS.split())
 _THERE = ("What is in the image?", "What can be seen in the picture?", "What is in this picture?", "Name something in the image.")
 
 _COLORED = re.compile(rf"\b({'|'.join(_COLORS.split())}) ([a-z]{{3,}})\b(?! and)")
@@ -45,23 +46,27 @@ def questions_of(captions: Iterable[str], things: Collection[str], there: Collec
             if thing in things:
                 colors.setdefault(thing, set()).add("gray" if color == "grey" else color)
         # two captions may call the same action by two names, each of which is an answer
-        doing.update((actor, verb) for actor, verb in _ACTING.findall(caption) if verb not in _NO_DOING.split())
+        doing.update((actor, verb) for actor, verb in _ACTING.findall(caption) if verb not in _NO_DOING)
     return {
         "there": [
-            CaptionQuestion(_THERE[i % len(_THERE)], thing, f"There {'are' if plural(thing) else 'is'} {with_article(thing)} in the image.")
+            CaptionQuestion(_THERE[i % len(_THERE)], thing, f"There {_be(plural(thing))} {with_article(thing)} in the image.")
             for i, thing in enumerate(sorted(there))
         ],
         "color": [
-            CaptionQuestion(f"What color is the {thing}?", (color := next(iter(said))), f"The {thing} is {color}.")
+            CaptionQuestion(f"What color is the {thing}?", color, f"The {thing} is {color}.")
             for thing, said in sorted(colors.items())
+            for color in said
             if len(said) == 1
         ],
         "doing": [
-            CaptionQuestion(f"What {verb_is} the {actor} doing?", verb, f"The {actor} {verb_is} {verb}.")
+            CaptionQuestion(f"What {_be(actor in _MANY)} the {actor} doing?", verb, f"The {actor} {_be(actor in _MANY)} {verb}.")
             for actor, verb in sorted(doing)
-            if (verb_is := "are" if actor in _MANY.split() else "is")
         ],
     }
+
+
+def _be(many: bool) -> str:
+    return "are" if many else "is"
 
 
 def plural(word: str) -> bool:

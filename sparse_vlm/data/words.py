@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from sparse_vlm.data.samples import Sample
 from sparse_vlm.data.talks import SHORT_ANSWER, Talk
 
 # words that name nothing one could see, those of our questions among them
-FUNCTION_WORDS = (
+_FUNCTION_WORDS = (
     "a about all along an and another any are around as at be been behind being between but by can do does down during each exist few for "
     "from front had has have he her him his how image in into is it its like many near next no not of off on one or other out over photo "
     "picture question she side some statement that the their them there these they this three through to top true two under up very was "
     "were what where which while who with yes"
 )
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
+def words_by_photo(talks: Sequence[Talk], samples: Sequence[Sample]) -> dict[int, list[set[str]]]:
+    """The words of each sentence about each photo, by the photo's number.
+
+    Args:
+        samples: of the same talks, in the same order.
+    """
+    sentences: dict[int, list[set[str]]] = {}
+    for talk, sample in zip(talks, samples, strict=True):
+        if sample.photo is not None:
+            sentences.setdefault(sample.photo, []).extend(words_about(talk))
+    return sentences
 
 
 def words_about(talk: Talk) -> list[set[str]]:
@@ -29,4 +45,4 @@ def words_about(talk: Talk) -> list[set[str]]:
 
 
 def _words(sentence: str) -> set[str]:
-    return set(re.findall(r"[a-z]{2,}", sentence.lower())) - set(FUNCTION_WORDS.split())
+    return set(re.findall(r"[a-z]{2,}", sentence.lower())) - FUNCTION_WORDS
