@@ -30,7 +30,34 @@ def test_what_captions_answer():
         ("What are the children doing?", "playing", "The children are playing."),
         ("What is the dog doing?", "jumping", "The dog is jumping."),
     ]
+    assert [(asked.word, asked.sentence) for asked in found["who"]] == [
+        ("man", "There is a man in the picture."),
+        ("children", "There are children in the picture."),
+    ]
+    assert found["where"] == found["sport"] == found["handling"] == [], "a hat is not known to be a thing"
     assert questions_of([], things={}, there={"skis", "apple", "bus"})["there"][2].sentence == "There are skis in the image."
+
+
+def test_places_sports_and_what_hands_hold():
+    captions = [
+        "A man riding a big wave at the beach.",
+        "a woman holding an orange umbrella in an old market",
+        "Two men are playing baseball on a baseball field and one is holding a bat",
+        "A man riding wave after wave; men holding orange.",
+    ]
+    found = questions_of(captions, things={"wave", "umbrella", "bat", "orange"}, there=())
+    assert [(asked.word, asked.sentence) for asked in found["where"]] == [
+        ("beach", "This is at the beach."),
+        ("field", "This is on a field."),
+        ("market", "This is in a market."),
+    ]
+    assert [(asked.question, asked.word, asked.sentence) for asked in found["sport"]] == [
+        ("What sport is this?", "baseball", "The sport is baseball.")
+    ]
+    assert [(asked.question, asked.word, asked.sentence) for asked in found["handling"]] == [
+        ("What is the man riding?", "wave", "The man is riding a wave."),
+        ("What is the woman holding?", "umbrella", "The woman is holding an umbrella."),
+    ], "an orange is not asked for, because the word is more often a colour"
 
 
 def test_they_are_asked_in_the_last_stage(tmp_path):

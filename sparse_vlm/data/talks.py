@@ -82,7 +82,7 @@ class Mix:
 MIXES: dict[str, Mix] = {
     "read": Mix(captions=3, web_captions=False, labels=False, questions=12, existence_only=True),
     "align": Mix(captions=5, web_captions=True, labels=True, questions=0),
-    "instruct": Mix(captions=2, web_captions=False, labels=False, questions=8, caption_questions=2),
+    "instruct": Mix(captions=2, web_captions=False, labels=False, questions=6, caption_questions=1),
 }
 
 
