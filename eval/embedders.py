@@ -23,13 +23,12 @@ from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import Triple, preprocess
-from sparse_vlm.teacher import load_teacher
+from sparse_vlm.teacher import load_teacher, split_tag
 from sparse_vlm.text import TextEncoder
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.cost import count_macs, vit_macs
 
 BATCH = 32
-LOCATED = ("local-dir:", "hf-hub:")  # how open_clip names a model by where it lies
 FEW_TOKENS = 128  # below it, on a CPU, plain attention is faster than the fused kernel
 
 
@@ -144,13 +143,13 @@ def tower_embedder(name: str, control: str = "none") -> ModuleEmbedder:
 
 
 def teacher_embedder(name: str) -> ModuleEmbedder:
-    """A teacher: `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG` of open_clip.
+    """A teacher, named as `load_teacher` takes it.
 
     Raises:
         TeacherError: no such teacher.
     """
     device = best_device()
-    teacher = load_teacher(*split_tag(name)).to(device, native_dtype(device))
+    teacher = load_teacher(name).to(device, native_dtype(device))
     spec = teacher.spec
     return ModuleEmbedder(
         name,
@@ -161,22 +160,9 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
         spec.image_mean,
         spec.image_std,
         spec.embed_dim,
-        spec.grid**2 + 1,
+        spec.grid**2 + spec.has_cls,
         vit_macs(spec),
     )
-
-
-def split_tag(name: str) -> tuple[str, str | None]:
-    """`ViT-B-16@openai` as (model, tag); located names have no tag."""
-    if name.startswith(LOCATED) or "@" not in name:
-        return name, None
-    model, _, tag = name.partition("@")
-    return model, tag
-
-
-def is_teacher(name: str) -> bool:
-    """Whether a name is a teacher's: `local-dir:PATH`, `hf-hub:ORG/NAME` or `MODEL@TAG`."""
-    return name.startswith(LOCATED) or "@" in name
 
 
 class TeacherText:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, is_teacher, teacher_embedder, text_side, tower_embedder
+from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, teacher_embedder, text_side, tower_embedder
 from sparse_vlm.eval.metrics import Metric, ratio
 from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
+from sparse_vlm.teacher import is_teacher
 
 Progress = Callable[[str, int, int], None]
 

@@ -9,7 +9,7 @@ Source: Bootstrapping SparseFormers (arXiv 2312.01987), section 3; the warm star
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -53,13 +53,15 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
         fate: Fate = "frozen" if unit in recipe.frozen else "tuned"
         rows += [Row(f"blocks.{block}.{name}", f"layers.{layer}.{name}", fate) for name in BLOCK_TENSORS]
     rows += [Row(f"norm.{kind}", f"norm.{kind}", "tuned") for kind in ("weight", "bias")]
-    rows.append(Row("head.weight", "proj.weight", "tuned"))
+    rows += [Row(name, f"proj.{name.removeprefix('head.')}", "tuned") for name in teacher.tensors if name.startswith("head.")]
+    rows += [Row(name, name, "tuned") for name in teacher.tensors if name.startswith("pool.")]
     if tower.glance is not None:
         glance = tower.config.glance
         resized = "" if glance.patch_size == spec.patch_size else f"resized from {spec.patch_size} to {glance.patch_size} px"
         rows.append(Row("patch_embed.weight", "glance.patch_embed.weight", "tuned", resized))
         rows.append(Row("pos_embed", "glance.pos_embed", "tuned", resized and f"resized to {glance.grid} x {glance.grid}"))
-        rows.append(Row("cls_token", "cls_embedding.weight", "tuned", "plus its position"))
+        if spec.has_cls:
+            rows.append(Row("cls_token", "cls_embedding.weight", "tuned", "plus its position"))
         if glance.norm_pre:
             rows += [Row(f"norm_pre.{kind}", f"glance.norm_pre.{kind}", "tuned") for kind in ("weight", "bias")]
     reasons = {
@@ -83,9 +85,17 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
     missing = taken - set(teacher.tensors)
     if missing:
         raise TeacherError(f"teacher {spec.name} has no tensor {', '.join(sorted(missing))}")
-    filled = {row.target for row in rows}
-    rows += [Row("", name, "new") for name in tower.state_dict() if name not in filled]
-    return rows
+    filled = {row.target for row in rows if row.target}
+    if strange := sorted(filled - set(tower.state_dict())):
+        raise TeacherError(f"teacher {spec.name}: the recipe's student has no {strange[0]}; the recipe does not fit this teacher's head")
+    rows += [Row("", name, "new", _beginning(name, teacher)) for name in tower.state_dict() if name not in filled]
+    rows = [replace(row, reason="; ".join(filter(None, (teacher.inventory.notes.get(row.source), row.reason)))) for row in rows]
+    return rows + [Row(source, "", "left out", reason) for source, reason in teacher.inventory.left_out.items()]
+
+
+def _beginning(name: str, teacher: Teacher) -> str:
+    """What a new tensor begins with where that is worth a word."""
+    return "the teacher has no projection: begins as the identity" if name == "proj.weight" and "head.weight" not in teacher.tensors else ""
 
 
 @torch.no_grad()
@@ -105,13 +115,15 @@ def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
         if row.target == "cls_embedding.weight":
             value = (value + teacher.tensors["pos_embed"][0].float()).view(1, -1)
         elif row.target == "glance.pos_embed":
-            value = resize_positions(value[1:], tower.config.glance.grid)
+            value = resize_positions(value[int(teacher.spec.has_cls) :], tower.config.glance.grid)
         elif row.target == "glance.patch_embed.weight":
             value = resize_patch_embedding(value, tower.config.glance.patch_size)
         if value.shape != target.shape:
             raise TeacherError(f"teacher tensor {row.source} {tuple(value.shape)} does not fit {row.target} {tuple(target.shape)}")
         target.copy_(value)
         target.requires_grad_(row.fate != "frozen")
+    if "head.weight" not in teacher.tensors:
+        torch.nn.init.eye_(tower.proj.weight)
     if tower.glance is not None:
         _add_looks_as_zero_branches(tower)
     return rows

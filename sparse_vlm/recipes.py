@@ -64,7 +64,7 @@ def _warm_start(looks: int, pooled: bool) -> Callable[[TeacherSpec], SparseForme
         for index in range(spec.num_blocks):
             before = ("SAMPLING_M",) if index < looks else ()
             after = ("ROI_ADJ",) if index < looks - 1 else ()
-            units.append(UnitConfig(spec.width, (*before, "ATTN", "MLP", *after), quick_gelu=spec.quick_gelu))
+            units.append(UnitConfig(spec.width, (*before, "ATTN", "MLP", *after), activation=spec.activation))
         return SparseFormerConfig(
             units=tuple(units),
             num_latent_tokens=49,
@@ -72,7 +72,9 @@ def _warm_start(looks: int, pooled: bool) -> Callable[[TeacherSpec], SparseForme
             image_size=spec.image_size,
             image_mean=spec.image_mean,
             image_std=spec.image_std,
-            cls_before_unit=0,
+            cls_before_unit=0 if spec.has_cls else None,
+            head=spec.head,
+            head_bias=spec.head_bias,
             token_init="glance",
             glance=GlanceConfig(patch, spec.image_size // patch, 4 if pooled else 1, spec.norm_pre),
             num_heads=spec.num_heads,
@@ -80,6 +82,47 @@ def _warm_start(looks: int, pooled: bool) -> Callable[[TeacherSpec], SparseForme
         )
 
     return student
+
+
+def _as_published(name: str) -> Callable[[TeacherSpec], SparseFormerConfig]:
+    """A published configuration, with the teacher's own preprocessing, activation and epsilon."""
+
+    def student(spec: TeacherSpec) -> SparseFormerConfig:
+        config = SparseFormerConfig.named(name)
+        units = [replace(unit, activation=spec.activation) if unit.ops == ("ATTN", "MLP") else unit for unit in config.units]
+        return replace(
+            config,
+            units=tuple(units),
+            embed_dim=spec.embed_dim,
+            head_bias=spec.head_bias,
+            image_size=spec.image_size,
+            image_mean=spec.image_mean,
+            image_std=spec.image_std,
+            ln_eps=spec.ln_eps,
+        )
+
+    return student
+
+
+def _last_two_thirds(spec: TeacherSpec) -> tuple[int | None, ...]:
+    """The paper's choice: a focusing unit and one more look take the place of the first third of the teacher's blocks."""
+    return (None, None, *range(spec.num_blocks // 3, spec.num_blocks))
+
+
+def _paper(name: str, summary: str, blocks: int) -> Recipe:
+    """The paper's bootstrapping of a teacher of so many blocks: the first third dropped, the second tuned, the last frozen, and the final
+    representation alone aligned (figure 2). How long and how fast is ours, for an ImageNet-1k and several GPUs."""
+    third = blocks // 3
+    return Recipe(
+        summary=summary,
+        student=_as_published(name),
+        blocks=_last_two_thirds,
+        frozen=tuple(range(2 + third, 2 + 2 * third)),
+        views=12_800_000,
+        views_per_photo=10,
+        batch_size=1024,
+        dense_weight=0.0,
+    )
 
 
 def _all_blocks(spec: TeacherSpec) -> tuple[int | None, ...]:
@@ -107,6 +150,10 @@ RECIPES: dict[str, Recipe] = {
         student=_warm_start(looks=0, pooled=False),
         blocks=_all_blocks,
     ),
+    "paper-clip-base": _paper("sparseformer_btsp_openai_clip_base", "as in the paper, of a CLIP ViT-B: 49 tokens, 8 of 12 blocks", 12),
+    "paper-clip-large": _paper("sparseformer_btsp_openai_clip_large", "as in the paper, of a CLIP ViT-L: 64 tokens, 16 of 24 blocks", 24),
+    "paper-augreg-base": _paper("sparseformer_btsp_augreg_base", "as in the paper, of an AugReg ViT-B: 49 tokens, 8 of 12 blocks", 12),
+    "paper-augreg-large": _paper("sparseformer_btsp_augreg_large", "as in the paper, of an AugReg ViT-L: 49 tokens, 16 of 24 blocks", 24),
 }
 
 

@@ -78,7 +78,7 @@ def student(teacher: Teacher, recipe: str = "tiny") -> SparseFormer:
     return SparseFormer(RECIPES[recipe].student(teacher.spec)).eval()
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("paper")])
 def test_every_tensor_of_both_sides_is_accounted_for(teacher: Teacher, recipe: str) -> None:
     tower = student(teacher, recipe)
     rows = plan(tower, teacher, RECIPES[recipe])
@@ -90,7 +90,7 @@ def test_every_tensor_of_both_sides_is_accounted_for(teacher: Teacher, recipe: s
 def test_an_inherited_block_computes_what_the_teachers_block_computes(teacher: Teacher) -> None:
     tower = student(teacher)
     inherit(tower, teacher, RECIPES["tiny"])
-    assert teacher.spec.quick_gelu and teacher.spec.norm_pre
+    assert teacher.spec.activation == "quick_gelu" and teacher.spec.norm_pre
     x = torch.randn(2, 17, 64)
     rois = torch.zeros(2, 16, 4)
     unit = tower.units()[-1]

@@ -20,7 +20,7 @@ from sparse_vlm.eval import run
 from sparse_vlm.eval.agreement import SETS as AGREEMENT_SETS
 from sparse_vlm.eval.answers import Question, conversation, generated, scored, shown_photo
 from sparse_vlm.eval.captions import PROMPT
-from sparse_vlm.eval.embedders import Features, split_tag, tower_embedder
+from sparse_vlm.eval.embedders import Features, tower_embedder
 from sparse_vlm.eval.probes import FOLDS, fold_of
 from sparse_vlm.eval.report import as_json, as_markdown, as_table, save
 from sparse_vlm.eval.task import CONTROLS, Data
@@ -477,14 +477,6 @@ def test_mistakes_of_the_command(command: Any, data: Path, tmp_path: Path) -> No
 def test_a_model_that_is_the_teacher_is_measured_once(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
     report = run.evaluate(["good", "teacher"], ["imagenet"], data, teacher="teacher")
     assert [column.model for column in report.columns] == ["good", "teacher"]
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [("local-dir:a@b", ("local-dir:a@b", None)), ("ViT-B-16@openai", ("ViT-B-16", "openai")), ("ViT-B-16", ("ViT-B-16", None))],
-)
-def test_names_of_teachers(name: str, split: tuple[str, str | None]) -> None:
-    assert split_tag(name) == split
 
 
 def test_a_second_set_of_the_same_file_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

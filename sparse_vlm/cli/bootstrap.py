@@ -10,7 +10,11 @@ import typer
 
 def bootstrap(
     teacher: Annotated[
-        str, typer.Option(help="Teacher: local-dir:PATH, hf-hub:ORG/NAME, or MODEL@TAG of open_clip, such as ViT-B-16-quickgelu@openai.")
+        str,
+        typer.Option(
+            help="Teacher: local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip, such as ViT-B-16-quickgelu@openai; timm:NAME; "
+            "transformers:ORG/NAME or transformers:PATH."
+        ),
     ],
     data: Annotated[list[str], typer.Option(help="Photos: webdataset tars, image folders, or globs of them; may be repeated.")],
     recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "tiny",
@@ -52,8 +56,7 @@ def bootstrap(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    name, _, tag = teacher.partition("@")
-    source = load_teacher(name, tag or None)
+    source = load_teacher(teacher)
     tower = SparseFormer(chosen.student(source.spec))
     rows = inherit(tower, source, chosen)
     console.print(_mapping_table(rows))

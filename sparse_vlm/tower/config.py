@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 OPS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
 FORMAT = "sparse-vlm/tower/1"
 
@@ -27,7 +28,7 @@ class UnitConfig:
     width: int
     ops: tuple[str, ...]
     repeats: int = 1
-    quick_gelu: bool = False
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         unknown = [op for op in self.ops if op not in OPS]
@@ -63,7 +64,7 @@ class SparseFormerConfig:
         conv_dim: channels of the map that tokens look at (C).
         num_points: sampling points a token (P).
         cls_before_unit: the unit before which the CLS token is inserted; None for towers without one.
-        head: what the head reads: the CLS token, or the mean of all tokens.
+        head: what the head reads: the CLS token, the mean of all tokens, or all tokens through attention (SigLIP's `map`).
         token_init: one embedding shared by all tokens, one each, or a glance at the teacher's patches.
         rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes and whole-image twins).
         num_heads: attention heads; None means heads of size 64.
@@ -81,7 +82,7 @@ class SparseFormerConfig:
     conv_dim: int = 64
     num_points: int = 16
     cls_before_unit: int | None = None
-    head: Literal["cls", "avg"] = "cls"
+    head: Literal["cls", "avg", "map"] = "cls"
     head_bias: bool = False
     token_init: Literal["shared", "each", "glance"] = "shared"
     rois_init: Literal["grid", "released"] = "grid"
@@ -160,7 +161,7 @@ class SparseFormerConfig:
         unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the tower's configuration")
-        data["units"] = tuple(UnitConfig(**{**u, "ops": tuple(u["ops"])}) for u in data["units"])
+        data["units"] = tuple(_unit(unit) for unit in data["units"])
         data["image_mean"], data["image_std"] = tuple(data["image_mean"]), tuple(data["image_std"])
         if data.get("glance") is not None:
             data["glance"] = GlanceConfig(**data["glance"])
@@ -187,6 +188,13 @@ class SparseFormerConfig:
         from sparse_vlm.tower.released import config_from_released
 
         return config_from_released(data)
+
+
+def _unit(data: dict[str, Any]) -> UnitConfig:
+    data = {**data, "ops": tuple(data["ops"])}
+    if "quick_gelu" in data:  # folders of the first format's early days
+        data["activation"] = "quick_gelu" if data.pop("quick_gelu") else "gelu"
+    return UnitConfig(**data)
 
 
 def _v1(tokens: int, focus: int, width: int, blocks: int) -> SparseFormerConfig:
@@ -216,7 +224,7 @@ def _v1(tokens: int, focus: int, width: int, blocks: int) -> SparseFormerConfig:
 
 
 def _bootstrapped(tokens: int, focus: int, width: int, blocks: int, embed_dim: int, clip: bool) -> SparseFormerConfig:
-    cortex = [UnitConfig(width, ("ATTN", "MLP"), quick_gelu=clip)] * blocks
+    cortex = [UnitConfig(width, ("ATTN", "MLP"), activation="quick_gelu" if clip else "gelu")] * blocks
     return SparseFormerConfig(
         units=(
             UnitConfig(focus, ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ"), repeats=4),

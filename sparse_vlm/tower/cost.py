@@ -63,16 +63,19 @@ def count_macs(config: SparseFormerConfig, height: int | None = None, width: int
                 blocks += unit.repeats * per_op[op]
             else:
                 looking += unit.repeats * per_op[op]
-    return Macs(feature_map, glance, looking, blocks, config.width * config.embed_dim)
+    head = config.width * config.embed_dim
+    if config.head == "map":
+        head += tokens * (2 * config.width**2 + 2 * config.width) + 10 * config.width**2
+    return Macs(feature_map, glance, looking, blocks, head)
 
 
 def vit_macs(spec: Any) -> int:
     """MACs of a plain ViT for one picture of its own size.
 
     Args:
-        spec: anything with `width`, `num_blocks`, `patch_size`, `grid` and `embed_dim`, such as a `TeacherSpec`.
+        spec: anything with `width`, `num_blocks`, `patch_size`, `grid`, `embed_dim` and `has_cls`, such as a `TeacherSpec`.
     """
     d, patches = spec.width, spec.grid**2
-    tokens = patches + 1
+    tokens = patches + spec.has_cls
     block = tokens * 12 * d * d + 2 * tokens * tokens * d
     return patches * 3 * spec.patch_size**2 * d + spec.num_blocks * block + d * spec.embed_dim

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparse_vlm.errors import UserError
 from sparse_vlm.geometry import grid_rois, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig
-from sparse_vlm.tower.modules import EarlyConvolution, Glance, Unit
+from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
 from sparse_vlm.tower.released import load_strictly
 
 
@@ -69,6 +69,8 @@ class SparseFormer(nn.Module):
             layers.append(Unit(config, unit))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width, eps=config.ln_eps)
+        pooled = config.head == "map"
+        self.pool = AttentionPool(width, config.heads(width), config.ln_eps, config.units[-1].activation) if pooled else None
         self.proj = nn.Linear(width, config.embed_dim, bias=config.head_bias)
         self._initialize()
 
@@ -125,17 +127,18 @@ class SparseFormer(nn.Module):
                 continue
             if index == self.config.cls_before_unit:
                 x = torch.cat([self.cls_embedding.weight.expand(batch, 1, -1).to(x.dtype), x], dim=1)
-                if self.glance is not None:
-                    x = self.glance.norm_pre(x)
+            if index == 0 and self.glance is not None:
+                x = self.glance.norm_pre(x)
             x, rois = layer(x, rois, feature_map, points)
             if rois_per_unit is not None:
                 rois_per_unit.append(rois)
             index += 1
+        tokens = self.norm(x)
         if self.config.head == "cls":
-            tokens = self.norm(x)
             embeds = self.proj(tokens[:, 0])
+        elif self.pool is not None:
+            embeds = self.proj(self.pool(tokens))
         else:
-            tokens = self.norm(x)
             embeds = self.proj(self.norm(x.mean(dim=1)))
         seen = None if points is None else tuple(points)
         return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)

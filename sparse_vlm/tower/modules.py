@@ -8,6 +8,9 @@ Sources: SparseFormer (arXiv 2304.03768) section 3; Bootstrapping SparseFormers 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +24,19 @@ from sparse_vlm.geometry import (
     sample_bilinear,
     standardize_offsets,
 )
-from sparse_vlm.tower.config import GlanceConfig, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.config import Activation, GlanceConfig, SparseFormerConfig, UnitConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class EarlyConvolution(nn.Module):
@@ -130,16 +145,40 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with timm's parameter names."""
 
-    def __init__(self, width: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, activation: Activation) -> None:
         super().__init__()
-        self.quick_gelu = quick_gelu
+        self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) to (B, N, d)."""
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class AttentionPool(nn.Module):
+    """One learned probe attends to all tokens, then an MLP: SigLIP's head (arXiv 2303.15343; Zhai et al., arXiv 2106.04560, section 3.4).
+
+    Parameter names are a block's, so that it inherits as one.
+    """
+
+    def __init__(self, width: int, heads: int, eps: float, activation: Activation) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(width))
+        self.attn = Attention(width, heads)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d) to (B, d)."""
+        weights, biases = self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3)
+        probe = self.probe.expand(x.shape[0], 1, -1)
+        q, k, v = (
+            F.linear(tokens, weight, bias).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)  # (B, heads, 1 or N, head size)
+            for tokens, weight, bias in zip((probe, x, x), weights, biases, strict=True)
+        )
+        pooled = self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # (B, 1, d)
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
 class Unit(nn.Module):
@@ -169,7 +208,7 @@ class Unit(nn.Module):
             self.attn = Attention(width, config.heads(width))
         if "MLP" in unit.ops:
             self.norm2 = nn.LayerNorm(width, eps=eps)
-            self.mlp = Mlp(width, unit.quick_gelu)
+            self.mlp = Mlp(width, unit.activation)
         if "ROI_ADJ" in unit.ops:
             hidden = [nn.Linear(width, width), nn.GELU()] if config.adjust_hidden else []
             self.roi_adjust_module = nn.Sequential(nn.LayerNorm(width, eps=eps), *hidden, nn.Linear(width, 4, bias=False))

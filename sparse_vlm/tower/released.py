@@ -37,7 +37,12 @@ def config_from_released(data: Mapping[str, Any]) -> SparseFormerConfig:
         raise ValueError("released configuration: width_configs, repeats and ops_list differ in length")
     units = tuple(
         # QuickGELU belongs to the teacher's blocks, and only the cortex is made of those
-        UnitConfig(width, tuple(ops), repeats, quick_gelu=compatible["clip_quick_gelu"] and tuple(ops) == ("ATTN", "MLP"))
+        UnitConfig(
+            width,
+            tuple(ops),
+            repeats,
+            activation="quick_gelu" if compatible["clip_quick_gelu"] and tuple(ops) == ("ATTN", "MLP") else "gelu",
+        )
         for width, repeats, ops in zip(data["width_configs"], data["repeats"], data["ops_list"], strict=True)
     )
     return SparseFormerConfig(
