@@ -111,17 +111,19 @@ class ModuleEmbedder:
             return self.forward(pixels).float().cpu()
 
 
-def tower_embedder(name: str, control: str = "none") -> ModuleEmbedder:
+def tower_embedder(name: str, control: str = "none", num_tokens: int | None = None) -> ModuleEmbedder:
     """A tower from a folder or the zoo.
 
     Args:
         control: a key of `TOWER_CONTROLS`; what is measured under one is named after it, too.
+        num_tokens: latent tokens, for a tower that serves several budgets; it is named after them as well.
 
     Raises:
-        UserError: no such tower, or one that does not look where the control is to keep it from looking.
+        UserError: no such tower, a number of tokens that it was not made for, or one that does not look where the control is to keep it
+            from looking.
     """
     device = best_device()
-    tower = SparseFormer.from_pretrained(name, dtype=native_dtype(device)).to(device)
+    tower = SparseFormer.from_pretrained(name, native_dtype(device), num_tokens).to(device)
     config = tower.config
     if control == "no-looks":
         if not any("SAMPLING_M" in unit.ops for unit in config.units):
@@ -129,7 +131,7 @@ def tower_embedder(name: str, control: str = "none") -> ModuleEmbedder:
         for unit in tower.units():
             unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
     return ModuleEmbedder(
-        name if control == "none" else f"{name}, {control}",
+        ", ".join([name, *([f"{num_tokens} tokens"] if num_tokens else []), *([control] if control != "none" else [])]),
         "tower",
         tower,
         lambda pixels: tower(pixels).image_embeds,

@@ -6,6 +6,7 @@ model (and a control); the report holds a `Result` for each task and column.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ def evaluate(
     controls: Sequence[str] | None = None,
     limit: int | None = None,
     on_progress: Progress = lambda what, done, total: None,
+    budgets: Sequence[int] = (),
 ) -> Report:
     """Run tasks on models.
 
@@ -111,6 +113,7 @@ def evaluate(
         controls: for VLM tasks keys of `CONTROLS`, all by default; for image tasks of `TOWER_CONTROLS`, where `none` is the default.
         limit: photos a set.
         on_progress: called with (what, done, total).
+        budgets: tokens a picture at which each model is measured, for models that serve several; their own number by default.
 
     Raises:
         UserError: an unknown task, model or control, tasks of both kinds, or something a task needs that was not given.
@@ -134,11 +137,11 @@ def evaluate(
             raise UserError(f"{control}: no such control for {', '.join(chosen)}; there are {', '.join(known)}")
     names = list(dict.fromkeys(models))
     if image_tasks:
-        report = _run_image_tasks(names, image_tasks, files, teacher, text, controls, on_progress)
+        report = _run_image_tasks(names, image_tasks, files, teacher, text, controls, budgets, on_progress)
     else:
         if not names:
             raise UserError("no model to measure; name one with --model")
-        report = _run_vlm_tasks(names, vlm_tasks, files, controls, on_progress)
+        report = _run_vlm_tasks(names, vlm_tasks, files, controls, budgets, on_progress)
     report.limit = limit
     report.controls = {control: known[control] for control in controls if control != "none"}
     report.seconds = time.perf_counter() - started
@@ -152,6 +155,7 @@ def _run_image_tasks(
     teacher: str | None,
     text: str | None,
     controls: Sequence[str],
+    budgets: Sequence[int],
     on_progress: Progress,
 ) -> Report:
     for name, task in tasks.items():
@@ -166,7 +170,7 @@ def _run_image_tasks(
         if is_teacher(name):
             embedders += [] if name == teacher else [teacher_embedder(name)]
         else:
-            embedders += [tower_embedder(name, control) for control in controls]
+            embedders += [tower_embedder(name, control, count) for count in budgets or [None] for control in controls]
     reference = None if teacher is None else teacher_embedder(teacher)
     if reference is not None:
         embedders.append(reference)
@@ -194,18 +198,21 @@ def _check_widths(embedders: list[Embedder], teacher: Embedder | None, text: Tex
             raise UserError(f"{embedder.name} embeds into {embedder.width} dimensions, the teacher {teacher.name} into {teacher.width}")
 
 
-def _run_vlm_tasks(names: list[str], tasks: dict[str, VLMTask], data: Data, controls: Sequence[str], on_progress: Progress) -> Report:
+def _run_vlm_tasks(
+    names: list[str], tasks: dict[str, VLMTask], data: Data, controls: Sequence[str], budgets: Sequence[int], on_progress: Progress
+) -> Report:
     from sparse_vlm.vlm import VLM
 
     report = Report({}, dict(tasks), results={name: {} for name in tasks})
-    for model_name in names:
-        model = VLM.from_pretrained(model_name, device=best_device())
+    for name, count in itertools.product(names, budgets or [None]):
+        model = VLM.from_pretrained(name, device=best_device(), num_tokens=count)
+        model_name = name if count is None else f"{name}, {count} tokens"
         report.models[model_name] = {"kind": "vlm", "tokens": model.tokens_per_image}
         report.dtype = str(model.model.dtype).removeprefix("torch.")
-        for name, task in tasks.items():
+        for task_name, task in tasks.items():
             for control in controls:
                 column = Column(model_name, control)
-                what = f"{name}: {column.title}"
+                what = f"{task_name}: {column.title}"
                 result = task.run(model, control, data, lambda done, total, what=what: on_progress(what, done, total))
-                report.results[name][column] = result
+                report.results[task_name][column] = result
     return report

@@ -108,6 +108,30 @@ def sample_bilinear(feature_map: Tensor, points: Tensor, padding: Padding = "bor
     return values.permute(0, 2, 3, 1).to(feature_map.dtype)
 
 
+def crop_rois(picture: Tensor, rois: Tensor, size: int) -> Tensor:
+    """Scale what lies in each RoI to `size` x `size` pixels.
+
+    Where a RoI holds more pixels than that, each pixel of the result is the mean of several samples, so that detail is averaged and not
+    skipped. A RoI that lies on pixel borders and is `size` pixels wide is returned as it is. Differentiable in the RoIs.
+
+    Args:
+        picture: (B, 3, H, W).
+        rois: (B, N, 4) relative to the picture.
+
+    Returns:
+        (B, N, 3, size, size) in the dtype of `picture`.
+    """
+    height, width = picture.shape[-2:]
+    with torch.no_grad():
+        sides = (rois[..., 2:] - rois[..., :2]).abs() * rois.new_tensor([width, height])
+        samples = max(1, math.ceil(sides.max().item() / size - 1e-3))
+    steps = (torch.arange(size * samples, device=rois.device, dtype=torch.float32) + 0.5) / (size * samples) - 0.5
+    offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).view(1, 1, -1, 2)
+    values = sample_bilinear(picture, points_in_rois(rois.float(), offsets)).mT  # (B, N, 3, points)
+    crops = values.unflatten(-1, (size, samples, size, samples))
+    return crops.mean((-3, -1)) if samples > 1 else crops[..., :, 0, :, 0]
+
+
 def roi_average_weights(rois: Tensor, height: int, width: int, points_per_side: int = 4) -> Tensor:
     """Weights that average an H x W map over each RoI, as bilinear sampling on a regular grid of points inside it would.
 

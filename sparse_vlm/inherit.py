@@ -59,7 +59,8 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
         glance = tower.config.glance
         resized = "" if glance.patch_size == spec.patch_size else f"resized from {spec.patch_size} to {glance.patch_size} px"
         rows.append(Row("patch_embed.weight", "glance.patch_embed.weight", "tuned", resized))
-        rows.append(Row("pos_embed", "glance.pos_embed", "tuned", resized and f"resized to {glance.grid} x {glance.grid}"))
+        moved = "" if glance.grid == spec.grid else f"resized to {glance.grid} x {glance.grid}"
+        rows.append(Row("pos_embed", "glance.pos_embed", "tuned", moved))
         if spec.has_cls:
             rows.append(Row("cls_token", "cls_embedding.weight", "tuned", "plus its position"))
         if glance.norm_pre:

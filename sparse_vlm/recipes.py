@@ -84,6 +84,13 @@ def _warm_start(looks: int, pooled: bool) -> Callable[[TeacherSpec], SparseForme
     return student
 
 
+def _elastic(spec: TeacherSpec) -> SparseFormerConfig:
+    """The warm start for any number of tokens: each begins as the teacher's embedding of its cell, scaled to one patch of a 49th of the
+    picture, and the mean of the teacher's positions there."""
+    config = _warm_start(looks=4, pooled=False)(spec)
+    return replace(config, budgets=(9, 64), glance=GlanceConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
+
+
 def _as_published(name: str) -> Callable[[TeacherSpec], SparseFormerConfig]:
     """A published configuration, with the teacher's own preprocessing, activation and epsilon."""
 
@@ -133,6 +140,11 @@ RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         summary="49 tokens that begin as the teacher's patch embedding of their cell and look four times; all blocks inherited",
         student=_warm_start(looks=4, pooled=False),
+        blocks=_all_blocks,
+    ),
+    "elastic": Recipe(
+        summary="as tiny, for any number of tokens from 9 to 64 with the same weights",
+        student=_elastic,
         blocks=_all_blocks,
     ),
     "tiny-pool": Recipe(

@@ -265,6 +265,16 @@ def test_a_short_bootstrap_learns(finished: Path) -> None:
     assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
 
 
+def test_a_student_of_any_budget_learns_from_all_of_the_teachers_patches(teacher_name: str, photos: Path, tmp_path: Path) -> None:
+    line = command(teacher_name, photos, tmp_path / "student", 320)
+    line[line.index("tiny")] = "elastic"
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tower = SparseFormer.from_pretrained(tmp_path / "student", num_tokens=20)
+    assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 21, 64)
+    assert torch.equal(SparseFormer.from_pretrained(tmp_path / "student").initial_roi.weight, grid_rois(49))
+
+
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(teacher_name: str, photos: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.parent / "cache", tmp_path / "cache")
     out = tmp_path / "student"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class BootstrapTrainer(Trainer):
 
     groups: list[dict[str, Any]]
     average: dict[str, Tensor]
+    budgets: tuple[int, int] | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's groups."""
@@ -67,9 +69,14 @@ class BootstrapTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The objective as the model itself computes it."""
-        out = model(**inputs)
+        """The objective as the model itself computes it, at a budget that the step's number decides."""
+        out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def budget(self, step: int) -> int | None:
+        """Latent tokens of a step, for a student of several budgets: its own number in one step of two, else any."""
+        rng = random.Random(f"{self.args.seed}/{step}")
+        return rng.randint(*self.budgets) if self.budgets is not None and rng.random() < 0.5 else None
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -180,6 +187,7 @@ def bootstrap(
         new = {row.target for row in rows if row.fate == "new"}
         trainer.groups = parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
         trainer.average = average
+        trainer.budgets = tower.config.budgets
         checkpoint = latest_checkpoint(out / "checkpoints")
         if checkpoint is not None:
             for name, value in load_file(checkpoint / "average.safetensors").items():

@@ -70,7 +70,8 @@ def bootstrap(
 
     from sparse_vlm.train.bootstrap import bootstrap as run
 
-    store = TeacherCache(cache, source, photos, chosen.views_per_photo, tower.initial_roi.weight.detach(), seed)
+    cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
+    store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed)
     if store.done == len(store):
         console.print(f"teacher's answers: {len(store)} views, all cached")
     else:

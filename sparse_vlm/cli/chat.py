@@ -48,6 +48,7 @@ def chat(
     question: Annotated[str | None, typer.Option(help="Answer this one question and exit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --question: print one JSON object with the answer and its cost.")] = False,
     model: Annotated[str, typer.Option(help="A VLM: a folder or a name of the model zoo.")] = "tiny-chat",
+    tokens: Annotated[int | None, typer.Option(help="Tokens a picture, for a model that serves several budgets.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")] = None,
 ) -> None:
@@ -64,7 +65,7 @@ def chat(
 
     screen = Screen()
     with screen.busy(f"loading {model}"):
-        conversation = _load(model, opened, max_new_tokens, threads)
+        conversation = _load(model, opened, tokens, max_new_tokens, threads)
     if question is None:
         raise typer.Exit(Session(conversation, screen).run())
     if as_json:
@@ -83,7 +84,7 @@ def _open(path: Path) -> tuple[Path, Any, float]:
     return path, picture, (time.perf_counter() - started) * 1000
 
 
-def _load(model: str, opened: list[tuple[Path, Any, float]], max_new_tokens: int, threads: int | None) -> Conversation:
+def _load(model: str, opened: list[tuple[Path, Any, float]], tokens: int | None, max_new_tokens: int, threads: int | None) -> Conversation:
     _silence_libraries()
     import torch
 
@@ -92,7 +93,7 @@ def _load(model: str, opened: list[tuple[Path, Any, float]], max_new_tokens: int
 
     if threads:
         torch.set_num_threads(threads)
-    return Conversation(VLM.from_pretrained(model), model, [Picture(*each) for each in opened], max_new_tokens)
+    return Conversation(VLM.from_pretrained(model, num_tokens=tokens), model, [Picture(*each) for each in opened], max_new_tokens)
 
 
 def _silence_libraries() -> None:

@@ -32,6 +32,9 @@ def eval(
     control: Annotated[
         list[str] | None, typer.Option(help="VLMs: none, no-image, wrong-image, all unless given. Towers: none, no-looks.")
     ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens a picture, for models that serve several budgets; repeat it.", min=1)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many photos a set.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the report, the table in Markdown, and every prediction.")] = None,
@@ -56,7 +59,7 @@ def eval(
         torch.set_num_threads(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     with progress:
-        report = evaluate(model or [], names, data, teacher, text, control, limit, progress)
+        report = evaluate(model or [], names, data, teacher, text, control, limit, progress, tokens or [])
     document = json.dumps(as_json(report), indent=1) + "\n"
     if out is not None:
         save(report, out)

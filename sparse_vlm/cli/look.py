@@ -22,6 +22,7 @@ def look(
     out: Annotated[
         Path | None, typer.Option("--output", "--out", help="The picture to write; its suffix decides the format. [default: look.png]")
     ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Latent tokens, for a tower that serves several budgets.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the RoIs of every look as one JSON object.")] = False,
 ) -> None:
     """Draw what the tokens look at over a photo."""
@@ -31,7 +32,7 @@ def look(
     from sparse_vlm.look import draw, follow, save_figure
     from sparse_vlm.tower import SparseFormer
 
-    gaze = follow(SparseFormer.from_pretrained(folder), picture)
+    gaze = follow(SparseFormer.from_pretrained(folder, num_tokens=tokens), picture)
     if out is None and not as_json:
         out = Path("look.png")
     if out is not None:

@@ -17,6 +17,7 @@ def train(
     stage: Annotated[str, typer.Option(help="read: the LLM, from words; align: the projector; instruct: both.")] = "align",
     tower: Annotated[str | None, typer.Option(help="Tower: a folder or a name of the zoo; tiny, or that of --init, unless given.")] = None,
     llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
+    tokens: Annotated[int | None, typer.Option(help="Latent tokens a picture, for a tower that serves several budgets.", min=1)] = None,
     init: Annotated[
         str | None,
         typer.Option(help="A VLM to start from: what the stage before made. With --tower, its tower is replaced and its projector new."),
@@ -79,7 +80,10 @@ def train(
     if samples is not None and samples < len(talks):
         talks = random.Random(seed).sample(talks, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower) if init else VLM.build(tower or "tiny", llm, device, seed=seed)
+    if init:
+        vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower, num_tokens=tokens)
+    else:
+        vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens)
     with console.status("rendering conversations and checking their label masks"):
         in_order, photos = build_samples(talks, vlm.renderer, known)
         built = arrange(in_order, chosen.batch_size, seed)
@@ -100,6 +104,7 @@ def train(
         "stage": stage,
         **dataclasses.asdict(chosen),
         "tower": vlm.tower_name,
+        "tokens": vlm.tokens_per_image,
         "llm": vlm.llm_name,
         "init": init,
         "rank": None if full or chosen.lr_lora is None else rank,

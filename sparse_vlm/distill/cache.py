@@ -36,14 +36,16 @@ class TeacherCache:
         teacher: asked for what is missing.
         photos: in a fixed order.
         views: views of each photo that this run wants.
-        rois: (N, 4), the cells over which the teacher's patch tokens are averaged.
+        rois: (N, 4), the cells over which the teacher's patch tokens are averaged; None keeps all of them, as a student of several
+            budgets needs (N = G * G then).
     """
 
-    def __init__(self, folder: Path, teacher: Teacher, photos: Sequence[Photo], views: int, rois: Tensor, seed: int = 0) -> None:
+    def __init__(self, folder: Path, teacher: Teacher, photos: Sequence[Photo], views: int, rois: Tensor | None, seed: int = 0) -> None:
         self.photos, self.views, self.seed, self.rois = photos, views, seed, rois
         self.size = teacher.spec.image_size
         keys = hashlib.sha256("\n".join(f"{p.key} {p.size}" for p in photos).encode()).hexdigest()[:16]
-        cells = hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
+        cells = "patches" if rois is None else hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
+        count = teacher.spec.grid**2 if rois is None else rois.shape[0]
         self.meta = {
             "teacher": teacher.fingerprint(),
             "photos": len(photos),
@@ -58,7 +60,7 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
         self._embeds = [self._open(view, "embeds", (len(photos), teacher.spec.embed_dim)) for view in range(views)]
-        self._patches = [self._open(view, "patches", (len(photos), rois.shape[0], teacher.spec.width)) for view in range(views)]
+        self._patches = [self._open(view, "patches", (len(photos), count, teacher.spec.width)) for view in range(views)]
 
     def _open(self, view: int, name: str, shape: tuple[int, ...]) -> np.memmap:
         path = self.folder / f"{name}-{view}.npy"
@@ -106,7 +108,7 @@ class TeacherCache:
         if self.done == len(self):
             return
         spec = teacher.spec
-        weights = roi_average_weights(self.rois, spec.grid, spec.grid)
+        weights = None if self.rois is None else roi_average_weights(self.rois, spec.grid, spec.grid)
         dtype = native_dtype()
         fast = teacher.copy_in(dtype)
         count = len(self.photos)
@@ -117,7 +119,8 @@ class TeacherCache:
                 pixels = torch.stack([self.pixels(view * count + index) for index in range(start, stop)])
                 out = fast(normalize(pixels, spec.image_mean, spec.image_std).to(dtype))
                 self._embeds[view][start:stop] = out.embeds.float().numpy()
-                self._patches[view][start:stop] = (weights @ out.patches.float()).numpy()
+                patches = out.patches.float()
+                self._patches[view][start:stop] = (patches if weights is None else weights @ patches).numpy()
                 on_rows(stop - start)
                 start = stop
                 if start == count or (start // batch_size) % 80 == 0:

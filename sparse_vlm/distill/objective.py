@@ -8,10 +8,13 @@ Source: final-representation alignment of Bootstrapping SparseFormers (arXiv 231
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 
@@ -22,7 +25,7 @@ class Distillation(nn.Module):
     """A student with its objective.
 
     Args:
-        tower: the student; its latent tokens must match the cached cells one to one.
+        tower: the student.
         embed_mean: (E,) the teacher's mean embedding.
         token_mean: (d,) the teacher's mean patch token.
         dense_weight: weight of the token term.
@@ -35,15 +38,22 @@ class Distillation(nn.Module):
         self.register_buffer("embed_mean", embed_mean, persistent=False)
         self.register_buffer("token_mean", token_mean, persistent=False)
 
-    def forward(self, pixels: Tensor, embeds: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Views (B, 3, S, S) uint8 with the teacher's embeddings (B, E) and cell-averaged patch tokens (B, N, d).
+    def forward(self, pixels: Tensor, embeds: Tensor, tokens: Tensor, num_tokens: int | None = None) -> dict[str, Tensor]:
+        """Views (B, 3, S, S) uint8 with the teacher's embeddings (B, E) and patch tokens: (B, N, d) averaged over the student's cells, or
+        all (B, G * G, d) for a student of several budgets, to be averaged over the cells of the budget.
+
+        Args:
+            num_tokens: the student's latent tokens, for a student of several budgets.
 
         Returns:
             `loss`, and the centred cosines `cosine` and `token_cosine` (means over the batch, detached).
         """
         config = self.tower.config
-        out = self.tower(normalize(pixels, config.image_mean, config.image_std))
-        latents = out.last_hidden_state[:, -config.num_latent_tokens :]
+        out = self.tower(normalize(pixels, config.image_mean, config.image_std), num_tokens=num_tokens)
+        latents = out.last_hidden_state[:, -out.rois.shape[1] :]
+        if config.budgets is not None:
+            grid = math.isqrt(tokens.shape[1])
+            tokens = roi_average_weights(self.tower.initial_rois(num_tokens), grid, grid) @ tokens
         cosine = F.cosine_similarity(out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean, dim=-1).mean()
         token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()
         loss = (1 - cosine) + self.dense_weight * (1 - token_cosine)

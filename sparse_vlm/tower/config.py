@@ -38,12 +38,14 @@ class UnitConfig:
 
 @dataclass(frozen=True)
 class GlanceConfig:
-    """The warm start: a token begins as the teacher's patch embedding plus position, averaged over its RoI.
+    """The warm start: a token begins as the teacher's patch embedding plus position, of its RoI.
 
     Attributes:
-        patch_size: pixels a side of the teacher's patches.
-        grid: patches a side; the glance always sees the picture at patch_size * grid pixels.
+        patch_size: pixels a side of a patch.
+        grid: positions a side, and where patches are pooled also patches a side.
         points_per_side: sampled points a side in each RoI.
+        kind: `pool` embeds the patches of the picture, scaled to patch_size * grid pixels, and averages them over the RoI; `crop` scales
+            what lies in the RoI to one patch and embeds that, at whatever size RoI and picture are.
         norm_pre: whether the teacher normalises tokens before its first block (CLIP's ln_pre).
     """
 
@@ -51,6 +53,7 @@ class GlanceConfig:
     grid: int
     points_per_side: int = 4
     norm_pre: bool = False
+    kind: Literal["pool", "crop"] = "pool"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class SparseFormerConfig:
         cls_before_unit: the unit before which the CLS token is inserted; None for towers without one.
         head: what the head reads: the CLS token, the mean of all tokens, or all tokens through attention (SigLIP's `map`).
         token_init: one embedding shared by all tokens, one each, or a glance at the teacher's patches.
+        budgets: fewest and most latent tokens that the tower was made for, as (9, 64), where their number can be chosen at each call.
         rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes and whole-image twins).
         num_heads: attention heads; None means heads of size 64.
         generator_dim: inner width of the mixing parameters' generator; a fraction below 1 is relative to the unit's width.
@@ -86,6 +90,7 @@ class SparseFormerConfig:
     head_bias: bool = False
     token_init: Literal["shared", "each", "glance"] = "shared"
     rois_init: Literal["grid", "released"] = "grid"
+    budgets: tuple[int, int] | None = None
     glance: GlanceConfig | None = None
     num_heads: int | None = None
     generator_dim: float = 128
@@ -102,6 +107,11 @@ class SparseFormerConfig:
             raise ValueError("token_init 'glance' and a GlanceConfig go together")
         if (self.head == "cls") != (self.cls_before_unit is not None):
             raise ValueError("head 'cls' and cls_before_unit go together")
+        if self.budgets is not None:
+            if not 1 <= self.budgets[0] <= self.num_latent_tokens <= self.budgets[1]:
+                raise ValueError(f"{self.num_latent_tokens} tokens are outside of the budgets {self.budgets}")
+            if self.token_init == "each" or self.rois_init != "grid":
+                raise ValueError("a tower of several budgets begins from a grid of RoIs, and without an embedding for each token")
         for unit in self.units:
             if self.num_heads is None and unit.width % 64:
                 raise ValueError(f"width {unit.width} is no multiple of the head size 64")
@@ -135,6 +145,20 @@ class SparseFormerConfig:
         """Points after spatial mixing (O)."""
         return max(self.num_points, 32)
 
+    def at_budget(self, num_tokens: int) -> SparseFormerConfig:
+        """The same tower with another number of latent tokens.
+
+        Raises:
+            ValueError: the tower was not made for that number.
+        """
+        if num_tokens == self.num_latent_tokens:
+            return self
+        if self.budgets is None:
+            raise ValueError(f"this tower was made for {self.num_latent_tokens} tokens alone, not for {num_tokens}")
+        if not self.budgets[0] <= num_tokens <= self.budgets[1]:
+            raise ValueError(f"{num_tokens} tokens: this tower was made for {self.budgets[0]} to {self.budgets[1]}")
+        return dataclasses.replace(self, num_latent_tokens=num_tokens)
+
     def heads(self, width: int) -> int:
         """Attention heads of a unit of this width."""
         return self.num_heads if self.num_heads is not None else width // 64
@@ -163,6 +187,8 @@ class SparseFormerConfig:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the tower's configuration")
         data["units"] = tuple(_unit(unit) for unit in data["units"])
         data["image_mean"], data["image_std"] = tuple(data["image_mean"]), tuple(data["image_std"])
+        if data.get("budgets") is not None:
+            data["budgets"] = tuple(data["budgets"])
         if data.get("glance") is not None:
             data["glance"] = GlanceConfig(**data["glance"])
         return cls(**data)

@@ -37,8 +37,9 @@ def count_macs(config: SparseFormerConfig, height: int | None = None, width: int
     first = config.units[0].width
     glance = 0
     if config.glance is not None:
-        patches = config.glance.grid**2
-        glance = patches * 3 * config.glance.patch_size**2 * first + n * patches * first
+        positions = config.glance.grid**2
+        patches = n if config.glance.kind == "crop" else positions
+        glance = patches * 3 * config.glance.patch_size**2 * first + n * positions * first
     looking = blocks = 0
     tokens, previous = n, first
     for index, unit in enumerate(config.units):

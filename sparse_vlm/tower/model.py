@@ -85,6 +85,8 @@ class SparseFormer(nn.Module):
         rois = grid_rois if self.config.rois_init == "grid" else released_rois
         with torch.no_grad():
             self.initial_roi.weight.copy_(rois(self.config.num_latent_tokens))
+            # a tower of several budgets begins from a grid at each of them
+            self.initial_roi.weight.requires_grad_(self.config.budgets is None)
             for unit in self.units():
                 if "SAMPLING_M" in unit.ops:
                     unit.roi_offset_bias.copy_(_regular_offsets(self.config.num_points).flatten())
@@ -96,15 +98,24 @@ class SparseFormer(nn.Module):
         """The units in order, without the transitions between them."""
         return [layer for layer in self.layers if isinstance(layer, Unit)]
 
-    def forward(self, pixels: Tensor, output_rois: bool = False) -> SparseFormerOutput:
+    def forward(
+        self,
+        pixels: Tensor,
+        output_rois: bool = False,
+        num_tokens: int | None = None,
+        region: tuple[float, float, float, float] | Tensor | None = None,
+    ) -> SparseFormerOutput:
         """Look at pictures.
 
         Args:
             pixels: (B, 3, h, w), normalised with the configuration's mean and std; any h and w of at least 8.
             output_rois: also return the RoIs after every unit and the sampling points of every look.
+            num_tokens: latent tokens, where the configuration gives `budgets`; its own number by default.
+            region: (x0, y0, x1, y1) relative to the picture, or (B, 4) of them: the tokens begin inside it, as if it were all there is. A
+                zoom that costs no more tokens.
 
         Raises:
-            ValueError: pixels of another shape.
+            ValueError: pixels of another shape, a number of tokens that the tower was not made for, or no region of a picture.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < 8:
             raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (B, 3, h, w) with h and w of at least 8")
@@ -112,12 +123,14 @@ class SparseFormer(nn.Module):
         pixels = pixels.to(self.norm.weight.dtype)
         feature_map = None if self.feat_extractor is None else self.feat_extractor(pixels)
         # coordinates stay float32 in a bfloat16 tower as well
-        initial = self.initial_roi.weight.float()
+        initial = self.initial_rois(num_tokens)
         rois = initial.expand(batch, -1, -1)
+        if region is not None:
+            rois = self._within(region, rois)
         if self.glance is not None:
-            x = self.glance(pixels, initial)
+            x = self.glance(pixels, initial, rois)
         else:
-            x = self.initial_embedding.weight.expand(batch, self.config.num_latent_tokens, -1)
+            x = self.initial_embedding.weight.expand(batch, initial.shape[0], -1)
         rois_per_unit: list[Tensor] | None = [] if output_rois else None
         points: list[Tensor] | None = [] if output_rois else None
         index = 0
@@ -142,6 +155,27 @@ class SparseFormer(nn.Module):
             embeds = self.proj(self.norm(x.mean(dim=1)))
         seen = None if points is None else tuple(points)
         return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
+
+    def initial_rois(self, num_tokens: int | None = None) -> Tensor:
+        """Where tokens begin, (n, 4) float32.
+
+        Raises:
+            ValueError: a number of tokens that the tower was not made for.
+        """
+        weight = self.initial_roi.weight.float()
+        if num_tokens is None or num_tokens == self.config.num_latent_tokens:
+            return weight
+        return grid_rois(self.config.at_budget(num_tokens).num_latent_tokens).to(weight.device)
+
+    def _within(self, region: tuple[float, float, float, float] | Tensor, rois: Tensor) -> Tensor:
+        """RoIs (B, n, 4) of a region to RoIs of the picture."""
+        if self.glance is not None and self.config.glance.kind == "pool":
+            raise ValueError("this tower's glance sees whole pictures at one size, so it cannot begin in a region; take one that crops")
+        box = torch.as_tensor(region, dtype=rois.dtype, device=rois.device).expand(rois.shape[0], 4)
+        if not bool(((box >= 0) & (box <= 1)).all() and (box[:, :2] < box[:, 2:]).all()):
+            raise ValueError(f"region {region}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+        corner, size = box[:, None, :2], box[:, None, 2:] - box[:, None, :2]
+        return torch.cat([corner + rois[..., :2] * size, corner + rois[..., 2:] * size], dim=-1)
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""
@@ -180,11 +214,14 @@ class SparseFormer(nn.Module):
         os.replace(aside, folder / "config.json")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> SparseFormer:
+    def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32, num_tokens: int | None = None) -> SparseFormer:
         """Load a tower from a folder, or from the zoo by name; in eval mode.
 
+        Args:
+            num_tokens: latent tokens, for a tower that serves several budgets; from then on its configuration's own number.
+
         Raises:
-            UserError: no such folder or name, not a tower, or weights that do not fit.
+            UserError: no such folder or name, not a tower, weights that do not fit, or a number of tokens that it was not made for.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -197,6 +234,12 @@ class SparseFormer(nn.Module):
             state = load_file(folder / "model.safetensors")
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise UserError(f"{name_or_path}: not a tower folder ({error})") from error
+        if num_tokens is not None and num_tokens != config.num_latent_tokens:
+            try:
+                config = config.at_budget(num_tokens)
+            except ValueError as error:
+                raise UserError(f"{name_or_path}: {error}") from error
+            state["initial_roi.weight"] = grid_rois(num_tokens)
         tower = cls(config)
         try:
             load_strictly(tower, state, str(name_or_path))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparse_vlm.geometry import (
     Padding,
     adjust_rois,
+    crop_rois,
     encode_rois,
     points_in_rois,
     roi_average_weights,
@@ -56,10 +57,11 @@ class EarlyConvolution(nn.Module):
 
 
 class Glance(nn.Module):
-    """The warm start: the teacher's patch embeddings plus positions, averaged over each token's RoI.
+    """The warm start: the teacher's patch embedding and position, of each token's RoI.
 
-    The glance sees the picture at the teacher's own resolution whatever the picture's size, so its cost is fixed and its patches look
-    as they did to the teacher; later looks read the full-resolution map.
+    A pooling glance sees the picture at the teacher's own resolution whatever the picture's size, so its cost is fixed and its patches look
+    as they did to the teacher. A cropping one scales what lies in each RoI to one patch, from the picture at its own resolution: it
+    serves any number and any size of RoIs, and its cost is that of as many patches.
     """
 
     def __init__(self, config: GlanceConfig, width: int, ln_eps: float) -> None:
@@ -69,14 +71,23 @@ class Glance(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(config.grid**2, width))
         self.norm_pre = nn.LayerNorm(width, eps=ln_eps) if config.norm_pre else nn.Identity()
 
-    def forward(self, pixels: Tensor, rois: Tensor) -> Tensor:
-        """(B, 3, h, w) and RoIs (n, 4) to tokens (B, n, d), before `norm_pre`."""
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> Tensor:
+        """(B, 3, h, w) to tokens (B, n, d), before `norm_pre`.
+
+        Args:
+            rois: (n, 4), whose positions the tokens get.
+            seen: (B, n, 4), the same within the region that is looked at.
+        """
+        positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (n, G * G)
+        if self.config.kind == "crop":
+            crops = crop_rois(pixels, seen, self.config.patch_size)
+            patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
+            return patches + positions.to(patches.dtype) @ self.pos_embed
         side = self.config.patch_size * self.config.grid
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
         patches = self.patch_embed(pixels).flatten(2).mT + self.pos_embed  # (B, G * G, d)
-        weights = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)
-        return weights.to(patches.dtype) @ patches
+        return positions.to(patches.dtype) @ patches
 
 
 class _ClampedCoordinates(torch.autograd.Function):

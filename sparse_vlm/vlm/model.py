@@ -79,7 +79,13 @@ class VLM:
 
     @classmethod
     def build(
-        cls, tower: str | Path, llm: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+        cls,
+        tower: str | Path,
+        llm: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        num_tokens: int | None = None,
     ) -> VLM:
         """A new VLM with an untrained projector.
 
@@ -88,14 +94,15 @@ class VLM:
             llm: a folder or zoo name.
             dtype: of all weights; bfloat16 where the device multiplies in it, else float32.
             seed: of the projector's weights.
+            num_tokens: latent tokens a picture, for a tower that serves several budgets.
 
         Raises:
-            UserError: either cannot be loaded.
+            UserError: either cannot be loaded, or the tower was not made for that number of tokens.
         """
         from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor, processor_counts
 
         dtype = dtype or native_dtype(device)
-        host = SparseFormerHostModel.wrap(SparseFormer.from_pretrained(tower, dtype=dtype))
+        host = SparseFormerHostModel.wrap(SparseFormer.from_pretrained(tower, dtype, num_tokens))
         language = load_llm(llm, dtype=dtype)
         tokenizer, text_model = language.tokenizer, language.model
         config = host.tower.config
@@ -153,12 +160,14 @@ class VLM:
         dtype: torch.dtype | None = None,
         fold: bool = True,
         new_tower: str | Path | None = None,
+        num_tokens: int | None = None,
     ) -> VLM:
         """Load a VLM from a folder, or from the zoo by name.
 
         Args:
             fold: to use the model: adapters are added to the LLM's weights, which is faster. Training needs them apart.
             new_tower: a folder or zoo name of a tower to put in the place of its own; the projector is then new, too, and untrained.
+            num_tokens: latent tokens a picture, for a tower that serves several budgets; those that it was trained with by default.
 
         Raises:
             UserError: no such folder or name, not a VLM, a part that cannot be found, weights that do not fit, or a model to use whose
@@ -175,10 +184,13 @@ class VLM:
         blank = described.get("new_projector", False)
         if fold and (blank or new_tower is not None):
             raise UserError(f"{path_or_zoo_name}: its projector has learnt nothing yet; `sparse-vlm train --stage align --init` teaches it")
-        vlm = cls.build(new_tower or tower, llm, device, dtype)
+        vlm = cls.build(
+            new_tower or tower, llm, device, dtype, num_tokens=num_tokens or (None if new_tower else described.get("num_tokens"))
+        )
         if new_tower is None:
             vlm.new_projector = blank
-            if shape != vlm._shape():
+            # a projector serves any number of tokens, if they are asked for
+            if shape != vlm._shape() | ({} if num_tokens is None else {"tokens": shape["tokens"]}):
                 raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {tower} and LLM {llm} are {vlm._shape()}")
             vlm._load(vlm.projector, folder / "projector.safetensors")
         if (folder / "llm.safetensors").is_file():
@@ -209,6 +221,8 @@ class VLM:
             config.save_pretrained(str(folder))
             write_tensors(get_peft_model_state_dict(self.peft, save_embedding_layers=False), folder / "adapter_model.safetensors", dtype)
         described = {"format": FORMAT, "tower": tower or self.tower_name, "llm": self.llm_name, "projector": self._shape()}
+        if self.tower.config.budgets is not None:
+            described["num_tokens"] = self.tower.config.num_latent_tokens
         if self.new_projector:
             described["new_projector"] = True
         write_text(folder / "vlm.json", json.dumps(described, indent=1) + "\n")

@@ -1,0 +1,176 @@
+"""One tower at any number of tokens, and inside any region."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny_vlm
+import torch
+import torch.nn.functional as F
+
+from sparse_vlm import VLM, SparseFormer
+from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import crop_rois, grid_rois, roi_average_weights
+from sparse_vlm.tower import GlanceConfig, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.cost import count_macs
+
+
+def elastic(looks: bool = False, **changes: object) -> SparseFormer:
+    """A warm-start tower for 4 to 25 tokens."""
+    first = ("SAMPLING_M", "ATTN", "MLP", "ROI_ADJ") if looks else ("ATTN", "MLP")
+    values = {
+        "units": (UnitConfig(64, first), UnitConfig(64, ("ATTN", "MLP"))),
+        "num_latent_tokens": 16, "embed_dim": 32, "image_size": 56, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "conv_dim": 16,
+        "cls_before_unit": 0, "token_init": "glance", "glance": GlanceConfig(14, 4, 1, norm_pre=True, kind="crop"), "budgets": (4, 25),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    tower = SparseFormer(SparseFormerConfig(**{**values, **changes})).eval()
+    torch.nn.init.normal_(tower.glance.pos_embed)
+    return tower
+
+
+def test_a_roi_on_pixel_borders_is_cropped_as_it_is() -> None:
+    picture = torch.rand(2, 3, 32, 48)
+    rois = torch.tensor([[0.0, 0.0, 1 / 3, 0.5], [1 / 3, 0.5, 2 / 3, 1.0]]).expand(2, -1, -1)
+    crops = crop_rois(picture, rois, 16)
+    assert crops.shape == (2, 2, 3, 16, 16)
+    assert torch.allclose(crops[:, 0], picture[..., :16, :16], atol=1e-5)
+    assert torch.allclose(crops[:, 1], picture[..., 16:, 16:32], atol=1e-5)
+
+
+def test_a_larger_roi_is_averaged_and_not_skipped() -> None:
+    picture = torch.rand(1, 3, 64, 64)
+    whole = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    assert torch.allclose(crop_rois(picture, whole, 16)[:, 0], F.avg_pool2d(picture, 4), atol=1e-5)
+
+
+def test_crops_follow_their_rois() -> None:
+    ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)
+    rois = torch.tensor([[[0.25, 0.25, 0.5, 0.5]]], requires_grad=True)
+    crop_rois(ramp, rois, 8).mean().backward()
+    assert rois.grad[0, 0, 0] > 0.1 and rois.grad[0, 0, 2] > 0.1, "moved to the right, a crop of the ramp is brighter"
+    assert rois.grad[0, 0, 1].abs() < 1e-5 and rois.grad[0, 0, 3].abs() < 1e-5
+
+
+def test_cropping_begins_where_pooling_begins_when_cells_are_patches() -> None:
+    crop, pool = elastic(), elastic(budgets=None, glance=GlanceConfig(14, 4, 1, norm_pre=True))
+    pool.load_state_dict(crop.state_dict())
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.allclose(crop(pixels).last_hidden_state, pool(pixels).last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [4, 7, 16, 25])
+def test_one_set_of_weights_at_any_budget(count: int, tmp_path: Path) -> None:
+    tower = elastic(looks=True)
+    tower.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        out = tower(pixels, num_tokens=count, output_rois=True)
+        assert (out.last_hidden_state.shape, out.rois.shape) == ((2, count + 1, 64), (2, count, 4))
+        assert torch.allclose(tower.initial_rois(count), grid_rois(count))
+        loaded = SparseFormer.from_pretrained(tmp_path, num_tokens=count)
+        assert loaded.config.visual_tokens == count
+        assert torch.equal(loaded(pixels).last_hidden_state, out.last_hidden_state)
+        assert loaded.visual_tokens(pixels).shape == (2, count, 64)
+    assert (count_macs(loaded.config).total < count_macs(tower.config).total) == (count < 16)
+
+
+def test_budgets_that_a_tower_was_not_made_for_are_refused(tmp_path: Path) -> None:
+    elastic().save_pretrained(tmp_path / "elastic")
+    elastic(budgets=None).save_pretrained(tmp_path / "fixed")
+    with pytest.raises(UserError, match="26 tokens: this tower was made for 4 to 25"):
+        SparseFormer.from_pretrained(tmp_path / "elastic", num_tokens=26)
+    with pytest.raises(UserError, match="made for 16 tokens alone, not for 9"):
+        SparseFormer.from_pretrained(tmp_path / "fixed", num_tokens=9)
+    with pytest.raises(ValueError, match="3 tokens"):
+        elastic()(torch.zeros(1, 3, 56, 56), num_tokens=3)
+    with pytest.raises(ValueError, match="outside of the budgets"):
+        elastic(budgets=(20, 25))
+    with pytest.raises(ValueError, match="without an embedding for each token"):
+        elastic(token_init="each", glance=None)
+    assert not elastic().initial_roi.weight.requires_grad, "a grid at one budget and not at another would be no function of the budget"
+
+
+def test_a_region_is_looked_at_as_if_it_were_all_there_is() -> None:
+    tower = elastic()
+    pixels = torch.randn(2, 3, 112, 224)
+    boxes = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.5, 0.0, 0.75, 0.5]])
+    with torch.no_grad():
+        one = tower(pixels, region=(0.25, 0.5, 0.5, 1.0))
+        alone = tower(pixels[..., 56:, 56:112])
+        each = tower(pixels, region=boxes)
+        second = tower(pixels[1:, :, :56, 112:168])
+    assert torch.allclose(one.last_hidden_state, alone.last_hidden_state, atol=1e-4)
+    assert torch.allclose(each.image_embeds[1:], second.image_embeds, atol=1e-4)
+    assert torch.allclose(one.rois[0, 0], torch.tensor([0.25, 0.5, 0.3125, 0.625])), "RoIs are of the whole picture"
+
+
+@pytest.mark.parametrize("region", [(0.5, 0.5, 0.5, 1.0), (0.0, 0.0, 1.1, 1.0), (0.9, 0.0, 0.1, 1.0)])
+def test_what_is_no_region_is_refused(region: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= x0 < x1 <= 1"):
+        elastic()(torch.zeros(1, 3, 56, 56), region=region)
+
+
+def test_a_pooling_glance_cannot_begin_in_a_region() -> None:
+    tower = elastic(budgets=None, glance=GlanceConfig(14, 4, 1, norm_pre=True))
+    with pytest.raises(ValueError, match="take one that crops"):
+        tower(torch.zeros(1, 3, 56, 56), region=(0.0, 0.0, 0.5, 0.5))
+
+
+def test_the_objective_averages_the_teachers_patches_over_the_budgets_cells() -> None:
+    from sparse_vlm.distill.objective import Distillation
+
+    tower = elastic()
+    model = Distillation(tower, torch.zeros(32), torch.zeros(64), dense_weight=1.0)
+    pixels = torch.randint(0, 255, (2, 3, 56, 56), dtype=torch.uint8)
+    embeds, patches = torch.randn(2, 32), torch.randn(2, 16, 64)
+    with torch.no_grad():
+        found = model(pixels, embeds, patches, num_tokens=9)
+        out = tower((pixels / 255 - 0.5) / 0.5, num_tokens=9)
+        wanted = roi_average_weights(grid_rois(9), 4, 4) @ patches
+    assert found["token_cosine"] == pytest.approx(F.cosine_similarity(out.last_hidden_state[:, 1:], wanted, dim=-1).mean().item(), abs=1e-4)
+
+
+def test_a_run_draws_budgets_and_draws_them_again_after_a_resume() -> None:
+    from types import SimpleNamespace
+
+    from sparse_vlm.train.bootstrap import BootstrapTrainer
+
+    run = SimpleNamespace(args=SimpleNamespace(seed=0), budgets=(9, 64))
+    drawn = [BootstrapTrainer.budget(run, step) for step in range(2000)]
+    assert drawn[100:] == [BootstrapTrainer.budget(run, step) for step in range(100, 2000)]
+    others = [count for count in drawn if count is not None]
+    assert 900 < len(others) < 1100 and min(others) == 9 and max(others) == 64
+    run.budgets = None
+    assert BootstrapTrainer.budget(run, 0) is None
+
+
+def test_a_vlm_keeps_the_budget_it_was_made_with(tmp_path: Path) -> None:
+    config = dataclasses.replace(elastic().config, image_size=32)
+    SparseFormer(config).save_pretrained(tmp_path / "tower")
+    llm = tiny_vlm.save_llm(tmp_path / "llm")
+    vlm = VLM.build(tmp_path / "tower", llm, num_tokens=9)
+    vlm.new_projector = False
+    vlm.save_pretrained(tmp_path / "vlm")
+    assert vlm.tokens_per_image == VLM.from_pretrained(tmp_path / "vlm").tokens_per_image == 9
+    fewer = VLM.from_pretrained(tmp_path / "vlm", num_tokens=4)
+    assert fewer.tokens_per_image == 4
+    assert fewer.image_features([tiny_vlm.picture("red")])[0].shape[0] == 4
+    with pytest.raises(UserError, match="made for 4 to 25"):
+        VLM.from_pretrained(tmp_path / "vlm", num_tokens=49)
+
+
+def test_the_command_line_looks_with_as_many_tokens_as_asked(tmp_path: Path) -> None:
+    elastic(looks=True).save_pretrained(tmp_path / "tower")
+    tiny_vlm.picture("red").save(tmp_path / "red.png")
+    verb = ["sparse-vlm", "look", str(tmp_path / "red.png"), "--model", str(tmp_path / "tower"), "--json", "--tokens"]
+    done = subprocess.run([*verb, "7"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {len(step["rois"]) for step in json.loads(done.stdout)["steps"]} == {7}
+    done = subprocess.run([*verb, "64"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "made for 4 to 25" in done.stderr and "Traceback" not in done.stderr
