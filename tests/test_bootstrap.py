@@ -275,6 +275,41 @@ def test_a_student_of_any_budget_learns_from_all_of_the_teachers_patches(teacher
     assert torch.equal(SparseFormer.from_pretrained(tmp_path / "student").initial_roi.weight, grid_rois(49))
 
 
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from sparse_vlm.train.run import MarkWhole, latest_checkpoint
+
+    for step in (100, 20, 200):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(range(step)))
+        MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=step), None)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-200"
+    weights = tmp_path / "checkpoint-200" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # of the same size
+    assert latest_checkpoint(tmp_path).name == "checkpoint-100"
+    assert "checkpoint-200 is damaged (model.safetensors is not what was written)" in capsys.readouterr().err
+    (tmp_path / "checkpoint-100" / "model.safetensors").unlink()
+    (tmp_path / "checkpoint-20" / "complete").write_text("{")
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        latest_checkpoint(tmp_path)
+
+
+def test_photos_that_cannot_be_read_are_named_and_left_out(teacher_name: str, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    whole = (folder / "003.png").read_bytes()
+    (folder / "003.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "004.png").write_text("no picture")
+    done = subprocess.run(command(teacher_name, folder, tmp_path / "student", 320), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "left out: 2 of 160 photos cannot be read" in said and "003.png: truncated" in said and "004.png: not an image" in said
+    history = json.loads((tmp_path / "student" / "training.json").read_text())["history"]
+    assert all(h["loss"] < 2 for h in history if "loss" in h)
+
+
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(teacher_name: str, photos: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.parent / "cache", tmp_path / "cache")
     out = tmp_path / "student"

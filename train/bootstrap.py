@@ -151,8 +151,8 @@ def bootstrap(
         "seed": seed,
     }
     claim(out, settings)
-    held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0]
-    kept = set(held_out)
+    held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0 and i not in cache.unreadable]
+    kept = {*held_out, *cache.unreadable}
     train_rows = [v * len(photos) + i for v in range(cache.views) for i in range(len(photos)) if i not in kept]
     test_rows = held_out  # view 0, the evaluation transform
     if not train_rows or not test_rows:

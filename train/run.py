@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +68,63 @@ class StopOnSignal(TrainerCallback):
 
 
 class MarkWhole(TrainerCallback):
-    """Writes a marker into a checkpoint when everything else is in it."""
+    """Writes a marker into a checkpoint when everything else is in it and on disk: the size and checksum of each file."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is whole."""
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").write_text(str(state.global_step))
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        aside = folder / "complete.tmp"
+        aside.write_text(json.dumps({path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}, indent=1))
+        os.replace(aside, folder / "complete")
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    checksum = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
+    return [path.stat().st_size, checksum]
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint that was whole once; empty where nothing is."""
+    try:
+        for name, fingerprint in json.loads((checkpoint / "complete").read_text()).items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _fingerprint(checkpoint / name) != fingerprint:
+                return f"{name} is not what was written"
+    except (ValueError, AttributeError, OSError) as error:
+        return f"its marker cannot be read ({error})"
+    return ""
+
+
+def _marked(folder: Path) -> list[Path]:
+    """Checkpoints that were whole once, the newest first."""
+    whole = [marker.parent for marker in folder.glob("checkpoint-*/complete")]
+    return sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    whole = [marker.parent for marker in folder.glob("checkpoint-*/complete")]
-    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    """The newest checkpoint that is as it was written, or None where there never was one; damaged ones are passed over with a message.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    marked = _marked(folder)
+    for checkpoint in marked:
+        damage = _damage(checkpoint)
+        if not damage:
+            return checkpoint
+        print(f"{checkpoint} is damaged ({damage}) and left out", file=sys.stderr)
+    if marked:
+        raise UserError(f"{folder}: every checkpoint is damaged; remove the folder to start over")
+    return None
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
@@ -92,7 +140,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         differing = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
         if differing:
             raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
-    elif latest_checkpoint(out / "checkpoints") is not None:
+    elif _marked(out / "checkpoints"):
         raise UserError(f"{out} holds checkpoints without settings.json, so of an unknown run; choose another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")

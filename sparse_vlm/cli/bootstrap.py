@@ -77,6 +77,10 @@ def bootstrap(
     else:
         with counting(console, "asking the teacher", "views", len(store), store.done) as advance:
             store.fill(source, on_rows=advance)
+    if store.unreadable:
+        named = "; ".join(list(store.unreadable.values())[:5])
+        more = f"; and {len(store.unreadable) - 5} more" if len(store.unreadable) > 5 else ""
+        console.print(f"left out: {len(store.unreadable)} of {len(photos):,} photos cannot be read: {named}{more}", highlight=False)
     done = run(recipe, chosen, source, photos, store, out, rows, tower, seed=seed)
     if done:
         console.print(f"student written to {out}; its curve is {out / 'loss.png'}")

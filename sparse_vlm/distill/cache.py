@@ -5,7 +5,8 @@ The teacher costs more than the student; with the views cached, an epoch over th
 
 Notable: each view of all photos is two float16 arrays that are filled in order, and a counter that is moved forward only after the rows
 before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are there. A
-json ties them to teacher, photos and cells; a cache of another teacher is never mistaken for this one.
+json ties them to teacher, photos and cells; a cache of another teacher is never mistaken for this one. Photos that cannot be read are
+noted beside the rows and left out of training.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.distill.views import CROP_AREA, CROP_ASPECT, make_view
 from sparse_vlm.geometry import roi_average_weights
-from sparse_vlm.photos import Photo
+from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.preprocess import normalize, to_uint8
 from sparse_vlm.teacher import Teacher
 
@@ -59,6 +60,8 @@ class TeacherCache:
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
+        noted = self.folder / "unreadable.json"
+        self.unreadable: dict[int, str] = {int(i): why for i, why in json.loads(noted.read_text()).items()} if noted.exists() else {}
         self._embeds = [self._open(view, "embeds", (len(photos), teacher.spec.embed_dim)) for view in range(views)]
         self._patches = [self._open(view, "patches", (len(photos), count, teacher.spec.width)) for view in range(views)]
 
@@ -116,7 +119,7 @@ class TeacherCache:
             start = self._done(view)
             while start < count:
                 stop = min(start + batch_size, count)
-                pixels = torch.stack([self.pixels(view * count + index) for index in range(start, stop)])
+                pixels = torch.stack([self._pixels_or_note(view * count + index) for index in range(start, stop)])
                 out = fast(normalize(pixels, spec.image_mean, spec.image_std).to(dtype))
                 self._embeds[view][start:stop] = out.embeds.float().numpy()
                 patches = out.patches.float()
@@ -126,20 +129,40 @@ class TeacherCache:
                 if start == count or (start // batch_size) % 80 == 0:
                     self._commit(view, start)
 
+    def _pixels_or_note(self, row: int) -> Tensor:
+        """The view of a row; black, and noted, where the photo cannot be read."""
+        try:
+            return self.pixels(row)
+        except PhotoError as error:
+            self.unreadable[row % len(self.photos)] = str(error)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
     def _commit(self, view: int, rows: int) -> None:
         self._embeds[view].flush()
         self._patches[view].flush()
-        progress = self._progress(view)
-        aside = progress.with_suffix(".tmp")
-        with open(aside, "w") as stream:
-            stream.write(str(rows))
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(progress)
+        if self.unreadable:
+            _write(self.folder / "unreadable.json", json.dumps(self.unreadable, indent=1))
+        _write(self._progress(view), str(rows))
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """The teacher's mean embedding (E,) and mean patch token (d,), over a spread of at most 4,096 photos as evaluation sees them."""
-        step = max(1, len(self.photos) // 4096)
-        embeds = torch.from_numpy(np.array(self._embeds[0][::step], dtype=np.float32))
-        patches = torch.from_numpy(np.array(self._patches[0][::step], dtype=np.float32))
+        """The teacher's mean embedding (E,) and mean patch token (d,), over a spread of at most 4,096 photos as evaluation sees them.
+
+        Raises:
+            PhotoError: no photo can be read.
+        """
+        rows = [i for i in range(0, len(self.photos), max(1, len(self.photos) // 4096)) if i not in self.unreadable]
+        if not rows:
+            raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
+        embeds = torch.from_numpy(np.array(self._embeds[0][rows], dtype=np.float32))
+        patches = torch.from_numpy(np.array(self._patches[0][rows], dtype=np.float32))
         return embeds.mean(0), patches.mean((0, 1))
+
+
+def _write(path: Path, text: str) -> None:
+    """Aside, flushed to disk, then renamed."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(path)
