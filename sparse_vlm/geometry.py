@@ -20,18 +20,21 @@ from torch import Tensor
 Padding = Literal["border", "zeros"]
 
 
-def grid_rois(num_tokens: int) -> Tensor:
-    """A near-square grid of `num_tokens` distinct RoIs that tile the image without overlap.
+def grid_rois(num_tokens: int, aspect: float = 1.0) -> Tensor:
+    """A grid of `num_tokens` distinct RoIs, near square in pixels, that tile the image without overlap.
 
     49 gives 7 x 7 cells; a number that is no square gives rows of unequal length (48: 6 rows of 7 and one of 6), so no two tokens
     start as twins.
+
+    Args:
+        aspect: width of the image by its height; 18 tokens on an image twice as wide as high are 3 rows of 6.
 
     Returns:
         (N, 4) float32, on the CPU also where tensors are made elsewhere by default, so that a tower can be built on the meta device.
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; a tower needs at least one token")
-    rows = max(1, round(math.sqrt(num_tokens)))
+    rows = min(num_tokens, max(1, round(math.sqrt(num_tokens / aspect))))
     boxes = []
     for row in range(rows):
         columns = (num_tokens * (row + 1)) // rows - (num_tokens * row) // rows

@@ -110,6 +110,19 @@ def test_a_region_is_looked_at_as_if_it_were_all_there_is() -> None:
     assert torch.allclose(one.rois[0, 0], torch.tensor([0.25, 0.5, 0.3125, 0.625])), "RoIs are of the whole picture"
 
 
+def test_cells_are_square_whatever_the_pictures_shape() -> None:
+    tower = elastic()
+    with torch.no_grad():
+        wide = tower(torch.randn(1, 3, 56, 112), num_tokens=18)
+        zoomed = tower(torch.randn(1, 3, 56, 56), num_tokens=18, region=(0.0, 0.0, 1.0, 0.5))
+    sides = (wide.rois[0, :, 2:] - wide.rois[0, :, :2]) * torch.tensor([112, 56])
+    assert torch.allclose(sides, torch.full((18, 2), 56 / 3), atol=1e-3), "3 rows of 6"
+    assert torch.allclose(zoomed.rois[0, :, 2:] - zoomed.rois[0, :, :2], torch.tensor([1 / 6, 1 / 6]), atol=1e-4)
+    fixed = elastic(budgets=None)
+    with torch.no_grad():
+        assert torch.equal(fixed(torch.randn(1, 3, 56, 112)).rois[0], grid_rois(16)), "a tower of one budget keeps what it learnt"
+
+
 @pytest.mark.parametrize("region", [(0.5, 0.5, 0.5, 1.0), (0.0, 0.0, 1.1, 1.0), (0.9, 0.0, 0.1, 1.0)])
 def test_what_is_no_region_is_refused(region: tuple[float, float, float, float]) -> None:
     with pytest.raises(ValueError, match="expected 0 <= x0 < x1 <= 1"):

@@ -10,6 +10,7 @@ Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Visio
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,14 +124,16 @@ class SparseFormer(nn.Module):
         pixels = pixels.to(self.norm.weight.dtype)
         feature_map = None if self.feat_extractor is None else self.feat_extractor(pixels)
         # coordinates stay float32 in a bfloat16 tower as well
-        initial = self.initial_rois(num_tokens)
+        box = None if region is None else self._box(region, batch, pixels.device)
+        initial = self._begin(num_tokens, pixels.shape[-1] / pixels.shape[-2], box)
         rois = initial.expand(batch, -1, -1)
-        if region is not None:
-            rois = self._within(region, rois)
+        if box is not None:
+            corner, size = box[:, None, :2].repeat(1, 1, 2), (box[:, None, 2:] - box[:, None, :2]).repeat(1, 1, 2)
+            rois = corner + rois * size
         if self.glance is not None:
             x = self.glance(pixels, initial, rois)
         else:
-            x = self.initial_embedding.weight.expand(batch, initial.shape[0], -1)
+            x = self.initial_embedding.weight.expand(batch, initial.shape[-2], -1)
         rois_per_unit: list[Tensor] | None = [] if output_rois else None
         points: list[Tensor] | None = [] if output_rois else None
         index = 0
@@ -156,26 +159,38 @@ class SparseFormer(nn.Module):
         seen = None if points is None else tuple(points)
         return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
 
-    def initial_rois(self, num_tokens: int | None = None) -> Tensor:
+    def initial_rois(self, num_tokens: int | None = None, aspect: float = 1.0) -> Tensor:
         """Where tokens begin, (n, 4) float32.
+
+        Args:
+            aspect: width of the picture by its height; a tower of several budgets lays a grid of square cells over it.
 
         Raises:
             ValueError: a number of tokens that the tower was not made for.
         """
         weight = self.initial_roi.weight.float()
-        if num_tokens is None or num_tokens == self.config.num_latent_tokens:
+        config = self.config if num_tokens is None else self.config.at_budget(num_tokens)
+        if config.budgets is None or (config is self.config and aspect == 1.0):
             return weight
-        return grid_rois(self.config.at_budget(num_tokens).num_latent_tokens).to(weight.device)
+        return grid_rois(config.num_latent_tokens, aspect).to(weight.device)
 
-    def _within(self, region: tuple[float, float, float, float] | Tensor, rois: Tensor) -> Tensor:
-        """RoIs (B, n, 4) of a region to RoIs of the picture."""
+    def _begin(self, num_tokens: int | None, aspect: float, box: Tensor | None) -> Tensor:
+        """Initial RoIs of each picture's region, relative to the region: (n, 4) where they are the same for all, else (B, n, 4)."""
+        if box is None or self.config.budgets is None:
+            return self.initial_rois(num_tokens, aspect)
+        shapes = (aspect * (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])).tolist()
+        # float32 boxes: a square region is square within rounding
+        each = [self.initial_rois(num_tokens, 1.0 if math.isclose(shape, 1.0, rel_tol=1e-4) else shape) for shape in shapes]
+        return torch.stack(each)
+
+    def _box(self, region: tuple[float, float, float, float] | Tensor, batch: int, device: torch.device) -> Tensor:
+        """A region for each picture, (B, 4) float32."""
         if self.glance is not None and self.config.glance.kind == "pool":
             raise ValueError("this tower's glance sees whole pictures at one size, so it cannot begin in a region; take one that crops")
-        box = torch.as_tensor(region, dtype=rois.dtype, device=rois.device).expand(rois.shape[0], 4)
+        box = torch.as_tensor(region, dtype=torch.float32, device=device).expand(batch, 4)
         if not bool(((box >= 0) & (box <= 1)).all() and (box[:, :2] < box[:, 2:]).all()):
             raise ValueError(f"region {region}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
-        corner, size = box[:, None, :2], box[:, None, 2:] - box[:, None, :2]
-        return torch.cat([corner + rois[..., :2] * size, corner + rois[..., 2:] * size], dim=-1)
+        return box
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""

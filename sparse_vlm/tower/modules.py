@@ -75,10 +75,10 @@ class Glance(nn.Module):
         """(B, 3, h, w) to tokens (B, n, d), before `norm_pre`.
 
         Args:
-            rois: (n, 4), whose positions the tokens get.
+            rois: (n, 4) or (B, n, 4), whose positions the tokens get.
             seen: (B, n, 4), the same within the region that is looked at.
         """
-        positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (n, G * G)
+        positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (..., n, G * G)
         if self.config.kind == "crop":
             crops = crop_rois(pixels, seen, self.config.patch_size)
             patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
