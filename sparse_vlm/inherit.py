@@ -42,15 +42,15 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
     Raises:
         TeacherError: a tensor that neither is inherited nor has a reason to be left out, or shapes that do not fit.
     """
-    spec, blocks = teacher.spec, recipe.blocks(teacher.spec)
+    spec, mapping = teacher.spec, recipe.mapping(teacher.spec)
     units = [index for index, layer in enumerate(tower.layers) if layer in tower.units()]
-    if len(blocks) != len(units):
-        raise TeacherError(f"the recipe maps {len(blocks)} units, the student has {len(units)}")
+    if len(mapping) != len(units):
+        raise TeacherError(f"teacher {spec.name}: the recipe maps {len(mapping)} units, and its student has {len(units)}")
     rows: list[Row] = []
-    for unit, (layer, block) in enumerate(zip(units, blocks, strict=True)):
+    for layer, (block, tuned) in zip(units, mapping, strict=True):
         if block is None:
             continue
-        fate: Fate = "frozen" if unit in recipe.frozen else "tuned"
+        fate: Fate = "tuned" if tuned else "frozen"
         rows += [Row(f"blocks.{block}.{name}", f"layers.{layer}.{name}", fate) for name in BLOCK_TENSORS]
     rows += [Row(f"norm.{kind}", f"norm.{kind}", "tuned") for kind in ("weight", "bias")]
     rows += [Row(name, f"proj.{name.removeprefix('head.')}", "tuned") for name in teacher.tensors if name.startswith("head.")]

@@ -21,7 +21,7 @@ open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_cl
 
 from sparse_vlm import SparseFormer  # noqa: E402
 from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
-from sparse_vlm.distill.objective import parameter_groups  # noqa: E402
+from sparse_vlm.distill.objective import parameter_groups, relation  # noqa: E402
 from sparse_vlm.distill.views import make_view  # noqa: E402
 from sparse_vlm.errors import UserError  # noqa: E402
 from sparse_vlm.geometry import grid_rois  # noqa: E402
@@ -75,13 +75,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def student(teacher: Teacher, recipe: str = "tiny") -> SparseFormer:
     torch.manual_seed(0)
-    return SparseFormer(RECIPES[recipe].student(teacher.spec)).eval()
+    return SparseFormer(RECIPES[recipe].config(teacher.spec)).eval()
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("paper")])
 def test_every_tensor_of_both_sides_is_accounted_for(teacher: Teacher, recipe: str) -> None:
-    tower = student(teacher, recipe)
-    rows = plan(tower, teacher, RECIPES[recipe])
+    fitting = dataclasses.replace(RECIPES[recipe], dropped=min(1, RECIPES[recipe].dropped))  # this teacher has two blocks
+    tower = SparseFormer(fitting.config(teacher.spec))
+    rows = plan(tower, teacher, fitting)
     assert {row.source for row in rows if row.source} == set(teacher.tensors)
     assert sorted(row.target for row in rows if row.target) == sorted(tower.state_dict())
     assert all(row.reason for row in rows if row.fate == "left out")
@@ -125,7 +126,7 @@ def test_a_resized_patch_embedding_answers_as_the_old_one_to_the_shrunken_patch(
 
 def test_frozen_units_are_not_trained(teacher: Teacher) -> None:
     tower = student(teacher)
-    rows = inherit(tower, teacher, dataclasses.replace(RECIPES["tiny"], frozen=(1,)))
+    rows = inherit(tower, teacher, dataclasses.replace(RECIPES["tiny"], frozen=1))
     assert all(row.fate == "frozen" for row in rows if row.source.startswith("blocks.1."))
     assert not tower.units()[1].mlp.fc1.weight.requires_grad
     assert tower.units()[0].mlp.fc1.weight.requires_grad
@@ -353,10 +354,44 @@ def test_unknown_recipes_are_one_line() -> None:
         get_recipe("tinny")
 
 
+def test_numbers_of_a_recipe_change_the_student(teacher: Teacher) -> None:
+    tiny = RECIPES["tiny"]
+    config = changed(tiny, ["looks=1", "points=9", "dropped=1", "resolution=112"]).config(teacher.spec)
+    assert [unit.ops for unit in config.units] == [("SAMPLING_M", "ATTN", "MLP")]
+    assert (config.num_points, config.image_size) == (9, 112)
+    assert changed(tiny, ["frozen=1"]).mapping(teacher.spec) == [(0, True), (1, False)]
+    assert changed(tiny, ["dropped=1"]).mapping(teacher.spec) == [(1, True)]
+    for change in ("dropped=2", "frozen=3", "dropped=-1"):
+        with pytest.raises(UserError, match="the teacher has 2 blocks"):
+            changed(tiny, [change]).config(teacher.spec)
+    focus = dataclasses.replace(RECIPES["tiny-focus"], dropped=1)
+    twins = dataclasses.replace(RECIPES["tiny-focus-twins"], dropped=1)
+    starts = [SparseFormer(recipe.config(teacher.spec)).initial_roi.weight for recipe in (focus, twins)]
+    assert [len(rois.unique(dim=0)) for rois in starts] == [48, 37]
+    assert focus.config(teacher.spec).num_tokens == 49 and focus.mapping(teacher.spec) == [(None, False), (None, False), (1, True)]
+
+
+def test_relations_within_a_batch_are_compared_with_the_teachers() -> None:
+    torch.manual_seed(0)
+    wanted = torch.randn(6, 8)
+    assert relation(wanted * 3, wanted) == pytest.approx(0, abs=1e-6)
+    assert relation(wanted.flip(0), wanted) > relation(wanted + 0.3 * torch.randn(6, 8), wanted) > 0
+
+
+def test_the_students_pictures_may_be_larger_than_the_teachers(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
+    from sparse_vlm.train.bootstrap import CachedViews
+
+    cache = TeacherCache(tmp_path, teacher, list(PhotoSet(photos))[:4], 1, grid_rois(49))
+    cache.fill(teacher)
+    small, large = (CachedViews(cache, [2], size)[0]["pixels"].float() for size in (56, 112))
+    assert (small.shape, large.shape) == ((3, 56, 56), (3, 112, 112))
+    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 12, "the same view"
+
+
 def test_numbers_of_a_recipe_can_be_changed() -> None:
     recipe = changed(RECIPES["tiny"], ["lr=1e-3", "batch_size=8"])
     assert (recipe.lr, recipe.batch_size, recipe.views) == (1e-3, 8, RECIPES["tiny"].views)
-    with pytest.raises(UserError, match="no number called 'summary'; it has views"):
+    with pytest.raises(UserError, match="no number called 'summary'; it has looks, points"):
         changed(recipe, ["summary=3"])
     with pytest.raises(UserError, match="'fast' is not a number"):
         changed(recipe, ["lr=fast"])

@@ -18,6 +18,7 @@ import timm
 import transformers
 
 from sparse_vlm import SparseFormer
+from sparse_vlm.errors import UserError
 from sparse_vlm.inherit import inherit, plan
 from sparse_vlm.recipes import RECIPES, Recipe
 from sparse_vlm.teacher import Teacher, TeacherError, is_teacher, load_teacher, open_clip_vit, split_tag, timm_vit, transformers_vit
@@ -99,7 +100,7 @@ def materialise(teacher: Teacher) -> Teacher:
 def on_meta(make: Callable[[], Teacher], recipe: Recipe) -> tuple[Teacher, SparseFormer]:
     with torch.device("meta"):
         teacher = make()
-        return teacher, SparseFormer(recipe.student(teacher.spec))
+        return teacher, SparseFormer(recipe.config(teacher.spec))
 
 
 def check_mapping(teacher: Teacher, tower: SparseFormer, recipe: Recipe) -> None:
@@ -126,7 +127,7 @@ def test_at_true_size_nothing_is_forgotten_and_a_block_computes_what_the_teacher
     # folding made copies on the meta device, so the teacher is read again once it has weights
     teacher = reread(materialise(unread))
     with torch.device("meta"):
-        tower = SparseFormer(recipe.student(teacher.spec)).eval()
+        tower = SparseFormer(recipe.config(teacher.spec)).eval()
     check_mapping(teacher, tower, recipe)
     tower.to_empty(device="cpu")
     inherit(tower, teacher, recipe)
@@ -212,7 +213,7 @@ def test_with_one_cell_a_patch_the_student_begins_as_the_teacher(name: str) -> N
         unread = TOYS[name]()
     teacher = reread(materialise(unread))
     recipe = RECIPES["tiny-pool"]
-    config = recipe.student(teacher.spec)
+    config = recipe.config(teacher.spec)
     config = dataclasses.replace(config, num_latent_tokens=16, glance=dataclasses.replace(config.glance, points_per_side=1))
     tower = SparseFormer(config).eval()
     inherit(tower, teacher, recipe)
@@ -241,10 +242,14 @@ def test_what_cannot_be_inherited_from_is_refused_with_a_reason(make: Callable[[
         make()
 
 
-def test_a_recipe_that_does_not_fit_the_teachers_head_is_refused() -> None:
-    teacher, tower = on_meta(lambda: of_transformers("siglip"), RECIPES["paper-clip-base"])
-    with pytest.raises(TeacherError, match="has no pool"):
-        plan(tower, teacher, RECIPES["paper-clip-base"])
+def test_a_recipe_that_does_not_fit_the_teacher_is_refused() -> None:
+    with pytest.raises(UserError, match="siglip has no CLS token"):
+        on_meta(lambda: of_transformers("siglip"), RECIPES["paper-clip-base"])
+    with pytest.raises(UserError, match="heads of size 96, this recipe's student of 64"):
+        on_meta(lambda: of_transformers("dinov2", num_attention_heads=8), RECIPES["tiny-focus"])
+    teacher, tower = on_meta(lambda: of_open_clip("ViT-L-14-quickgelu"), RECIPES["paper-clip-large"])
+    with pytest.raises(TeacherError, match="the recipe maps 26 units, and its student has 18"):
+        plan(tower, teacher, dataclasses.replace(RECIPES["paper-clip-large"], dropped=0))
 
 
 def write_transformers_teacher(folder: Path, **more: object) -> str:

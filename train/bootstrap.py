@@ -41,10 +41,10 @@ HELD_OUT_ONE_IN = 100
 
 
 class CachedViews(Dataset):
-    """Views with the teacher's answers, as the trainer wants them: `pixels` uint8, `embeds` and `tokens` float32."""
+    """Views at the student's size with the teacher's answers, as the trainer wants them: `pixels` uint8, `embeds` and `tokens` float32."""
 
-    def __init__(self, cache: TeacherCache, rows: Sequence[int]) -> None:
-        self.cache, self.rows = cache, rows
+    def __init__(self, cache: TeacherCache, rows: Sequence[int], size: int) -> None:
+        self.cache, self.rows, self.size = cache, rows, size
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +52,7 @@ class CachedViews(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
         embeds, tokens = self.cache.answers(row)
-        return {"pixels": self.cache.pixels(row), "embeds": embeds, "tokens": tokens}
+        return {"pixels": self.cache.pixels(row, self.size), "embeds": embeds, "tokens": tokens}
 
 
 class BootstrapTrainer(Trainer):
@@ -146,7 +146,6 @@ def bootstrap(
     settings = {
         "recipe": recipe_name,
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
-        "frozen": list(recipe.frozen),
         "cache": cache.meta,
         "seed": seed,
     }
@@ -158,7 +157,7 @@ def bootstrap(
     if not train_rows or not test_rows:
         raise UserError(f"{len(photos)} photos are too few: none is left to train on, or none to hold out")
 
-    model = Distillation(tower, *cache.means(), recipe.dense_weight)
+    model = Distillation(tower, *cache.means(), recipe.dense_weight, recipe.relation_weight)
     average = {name: p.detach().clone().float() for name, p in tower.named_parameters()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = arguments(
@@ -178,8 +177,8 @@ def bootstrap(
         trainer = BootstrapTrainer(
             model=model,
             args=args,
-            train_dataset=CachedViews(cache, train_rows),
-            eval_dataset=CachedViews(cache, test_rows),
+            train_dataset=CachedViews(cache, train_rows, tower.config.image_size),
+            eval_dataset=CachedViews(cache, test_rows, tower.config.image_size),
             data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in items[0]},
             callbacks=[AveragedWeights(model, average, recipe.ema), MarkWhole(), stop, ProgressLine("views", recipe.batch_size)],
         )

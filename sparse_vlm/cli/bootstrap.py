@@ -22,7 +22,8 @@ def bootstrap(
     cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached answers, shared by all runs.")] = Path("build/teacher-cache"),
     views: Annotated[int | None, typer.Option(help="Views to learn from, instead of the recipe's number.", min=32)] = None,
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a number of the recipe, as lr=1e-3 or views_per_photo=4; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="Change a number of the recipe, as lr=1e-3, looks=2 or views_per_photo=4; may be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, order and new weights.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
@@ -57,7 +58,7 @@ def bootstrap(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     source = load_teacher(teacher)
-    tower = SparseFormer(chosen.student(source.spec))
+    tower = SparseFormer(chosen.config(source.spec))
     rows = inherit(tower, source, chosen)
     console.print(_mapping_table(rows))
     student_macs, teacher_macs = count_macs(tower.config).total, vit_macs(source.spec)

@@ -89,11 +89,11 @@ class TeacherCache:
     def __len__(self) -> int:
         return len(self.photos) * self.views
 
-    def pixels(self, row: int) -> Tensor:
-        """The view of a row, (3, S, S) uint8."""
+    def pixels(self, row: int, size: int | None = None) -> Tensor:
+        """The view of a row, (3, S, S) uint8; S is the teacher's unless given."""
         view, index = divmod(row, len(self.photos))
         photo = self.photos[index]
-        return to_uint8(make_view(photo.load(), self.size, photo.key, view, self.seed))
+        return to_uint8(make_view(photo.load(), size or self.size, photo.key, view, self.seed))
 
     def answers(self, row: int) -> tuple[Tensor, Tensor]:
         """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32."""

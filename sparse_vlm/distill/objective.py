@@ -2,7 +2,7 @@
 
 Shape legend: B batch, N latent tokens, d width, E embedding.
 A ViT's embeddings share a large common part, which makes any two pictures look alike to a plain cosine; both sides are centred by the
-teacher's mean first.
+teacher's mean first. A third term, off unless a recipe turns it on, compares how the pictures of a batch lie among each other.
 Source: final-representation alignment of Bootstrapping SparseFormers (arXiv 2312.01987, section 3.3); the token term is ours.
 """
 
@@ -18,6 +18,7 @@ from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 
+TEMPERATURE = 0.1  # of similarities between pictures
 FRESH = 0.02  # root mean square of a new linear layer
 
 
@@ -29,12 +30,15 @@ class Distillation(nn.Module):
         embed_mean: (E,) the teacher's mean embedding.
         token_mean: (d,) the teacher's mean patch token.
         dense_weight: weight of the token term.
+        relation_weight: weight of the relation term.
     """
 
-    def __init__(self, tower: SparseFormer, embed_mean: Tensor, token_mean: Tensor, dense_weight: float) -> None:
+    def __init__(
+        self, tower: SparseFormer, embed_mean: Tensor, token_mean: Tensor, dense_weight: float, relation_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.tower = tower
-        self.dense_weight = dense_weight
+        self.dense_weight, self.relation_weight = dense_weight, relation_weight
         self.register_buffer("embed_mean", embed_mean, persistent=False)
         self.register_buffer("token_mean", token_mean, persistent=False)
 
@@ -54,10 +58,25 @@ class Distillation(nn.Module):
         if config.budgets is not None:
             grid = math.isqrt(tokens.shape[1])
             tokens = roi_average_weights(self.tower.initial_rois(num_tokens), grid, grid) @ tokens
-        cosine = F.cosine_similarity(out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean, dim=-1).mean()
+        said, wanted = out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean
+        cosine = F.cosine_similarity(said, wanted, dim=-1).mean()
         token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()
         loss = (1 - cosine) + self.dense_weight * (1 - token_cosine)
+        if self.relation_weight:
+            loss = loss + self.relation_weight * relation(said, wanted)
         return {"loss": loss, "cosine": cosine.detach(), "token_cosine": token_cosine.detach()}
+
+
+def relation(said: Tensor, wanted: Tensor) -> Tensor:
+    """How differently a batch's pictures lie among each other for student and teacher: the Kullback-Leibler divergence of the student's
+    similarities to the teacher's embeddings from the teacher's own (compare SEED, arXiv 2101.04731, section 3.2, with the batch as queue).
+
+    Args:
+        said, wanted: (B, E), centred.
+    """
+    said, wanted = F.normalize(said, dim=-1), F.normalize(wanted, dim=-1)
+    ours, theirs = (F.log_softmax(side @ wanted.T / TEMPERATURE, dim=-1) for side in (said, wanted))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: float, lr_rois: float, decay: float) -> list[dict]:
