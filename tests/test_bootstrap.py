@@ -261,6 +261,8 @@ def test_a_short_bootstrap_learns(finished: Path) -> None:
     cosines = [h["eval_cosine"] for h in history if "eval_cosine" in h]
     losses = [h["loss"] for h in history if "loss" in h]
     assert cosines[-1] > cosines[0] + 0.005
+    measured = [h["step"] for h in history if "eval_cosine" in h]
+    assert len(measured) == len(set(measured)) and measured[-1] == 80
     assert losses[-1] < losses[0]
     assert (finished / "loss.png").stat().st_size > 10_000
     assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
