@@ -332,6 +332,24 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(teacher_name: s
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_two_processes_learn_what_one_does(teacher_name: str, photos: Path, tmp_path: Path) -> None:
+    two = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
+    losses, said = {}, {}
+    for name, launcher in (("one", []), ("two", two)):
+        out = tmp_path / name / "student"  # each fills a cache of its own
+        done = subprocess.run([*launcher, *command(teacher_name, photos, out, 320)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[name] = done.stdout
+        history = json.loads((out / "training.json").read_text())["history"]
+        # the last batch of an epoch is not full, and two processes fill it up
+        losses[name] = [h["loss"] for h in history if "loss" in h and h["step"] % 10]
+        losses[name] += [h["eval_loss"] for h in history if "eval_loss" in h]
+        assert len(losses[name]) == 18 + 4
+        assert not list(out.glob("*.tmp"))
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-2)
+    assert said["two"].count("student written to") == 1
+
+
 def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Path, finished: Path) -> None:
     done = subprocess.run(command(teacher_name, photos, finished, 640), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

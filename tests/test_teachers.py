@@ -293,7 +293,7 @@ def test_a_teacher_of_timm_is_loaded_from_a_file(tmp_path: Path) -> None:
     [
         ("timm:vit_tiny_patch16_225", "knows no such model; near it are vit_tiny"),
         ("timm:vit_tiny_patch16_224@nowhere.pth", "nowhere.pth: no such file"),
-        ("transformers:./nowhere", "transformers could not load it"),
+        ("transformers:./nowhere", "nowhere: no such folder"),
     ],
 )
 def test_a_teacher_that_cannot_be_loaded_is_one_line(name: str, message: str) -> None:

@@ -2,7 +2,8 @@
 
     sparse-vlm bootstrap --recipe tiny --teacher local-dir:build/teacher --data 'photos/*.tar' --out build/tiny
 
-Notable: runs on transformers' Trainer. The teacher answers once, into a cache, and is not part of the engine or of any checkpoint.
+Notable: runs on transformers' Trainer, also in several processes (`torchrun --nproc-per-node N --no-python sparse-vlm bootstrap ...`),
+which share each batch. The teacher answers once, into a cache, and is not part of the engine or of any checkpoint.
 An average of the weights is kept beside them; the average is what is evaluated and what becomes the student. A run that is interrupted
 (Ctrl-C saves first) goes on from its last checkpoint when the same command is given again.
 """
@@ -22,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sparse_vlm.devices import native_dtype
@@ -35,7 +36,7 @@ from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
+from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, rank
 
 HELD_OUT_ONE_IN = 100
 
@@ -81,7 +82,10 @@ class BootstrapTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean centred cosines of the averaged weights on held-out photos, once a step: the end of a run asks several times."""
+        """Mean centred cosines of the averaged weights on held-out photos, once a step: the end of a run asks several times.
+
+        Every process measures all photos, so that the mean is the same whatever their number.
+        """
         if self.measured is not None and self.measured[0] == self.state.global_step:
             return self.measured[1]
         model: Distillation = self.accelerator.unwrap_model(self.model)
@@ -90,7 +94,7 @@ class BootstrapTrainer(Trainer):
         sums: dict[str, float] = {}
         count = 0
         try:
-            for batch in self.get_eval_dataloader():
+            for batch in DataLoader(self.eval_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator):
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     out = model(**batch)
@@ -119,6 +123,8 @@ class AveragedWeights(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Beside the trainer's own files."""
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_file({name: t.contiguous() for name, t in self.average.items()}, folder / "average.safetensors")
 
@@ -153,7 +159,8 @@ def bootstrap(
         "cache": cache.meta,
         "seed": seed,
     }
-    claim(out, settings)
+    if rank() == 0:
+        claim(out, settings)
     held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0 and i not in cache.unreadable]
     kept = {*held_out, *cache.unreadable}
     train_rows = [v * len(photos) + i for v in range(cache.views) for i in range(len(photos)) if i not in kept]
@@ -162,7 +169,7 @@ def bootstrap(
         raise UserError(f"{len(photos)} photos are too few: none is left to train on, or none to hold out")
 
     model = Distillation(tower, *cache.means(), recipe.dense_weight, recipe.relation_weight)
-    average = {name: p.detach().clone().float() for name, p in tower.named_parameters()}
+    average: dict[str, Tensor] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = arguments(
         out,
@@ -170,7 +177,6 @@ def bootstrap(
         steps,
         recipe.batch_size,
         save_steps=max(1, min(100, steps // 4)),
-        per_device_eval_batch_size=recipe.batch_size,
         warmup_steps=min(recipe.warmup_steps, steps // 5),
         bf16=native_dtype(device) == torch.bfloat16,
         seed=seed,
@@ -189,6 +195,8 @@ def bootstrap(
         trainer.remove_callback(PrinterCallback)
         new = {row.target for row in rows if row.fate == "new"}
         trainer.groups = parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+        # only now is the tower where it will be trained
+        average.update({name: p.detach().clone().float() for name, p in tower.named_parameters()})
         trainer.average = average
         trainer.budgets = tower.config.budgets
         checkpoint = latest_checkpoint(out / "checkpoints")
@@ -204,8 +212,10 @@ def bootstrap(
                 return False
             trainer.evaluate()
     _copy_into(tower, average)
-    tower.eval().save_pretrained(out)
-    write_history(out, settings, teacher, trainer.state.log_history)
+    tower.eval()
+    if rank() == 0:
+        tower.save_pretrained(out)
+        write_history(out, settings, teacher, trainer.state.log_history)
     return True
 
 

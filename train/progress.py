@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainingArguments
 
+from sparse_vlm.train.run import rank
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -23,7 +25,8 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, unit: str, per_step: int) -> None:
         self.unit, self.per_step = unit, per_step
-        self.console = Console(file=sys.stderr)
+        # one of several processes speaks for all
+        self.console = Console(file=sys.stderr, quiet=rank() > 0)
         self.bar = Progress(
             TextColumn("{task.fields[loss]}"),
             BarColumn(),

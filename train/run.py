@@ -10,9 +10,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
 from sparse_vlm.errors import UserError
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 where it did not."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: int, **more: Any) -> TrainingArguments:
@@ -21,13 +33,20 @@ def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: i
     Args:
         out: the run's folder.
         device: `cpu` or `cuda`.
+        batch_size: of all processes together.
         save_steps: steps between two checkpoints; the last two are kept.
         more: a run's own settings.
+
+    Raises:
+        UserError: the batch cannot be shared evenly among the processes.
     """
+    if batch_size % world_size():
+        raise UserError(f"a batch of {batch_size} cannot be shared evenly among {world_size()} processes; change one of them")
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=batch_size // world_size(),
+        ddp_backend="gloo" if device == "cpu" and world_size() > 1 else None,
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         use_cpu=device == "cpu",
@@ -43,7 +62,10 @@ def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: i
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once. To be entered around the training."""
+    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once. To be entered around the training.
+
+    Where there are several processes they stop after the same step, whichever of them was told.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
@@ -63,7 +85,12 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer to save and stop."""
-        if self.stopped:
+        stopped = self.stopped
+        if dist.is_available() and dist.is_initialized():
+            told = torch.tensor(int(stopped), device=args.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            stopped = bool(told)
+        if stopped:
             control.should_save = control.should_training_stop = True
 
 
@@ -71,7 +98,11 @@ class MarkWhole(TrainerCallback):
     """Writes a marker into a checkpoint when everything else is in it and on disk: the size and checksum of each file."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole."""
+        """The checkpoint is whole, once every process has written its part."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:

@@ -35,6 +35,7 @@ def bootstrap(
     Give the same command again to continue an interrupted run.
     """
     import dataclasses
+    import os
 
     import torch
     from rich.console import Console
@@ -48,7 +49,9 @@ def bootstrap(
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.tower.cost import count_macs, vit_macs
 
-    console = Console()
+    # of the processes that torchrun starts, one fills the cache and speaks
+    first = int(os.environ.get("RANK", 0)) == 0
+    console = Console(quiet=not first)
     chosen = changed(get_recipe(recipe), change or [])
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
@@ -72,7 +75,7 @@ def bootstrap(
     from sparse_vlm.train.bootstrap import bootstrap as run
 
     cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
-    store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed)
+    store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, owner=first)
     if store.done == len(store):
         console.print(f"teacher's answers: {len(store)} views, all cached")
     else:

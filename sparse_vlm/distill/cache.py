@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,9 +40,19 @@ class TeacherCache:
         views: views of each photo that this run wants.
         rois: (N, 4), the cells over which the teacher's patch tokens are averaged; None keeps all of them, as a student of several
             budgets needs (N = G * G then).
+        owner: whether this process fills the cache; others wait until the owner has filled it.
     """
 
-    def __init__(self, folder: Path, teacher: Teacher, photos: Sequence[Photo], views: int, rois: Tensor | None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Teacher,
+        photos: Sequence[Photo],
+        views: int,
+        rois: Tensor | None,
+        seed: int = 0,
+        owner: bool = True,
+    ) -> None:
         self.photos, self.views, self.seed, self.rois = photos, views, seed, rois
         self.size = teacher.spec.image_size
         keys = hashlib.sha256("\n".join(f"{p.key} {p.size}" for p in photos).encode()).hexdigest()[:16]
@@ -58,8 +69,11 @@ class TeacherCache:
         }
         name = hashlib.sha256(json.dumps(self.meta).encode()).hexdigest()[:16]
         self.folder = folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
+        if owner:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
+        while not owner and self.done < len(self):
+            time.sleep(0.5)
         noted = self.folder / "unreadable.json"
         self.unreadable: dict[int, str] = {int(i): why for i, why in json.loads(noted.read_text()).items()} if noted.exists() else {}
         self._embeds = [self._open(view, "embeds", (len(photos), teacher.spec.embed_dim)) for view in range(views)]

@@ -102,6 +102,8 @@ def _from_transformers(name: str, rest: str, revision: str | None) -> Teacher:
     from transformers import AutoModel
     from transformers.utils import cached_file
 
+    if rest.startswith((".", "/", "~")) and not Path(rest).is_dir():
+        raise TeacherError(f"teacher {name}: {rest}: no such folder")
     where = {"revision": revision} if revision else {}
     try:
         model, found = AutoModel.from_pretrained(rest, output_loading_info=True, **where)
