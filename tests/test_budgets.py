@@ -187,3 +187,14 @@ def test_the_command_line_looks_with_as_many_tokens_as_asked(tmp_path: Path) -> 
     assert {len(step["rois"]) for step in json.loads(done.stdout)["steps"]} == {7}
     done = subprocess.run([*verb, "64"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "made for 4 to 25" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_budget_is_measured_under_a_name_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="measuring beside a teacher needs open_clip")
+    from sparse_vlm.eval.embedders import tower_embedder
+
+    elastic().save_pretrained(tmp_path)
+    few, own = tower_embedder(str(tmp_path), num_tokens=9), tower_embedder(str(tmp_path))
+    assert (few.name, few.tokens, own.name, own.tokens) == (f"{tmp_path}, 9 tokens", 9, str(tmp_path), 16)
+    assert few.macs < own.macs
+    assert not torch.equal(few.embed([tiny_vlm.picture("red")]), own.embed([tiny_vlm.picture("red")]))

@@ -130,7 +130,7 @@ class FakeText:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEmbedder]:
     made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0), "teacher": FakeEmbedder("teacher")}
-    monkeypatch.setattr(run, "tower_embedder", lambda name, control: made[name])
+    monkeypatch.setattr(run, "tower_embedder", lambda name, control, count: made[name])
     monkeypatch.setattr(run, "teacher_embedder", made.__getitem__)
     monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
     return made
@@ -263,7 +263,7 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> FakeVLM:
 
     class Loader:
         @staticmethod
-        def from_pretrained(name: str, device: torch.device) -> FakeVLM:
+        def from_pretrained(name: str, device: torch.device, num_tokens: int | None) -> FakeVLM:
             return made
 
     monkeypatch.setattr("sparse_vlm.vlm.VLM", Loader)
