@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(range(step)))
-        MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=step), None)
+        MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=step, is_world_process_zero=True), None)
     assert latest_checkpoint(tmp_path).name == "checkpoint-200"
     weights = tmp_path / "checkpoint-200" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # of the same size
