@@ -111,6 +111,11 @@ class ModuleEmbedder:
             return self.forward(pixels).float().cpu()
 
 
+def budget_name(name: str, num_tokens: int | None) -> str:
+    """What a model is called that is measured with so many tokens; None for its own number."""
+    return name if num_tokens is None else f"{name}, {num_tokens} tokens"
+
+
 def tower_embedder(name: str, control: str = "none", num_tokens: int | None = None) -> ModuleEmbedder:
     """A tower from a folder or the zoo.
 
@@ -124,14 +129,14 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
     """
     device = best_device()
     tower = SparseFormer.from_pretrained(name, native_dtype(device), num_tokens).to(device)
-    config = tower.config
+    config, name = tower.config, budget_name(name, num_tokens)
     if control == "no-looks":
         if not any("SAMPLING_M" in unit.ops for unit in config.units):
             raise UserError(f"{name} does not look, so no-looks is the tower itself; leave that control out")
         for unit in tower.units():
             unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
     return ModuleEmbedder(
-        ", ".join([name, *([f"{num_tokens} tokens"] if num_tokens else []), *([control] if control != "none" else [])]),
+        name if control == "none" else f"{name}, {control}",
         "tower",
         tower,
         lambda pixels: tower(pixels).image_embeds,

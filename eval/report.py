@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from sparse_vlm import __version__
 from sparse_vlm.eval.run import Column, Report
+from sparse_vlm.files import write_text
 
 FORMAT = "sparse-vlm/eval/1"
 
@@ -119,20 +119,12 @@ def as_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write a file aside, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 def save(report: Report, folder: Path) -> None:
     """Write `report.json`, `table.md` and a file of predictions (a JSON object a line) for each task and column."""
-    write_aside(folder / "report.json", json.dumps(as_json(report), indent=1) + "\n")
-    write_aside(folder / "table.md", as_markdown(report))
+    write_text(folder / "report.json", json.dumps(as_json(report), indent=1) + "\n")
+    write_text(folder / "table.md", as_markdown(report))
     for task, of_task in report.results.items():
         for column, result in of_task.items():
             name = re.sub(r"[^\w.-]+", "-", ".".join([task, column.model, *([column.control] if column.control else [])])).strip("-")
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.predictions)
-            write_aside(folder / f"{name}.jsonl", lines)
+            write_text(folder / f"{name}.jsonl", lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, teacher_embedder, text_side, tower_embedder
+from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, budget_name, teacher_embedder, text_side, tower_embedder
 from sparse_vlm.eval.metrics import Metric, ratio
 from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
@@ -206,7 +206,7 @@ def _run_vlm_tasks(
     report = Report({}, dict(tasks), results={name: {} for name in tasks})
     for name, count in itertools.product(names, budgets or [None]):
         model = VLM.from_pretrained(name, device=best_device(), num_tokens=count)
-        model_name = name if count is None else f"{name}, {count} tokens"
+        model_name = budget_name(name, count)
         report.models[model_name] = {"kind": "vlm", "tokens": model.tokens_per_image}
         report.dtype = str(model.model.dtype).removeprefix("torch.")
         for task_name, task in tasks.items():

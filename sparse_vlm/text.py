@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
 from sparse_vlm.store import locate
 
 FORMAT = "sparse-vlm/text/1"
@@ -103,8 +104,7 @@ class TextEncoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self._own_tensors(), folder / "model.safetensors.tmp", metadata={"format": "pt"})
         os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-        (folder / "config.json.tmp").write_text(json.dumps({"format": FORMAT, **asdict(self.config)}, indent=1) + "\n")
-        os.replace(folder / "config.json.tmp", folder / "config.json")
+        write_text(folder / "config.json", json.dumps({"format": FORMAT, **asdict(self.config)}, indent=1) + "\n")
 
     def _own_tensors(self) -> dict[str, Tensor]:
         return {"projection.weight": self.projection.weight.data.contiguous(), "logit_scale": self.logit_scale.data}

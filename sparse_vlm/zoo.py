@@ -22,6 +22,7 @@ from typing import Any
 
 from sparse_vlm import store
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
 from sparse_vlm.store import Entry, FileSpec
 
 MAX_FILE_BYTES = 60_000_000
@@ -188,9 +189,7 @@ def _write_index(models: dict[str, Entry]) -> None:
             for model in sorted(models.values(), key=lambda model: model.kind not in TRAINED_KINDS)
         },
     }
-    aside = path.with_suffix(".json.new")
-    aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, json.dumps(index, indent=2) + "\n")
 
 
 def _main() -> int:

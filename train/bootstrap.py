@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import zlib
 from collections.abc import Sequence
@@ -26,17 +25,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import native_dtype
+from sparse_vlm.devices import native_dtype, rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
 from sparse_vlm.inherit import Row
 from sparse_vlm.photos import Photo
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, rank
+from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 
 HELD_OUT_ONE_IN = 100
 
@@ -232,10 +232,8 @@ def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    document = {"settings": settings, "teacher": teacher.spec.name, "history": history}
-    aside = out / "training.json.tmp"
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(aside, out / "training.json")
+    document = {"settings": settings, "teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence, "history": history}
+    write_text(out / "training.json", json.dumps(document, indent=1) + "\n")
 
     batch = settings["batch_size"]
     train = [(h["step"] * batch, h["loss"]) for h in history if "loss" in h]

@@ -14,17 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
+from sparse_vlm.devices import world_size
 from sparse_vlm.errors import UserError
-
-
-def rank() -> int:
-    """This process's number among those that torchrun started; 0 where it did not."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 where it did not."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+from sparse_vlm.files import write_text
 
 
 def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: int, **more: Any) -> TrainingArguments:
@@ -108,9 +100,7 @@ class MarkWhole(TrainerCallback):
         for path in files:
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-        aside = folder / "complete.tmp"
-        aside.write_text(json.dumps({path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}, indent=1))
-        os.replace(aside, folder / "complete")
+        write_text(folder / "complete", json.dumps({path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}, indent=1))
 
 
 def _fingerprint(path: Path) -> list[int]:
@@ -135,7 +125,7 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _marked(folder: Path) -> list[Path]:
+def marked_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were whole once, the newest first."""
     whole = [marker.parent for marker in folder.glob("checkpoint-*/complete")]
     return sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
@@ -147,7 +137,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    marked = _marked(folder)
+    marked = marked_checkpoints(folder)
     for checkpoint in marked:
         damage = _damage(checkpoint)
         if not damage:
@@ -171,9 +161,6 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         differing = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
         if differing:
             raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
-    elif _marked(out / "checkpoints"):
+    elif marked_checkpoints(out / "checkpoints"):
         raise UserError(f"{out} holds checkpoints without settings.json, so of an unknown run; choose another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(wanted, indent=1) + "\n")
-    os.replace(aside, path)
+    write_text(path, json.dumps(wanted, indent=1) + "\n")

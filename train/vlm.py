@@ -17,7 +17,6 @@ checkpoint when the same command is given again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from transformers import PrinterCallback, Trainer
 from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
@@ -282,9 +282,7 @@ def write_history(out: Path, settings: dict[str, Any], history: list[dict[str, A
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    aside = out / "training.json.tmp"
-    aside.write_text(json.dumps({"settings": settings, "history": history}, indent=1) + "\n")
-    os.replace(aside, out / "training.json")
+    write_text(out / "training.json", json.dumps({"settings": settings, "history": history}, indent=1) + "\n")
 
     points = [(entry["step"] * batch_size, float(entry["loss"])) for entry in history if "loss" in entry]
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")

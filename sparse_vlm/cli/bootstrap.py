@@ -35,12 +35,12 @@ def bootstrap(
     Give the same command again to continue an interrupted run.
     """
     import dataclasses
-    import os
 
     import torch
     from rich.console import Console
 
     from sparse_vlm.cli.progress import counting
+    from sparse_vlm.devices import rank
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.inherit import inherit
     from sparse_vlm.photos import PhotoSet
@@ -50,7 +50,7 @@ def bootstrap(
     from sparse_vlm.tower.cost import count_macs, vit_macs
 
     # of the processes that torchrun starts, one fills the cache and speaks
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = rank() == 0
     console = Console(quiet=not first)
     chosen = changed(get_recipe(recipe), change or [])
     if views is not None:

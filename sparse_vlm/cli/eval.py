@@ -52,8 +52,9 @@ def eval(
         raise UserError("--tasks is empty; name at least one task")
     import torch
 
-    from sparse_vlm.eval.report import as_json, as_table, save, write_aside
+    from sparse_vlm.eval.report import as_json, as_table, save
     from sparse_vlm.eval.run import evaluate
+    from sparse_vlm.files import write_text
 
     if threads:
         torch.set_num_threads(threads)
@@ -67,7 +68,7 @@ def eval(
         sys.stdout.write(document)
         return
     if json_file is not None:
-        write_aside(Path(json_file), document)
+        write_text(Path(json_file), document)
     console = Console() if sys.stdout.isatty() else Console(width=240)
     console.print(as_table(report))
 

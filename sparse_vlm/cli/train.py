@@ -51,6 +51,7 @@ def train(
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
     from sparse_vlm.train.reading import WordPictures
+    from sparse_vlm.train.run import marked_checkpoints
     from sparse_vlm.train.words import say_words, words_of
     from sparse_vlm.vlm import VLM
 
@@ -113,7 +114,7 @@ def train(
         "max_steps": max_steps,
         "seed": seed,
     }
-    fresh = vlm.new_projector and not any(out.glob("checkpoints/checkpoint-*/complete"))
+    fresh = vlm.new_projector and not marked_checkpoints(out / "checkpoints")
     if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
             learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)

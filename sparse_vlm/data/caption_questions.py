@@ -16,7 +16,7 @@ _ACTORS = f"man woman boy girl person child kid guy lady baby player surfer skie
 _NOT_ACTIONS = (
     "doing wearing being having including containing featuring showing during morning evening building wedding clothing ceiling king ring"
 )
-_MANY, _NO_DOING = frozenset(_PLURALS.split()), frozenset(_NOT_ACTIONS.split())
+_MANY, _NO_DOING, _COLOR_WORDS = (frozenset(words.split()) for words in (_PLURALS, _NOT_ACTIONS, _COLORS))
 _THERE = ("What is in the image?", "What can be seen in the picture?", "What is in this picture?", "Name something in the image.")
 
 _HANDLINGS = "wearing holding riding carrying eating throwing catching chasing hitting kicking pulling pushing using drinking cutting"
@@ -58,13 +58,12 @@ def questions_of(captions: Iterable[str], things: Collection[str], there: Collec
     colors: dict[str, set[str]] = {}
     doing: set[tuple[str, str]] = set()
     handling: set[tuple[str, str, str]] = set()
-    colored = frozenset(_COLORS.split())
     places: dict[str, str] = {}
     words: set[str] = set()
     for caption in map(str.lower, captions):
         words.update(re.findall(r"[a-z]+", caption))
         for actor, verb, *objects in _HANDLING.findall(caption):
-            handling.update((actor, verb, thing) for thing in objects if thing in things and thing not in colored)
+            handling.update((actor, verb, thing) for thing in objects if thing in things and thing not in _COLOR_WORDS)
         for at, article, place in _AT.findall(caption):
             places[place] = f"{at} {f'the {place}' if article == 'the ' else with_article(place)}"
         for color, thing in _COLORED.findall(caption):

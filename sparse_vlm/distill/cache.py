@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.distill.views import CROP_AREA, CROP_ASPECT, make_view
+from sparse_vlm.files import write_text
 from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.preprocess import normalize, to_uint8
@@ -70,8 +70,7 @@ class TeacherCache:
         name = hashlib.sha256(json.dumps(self.meta).encode()).hexdigest()[:16]
         self.folder = folder / name
         if owner:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
+            write_text(self.folder / "meta.json", json.dumps(self.meta, indent=1))
         while not owner and self.done < len(self):
             time.sleep(0.5)
         noted = self.folder / "unreadable.json"
@@ -155,8 +154,8 @@ class TeacherCache:
         self._embeds[view].flush()
         self._patches[view].flush()
         if self.unreadable:
-            _write(self.folder / "unreadable.json", json.dumps(self.unreadable, indent=1))
-        _write(self._progress(view), str(rows))
+            write_text(self.folder / "unreadable.json", json.dumps(self.unreadable, indent=1))
+        write_text(self._progress(view), str(rows))
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The teacher's mean embedding (E,) and mean patch token (d,), over a spread of at most 4,096 photos as evaluation sees them.
@@ -170,13 +169,3 @@ class TeacherCache:
         embeds = torch.from_numpy(np.array(self._embeds[0][rows], dtype=np.float32))
         patches = torch.from_numpy(np.array(self._patches[0][rows], dtype=np.float32))
         return embeds.mean(0), patches.mean((0, 1))
-
-
-def _write(path: Path, text: str) -> None:
-    """Aside, flushed to disk, then renamed."""
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
 from sparse_vlm.geometry import grid_rois, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig
 from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
@@ -224,9 +225,7 @@ class SparseFormer(nn.Module):
         aside = folder / "model.safetensors.tmp"
         save_file(state, aside, metadata={"format": "pt"})
         os.replace(aside, folder / "model.safetensors")
-        aside = folder / "config.json.tmp"
-        aside.write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-        os.replace(aside, folder / "config.json")
+        write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32, num_tokens: int | None = None) -> SparseFormer:

@@ -32,9 +32,3 @@ def write_tensors(state: dict[str, Tensor], path: Path, dtype: torch.dtype | Non
     aside = path.with_name(path.name + ".tmp")
     save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, aside, metadata={"format": "pt"})
     os.replace(aside, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -25,9 +25,10 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from sparse_vlm import store
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
 from sparse_vlm.llm import load_llm
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors, write_text
+from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
