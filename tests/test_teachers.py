@@ -36,11 +36,11 @@ def of_timm(name: str, **more: object) -> Teacher:
     return timm_vit.read(name, timm.create_model(name, **more), HALF)
 
 
-def of_trunk(name: str, **more: object) -> Teacher:
+def of_trunk(name: str) -> Teacher:
     """An open_clip model on a trunk of timm's."""
     from open_clip.timm_model import TimmModel
 
-    return timm_vit.read_trunk(name, TimmModel(name, embed_dim=512, pool="token", **more), HALF)
+    return timm_vit.read_trunk(name, TimmModel(name, embed_dim=512, pool="token"), HALF)
 
 
 def of_transformers(kind: str, **more: object) -> Teacher:
@@ -193,7 +193,6 @@ TOYS: dict[str, Callable[[], Teacher]] = {
     "timm, LayerScale": lambda: of_timm("vit_small_patch14_dinov2", img_size=56, depth=2),
     "timm, positions without CLS": lambda: of_timm("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0, no_embed_class=True),
     "timm, attention pool": lambda: of_timm("vit_base_patch16_siglip_224", img_size=64, depth=2, embed_dim=128, num_heads=2),
-    "timm trunk": lambda: of_trunk("vit_small_patch14_dinov2", image_size=56),
     "transformers CLIP": lambda: of_transformers(
         "clip", hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
     ),
@@ -206,7 +205,7 @@ TOYS: dict[str, Callable[[], Teacher]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in TOYS if name != "timm trunk"])
+@pytest.mark.parametrize("name", TOYS)
 def test_with_one_cell_a_patch_the_student_begins_as_the_teacher(name: str) -> None:
     """Head, norms, LayerScale, activation, positions and biases: whatever is lost on the way would show here."""
     with torch.device("meta"):
@@ -250,6 +249,11 @@ def test_a_recipe_that_does_not_fit_the_teacher_is_refused() -> None:
     teacher, tower = on_meta(lambda: of_open_clip("ViT-L-14-quickgelu"), RECIPES["paper-clip-large"])
     with pytest.raises(TeacherError, match="the recipe maps 26 units, and its student has 18"):
         plan(tower, teacher, dataclasses.replace(RECIPES["paper-clip-large"], dropped=0))
+    teacher, tower = on_meta(lambda: of_timm("vit_base_patch16_224"), RECIPES["tiny"])
+    with torch.device("meta"):
+        headless = SparseFormer(dataclasses.replace(tower.config, head_bias=False))
+    with pytest.raises(TeacherError, match=r"the recipe's student has no proj\.bias"):
+        plan(headless, teacher, RECIPES["tiny"])
 
 
 def write_transformers_teacher(folder: Path, **more: object) -> str:
@@ -291,6 +295,9 @@ def test_a_teacher_of_timm_is_loaded_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("local-dir:nowhere", "no open_clip_config.json"),
+        ("ViT-B-16-quickgelu", "NAME@TAG"),
+        ("NoSuchModel", "knows no such model"),
         ("timm:vit_tiny_patch16_225", "knows no such model; near it are vit_tiny"),
         ("timm:vit_tiny_patch16_224@nowhere.pth", "nowhere.pth: no such file"),
         ("transformers:./nowhere", "nowhere: no such folder"),

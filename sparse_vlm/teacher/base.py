@@ -15,7 +15,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from sparse_vlm.errors import UserError
 from sparse_vlm.preprocess import Triple
 from sparse_vlm.tower.config import Activation
+
+KINDS = ("weight", "bias")
 
 
 class TeacherError(UserError):
@@ -106,11 +108,14 @@ class Inventory:
         """Name one of the source's tensors as ours, or make ours out of several.
 
         Args:
-            how: given the source's tensors, returns ours; may be left out for one tensor.
+            how: given the source's tensors, returns ours; unless given, one stays as it is and several are joined by rows.
             note: how it was made, for people.
         """
         values = [self.get(source) for source in sources]
-        self.tensors[target] = values[0] if how is None else how(*values)
+        if how is not None:
+            self.tensors[target] = how(*values)
+        else:
+            self.tensors[target] = values[0] if len(values) == 1 else torch.cat(values)
         self.sources[target] = sources
         self._taken.update(sources)
         if note:
@@ -122,6 +127,24 @@ class Inventory:
         self.sources[target] = (*self.sources[target], source)
         self._taken.add(source)
         self.notes[target] = "; ".join(filter(None, (self.notes.get(target), note)))
+
+    def fold_layer_scale(self, block: int, after_attention: str, after_mlp: str) -> None:
+        """Fold LayerScale, where a block has it, into the linear layers that it scales: gamma * (W x + b) = (gamma W) x + gamma b."""
+        for source, linear in ((after_attention, "attn.proj"), (after_mlp, "mlp.fc2")):
+            if source in self:
+                note = f"times {source.rsplit('.', 2)[-2]}"
+                self.fold(f"blocks.{block}.{linear}.weight", source, lambda weight, gamma: weight * gamma.unsqueeze(-1), note)
+                self.fold(f"blocks.{block}.{linear}.bias", source, torch.mul, note)
+
+    def fold_patch_bias(self, source: str, prefix_tokens: int) -> None:
+        """Fold a patch embedding's bias, where it has one, into the positions of patches, to which it is added."""
+        if source not in self:
+            return
+
+        def add(positions: Tensor, bias: Tensor) -> Tensor:
+            return torch.cat([positions[:prefix_tokens], positions[prefix_tokens:] + bias])
+
+        self.fold("pos_embed", source, add, "plus the patch embedding's bias")
 
     def leave_out(self, source: str, reason: str) -> None:
         """Say why a tensor of the source has no place; no error where the source has no such tensor."""
@@ -140,6 +163,41 @@ class Inventory:
             more = f" and {len(forgotten) - 3} more" if len(forgotten) > 3 else ""
             raise TeacherError(f"teacher {self.name}: tensor {', '.join(forgotten[:3])}{more} has no place in a SparseFormer")
         return self
+
+
+def describe(
+    own: Inventory,
+    activation: str,
+    activations: Mapping[str, Activation],
+    preprocess: Mapping[str, Any],
+    **numbers: Any,
+) -> TeacherSpec:
+    """The spec of a teacher whose tensors are in the inventory; what they tell, it reads off them.
+
+    Args:
+        activation: of the blocks, as the source calls it.
+        activations: the source's names of what we know.
+        preprocess: `mean` and `std`.
+        numbers: what remains of a `TeacherSpec`.
+
+    Raises:
+        TeacherError: an activation that we do not know.
+    """
+    if activation not in activations:
+        raise TeacherError(f"teacher {own.name}: activation {activation} is not supported; known are {', '.join(activations)}")
+    width = own.tensors["norm.weight"].shape[0]
+    return TeacherSpec(
+        name=own.name,
+        width=width,
+        embed_dim=own.tensors["head.weight"].shape[0] if "head.weight" in own.tensors else width,
+        image_mean=tuple(preprocess["mean"]),
+        image_std=tuple(preprocess["std"]),
+        activation=activations[activation],
+        head="cls" if "cls_token" in own.tensors else "map",
+        norm_pre="norm_pre.weight" in own.tensors,
+        head_bias="head.bias" in own.tensors,
+        **numbers,
+    )
 
 
 class Teacher(nn.Module):

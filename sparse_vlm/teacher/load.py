@@ -63,7 +63,7 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
         import open_clip
     except ImportError as error:
         raise TeacherError(f"loading a teacher needs open_clip: pip install 'sparse-vlm[train]' ({error})") from None
-    located = name.startswith(("local-dir:", "hf-hub:"))
+    located = name.startswith(LOCATED)
     folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
     if folder is not None and not (folder / "open_clip_config.json").is_file():
         raise TeacherError(f"teacher {name}: no open_clip_config.json in that folder")

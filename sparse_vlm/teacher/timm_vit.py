@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.teacher.base import Inventory, Teacher, TeacherError, TeacherSpec
-from sparse_vlm.teacher.open_clip_vit import fold_layer_scale
+from sparse_vlm.teacher.base import KINDS, Inventory, Teacher, TeacherError, describe
 
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}
 
@@ -27,7 +27,7 @@ def read(name: str, model: nn.Module, preprocess: dict[str, Any], licence: str =
         tokens = vit.forward_features(pixels)
         return vit.forward_head(tokens), tokens[:, vit.num_prefix_tokens :]
 
-    return _read(name, model, model, "", ("head.weight", "head.bias"), preprocess, licence, ask)
+    return _read(name, model, model, "", [f"head.{kind}" for kind in KINDS], preprocess, licence, ask)
 
 
 def read_trunk(name: str, visual: nn.Module, preprocess: dict[str, Any], licence: str = "") -> Teacher:
@@ -42,8 +42,8 @@ def read_trunk(name: str, visual: nn.Module, preprocess: dict[str, Any], licence
     unknown = [key for key, _ in visual.head.named_children() if key not in ("drop", "proj")]
     if unknown:
         raise TeacherError(f"teacher {name}: its head holds {', '.join(unknown)}; only a linear projection can be inherited")
-    projection = [f"head.proj.{kind}" for kind in ("weight", "bias")]
-    head = projection if hasattr(visual.head, "proj") else [f"trunk.head.{kind}" for kind in ("weight", "bias")]
+    projection = [f"head.proj.{kind}" for kind in KINDS]
+    head = projection if hasattr(visual.head, "proj") else [f"trunk.head.{kind}" for kind in KINDS]
 
     def ask(both: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tokens = both.trunk.forward_features(pixels)
@@ -56,65 +56,58 @@ def _read(
     name: str, model: nn.Module, vit: nn.Module, prefix: str, head: Any, preprocess: dict[str, Any], licence: str, ask: Any
 ) -> Teacher:
     first = vit.blocks[0]
-    activation = type(first.mlp.act).__name__
-    problem = _problem(vit, activation)
-    if problem:
+    if problem := _problem(vit):
         raise TeacherError(f"teacher {name}: {problem}")
     has_cls = vit.cls_token is not None
     own = Inventory(name, model.state_dict())
     for i in range(len(vit.blocks)):
         for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-            for kind in ("weight", "bias"):
+            for kind in KINDS:
                 own.put(f"blocks.{i}.{part}.{kind}", f"{prefix}blocks.{i}.{part}.{kind}")
-        fold_layer_scale(own, i, f"{prefix}blocks.{i}.ls1.gamma", f"{prefix}blocks.{i}.ls2.gamma")
+        own.fold_layer_scale(i, f"{prefix}blocks.{i}.ls1.gamma", f"{prefix}blocks.{i}.ls2.gamma")
     own.put("patch_embed.weight", f"{prefix}patch_embed.proj.weight")
     if has_cls:
         own.put("cls_token", f"{prefix}cls_token", how=torch.flatten)
-    own.put("pos_embed", f"{prefix}pos_embed", how=lambda tensor: tensor[0])
-    if has_cls and vit.no_embed_class:
-        own.tensors["pos_embed"] = torch.cat([torch.zeros_like(own.tensors["pos_embed"][:1]), own.tensors["pos_embed"]])
-        own.notes["pos_embed"] = "with none for the CLS token"
-    fold_patch_bias(own, f"{prefix}patch_embed.proj.bias", int(has_cls))
-    for kind in ("weight", "bias"):
+    unplaced = has_cls and vit.no_embed_class  # a CLS token without a position of its own
+    own.put(
+        "pos_embed",
+        f"{prefix}pos_embed",
+        how=lambda tensor: F.pad(tensor[0], (0, 0, int(unplaced), 0)),
+        note="with none for the CLS token" if unplaced else "",
+    )
+    own.fold_patch_bias(f"{prefix}patch_embed.proj.bias", int(has_cls))
+    for kind in KINDS:
         if f"{prefix}norm_pre.{kind}" in own:
             own.put(f"norm_pre.{kind}", f"{prefix}norm_pre.{kind}")
         own.put(f"norm.{kind}", f"{prefix}norm.{kind}")
     if vit.attn_pool is not None:
         pool = f"{prefix}attn_pool."
         own.put("pool.probe", f"{pool}latent", how=torch.flatten)
-        for kind in ("weight", "bias"):
-            own.put(f"pool.attn.qkv.{kind}", f"{pool}q.{kind}", f"{pool}kv.{kind}", how=_join, note="q, k and v joined")
+        for kind in KINDS:
+            own.put(f"pool.attn.qkv.{kind}", f"{pool}q.{kind}", f"{pool}kv.{kind}", note="q, k and v joined")
             for part, theirs in (("attn.proj", "proj"), ("norm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
                 own.put(f"pool.{part}.{kind}", f"{pool}{theirs}.{kind}")
     for source in head:
         if source in own:
             own.put(f"head.{source.rsplit('.', 1)[1]}", source)
-    width, patch = vit.embed_dim, vit.patch_embed.patch_size[0]
-    spec = TeacherSpec(
-        name=name,
-        width=width,
+    spec = describe(
+        own,
+        type(first.mlp.act).__name__,
+        ACTIVATIONS,
+        preprocess,
         num_blocks=len(vit.blocks),
         num_heads=first.attn.num_heads,
-        embed_dim=own.tensors["head.weight"].shape[0] if "head.weight" in own.tensors else width,
-        patch_size=patch,
+        patch_size=vit.patch_embed.patch_size[0],
         image_size=vit.patch_embed.img_size[0],
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
-        activation=ACTIVATIONS[activation],
-        norm_pre="norm_pre.weight" in own.tensors,
         ln_eps=first.norm1.eps,
-        head="cls" if has_cls else "map",
-        head_bias="head.bias" in own.tensors,
         licence=licence,
     )
     return Teacher(spec, model, own, ask)
 
 
-def _problem(vit: nn.Module, activation: str) -> str:
+def _problem(vit: nn.Module) -> str:
     """Why a ViT cannot be inherited from; empty where it can."""
     attention = vit.blocks[0].attn
-    if activation not in ACTIVATIONS:
-        return f"activation {activation} is not supported; known are {', '.join(ACTIVATIONS)}"
     if attention.qkv is None or attention.qkv.bias is None or not isinstance(attention.q_norm, nn.Identity):
         return "its attention has no biases, or normalises queries and keys; a SparseFormer's blocks do not"
     if getattr(vit, "reg_token", None) is not None:
@@ -124,18 +117,3 @@ def _problem(vit: nn.Module, activation: str) -> str:
     if vit.cls_token is not None and vit.global_pool != "token":
         return f"its head pools by {vit.global_pool!r}; only the CLS token can be inherited"
     return ""
-
-
-def fold_patch_bias(own: Inventory, source: str, prefix_tokens: int) -> None:
-    """Fold a patch embedding's bias, where it has one, into the positions of patches, to which it is added."""
-    if source not in own:
-        return
-
-    def add(positions: Tensor, bias: Tensor) -> Tensor:
-        return torch.cat([positions[:prefix_tokens], positions[prefix_tokens:] + bias])
-
-    own.fold("pos_embed", source, add, "plus the patch embedding's bias")
-
-
-def _join(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_vlm.teacher.base import Inventory, Teacher, TeacherError, TeacherSpec
-from sparse_vlm.teacher.open_clip_vit import fold_layer_scale
-from sparse_vlm.teacher.timm_vit import fold_patch_bias
+from sparse_vlm.teacher.base import KINDS, Inventory, Teacher, TeacherError, TeacherSpec, describe
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-KINDS = ("weight", "bias")
 DINOV2_ATTENTION = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("attention.query", "attention.key", "attention.value", "output.dense"),
@@ -52,8 +49,7 @@ def read_clip(name: str, model: nn.Module, preprocess: dict[str, Any], licence: 
         out = side.vision_model(pixels)
         return side.visual_projection(out.pooler_output), side.vision_model.post_layernorm(out.last_hidden_state[:, 1:])
 
-    spec = _spec(name, config, config.hidden_act, own, preprocess, licence, norm_pre=True)
-    return Teacher(spec, side, own, ask)
+    return Teacher(_spec(own, config, preprocess, licence), side, own, ask)
 
 
 def read_siglip(name: str, model: nn.Module, preprocess: dict[str, Any], licence: str = "") -> Teacher:
@@ -68,7 +64,7 @@ def read_siglip(name: str, model: nn.Module, preprocess: dict[str, Any], licence
     _put_blocks(own, "vision_model.encoder.layers", config.num_hidden_layers)
     own.put("patch_embed.weight", "vision_model.embeddings.patch_embedding.weight")
     own.put("pos_embed", "vision_model.embeddings.position_embedding.weight")
-    fold_patch_bias(own, "vision_model.embeddings.patch_embedding.bias", 0)
+    own.fold_patch_bias("vision_model.embeddings.patch_embedding.bias", 0)
     head = "vision_model.head."
     own.put("pool.probe", f"{head}probe", how=torch.flatten)
     for kind in KINDS:
@@ -83,8 +79,7 @@ def read_siglip(name: str, model: nn.Module, preprocess: dict[str, Any], licence
         out = side.vision_model(pixels)
         return out.pooler_output, out.last_hidden_state
 
-    spec = _spec(name, config, config.hidden_act, own, preprocess, licence, head="map")
-    return Teacher(spec, side, own, ask)
+    return Teacher(_spec(own, config, preprocess, licence), side, own, ask)
 
 
 def read_dinov2(name: str, model: nn.Module, preprocess: dict[str, Any], licence: str = "") -> Teacher:
@@ -103,15 +98,15 @@ def read_dinov2(name: str, model: nn.Module, preprocess: dict[str, Any], licence
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
         for kind in KINDS:
             *parts, out = (f"{theirs}.attention.{part}.{kind}" for part in names)
-            own.put(f"{ours}.attn.qkv.{kind}", *parts, how=_join, note="q, k and v joined")
+            own.put(f"{ours}.attn.qkv.{kind}", *parts, note="q, k and v joined")
             own.put(f"{ours}.attn.proj.{kind}", out)
             for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
                 own.put(f"{ours}.{part}.{kind}", f"{theirs}.{part}.{kind}")
-        fold_layer_scale(own, i, f"{theirs}.layer_scale1.lambda1", f"{theirs}.layer_scale2.lambda1")
+        own.fold_layer_scale(i, f"{theirs}.layer_scale1.lambda1", f"{theirs}.layer_scale2.lambda1")
     own.put("patch_embed.weight", "embeddings.patch_embeddings.projection.weight")
     own.put("cls_token", "embeddings.cls_token", how=torch.flatten)
     own.put("pos_embed", "embeddings.position_embeddings", how=lambda tensor: tensor[0])
-    fold_patch_bias(own, "embeddings.patch_embeddings.projection.bias", 1)
+    own.fold_patch_bias("embeddings.patch_embeddings.projection.bias", 1)
     for kind in KINDS:
         own.put(f"norm.{kind}", f"layernorm.{kind}")
     own.leave_out("embeddings.mask_token", "stands for hidden patches in pretraining only")
@@ -120,7 +115,7 @@ def read_dinov2(name: str, model: nn.Module, preprocess: dict[str, Any], licence
         out = vit(pixels)
         return out.pooler_output, out.last_hidden_state[:, 1:]
 
-    return Teacher(_spec(name, config, config.hidden_act, own, preprocess, licence), model, own, ask)
+    return Teacher(_spec(own, config, preprocess, licence), model, own, ask)
 
 
 def _put_blocks(own: Inventory, prefix: str, count: int) -> None:
@@ -136,30 +131,21 @@ def _put_blocks(own: Inventory, prefix: str, count: int) -> None:
         theirs = f"{prefix}.{i}"
         for kind in KINDS:
             parts = [f"{theirs}.self_attn.{part}_proj.{kind}" for part in ("q", "k", "v")]
-            own.put(f"blocks.{i}.attn.qkv.{kind}", *parts, how=_join, note="q, k and v joined")
+            own.put(f"blocks.{i}.attn.qkv.{kind}", *parts, note="q, k and v joined")
             for source, target in renames.items():
                 own.put(f"blocks.{i}.{target}.{kind}", f"{theirs}.{source}.{kind}")
 
 
-def _spec(name: str, config: Any, activation: str, own: Inventory, preprocess: dict[str, Any], licence: str, **more: Any) -> TeacherSpec:
-    if activation not in ACTIVATIONS:
-        raise TeacherError(f"teacher {name}: activation {activation} is not supported; known are {', '.join(ACTIVATIONS)}")
-    return TeacherSpec(
-        name=name,
-        width=config.hidden_size,
+def _spec(own: Inventory, config: Any, preprocess: dict[str, Any], licence: str) -> TeacherSpec:
+    return describe(
+        own,
+        config.hidden_act,
+        ACTIVATIONS,
+        preprocess,
         num_blocks=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        embed_dim=own.tensors["head.weight"].shape[0] if "head.weight" in own.tensors else config.hidden_size,
         patch_size=config.patch_size,
         image_size=config.image_size,
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
-        activation=ACTIVATIONS[activation],
         ln_eps=config.layer_norm_eps,
         licence=licence,
-        **more,
     )
-
-
-def _join(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
