@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import crop_rois
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import Triple, preprocess
 from sparse_vlm.teacher import load_teacher, split_tag
@@ -36,25 +37,37 @@ class Embedder(Protocol):
     """An image side under test.
 
     Attributes:
-        name: as the user gave it; unique in a run.
+        name: unique in a run.
+        model: as the user gave it, and the control; `name` adds the number of tokens where it was chosen.
         kind: "tower" or "teacher".
         width: of its embeddings (E).
         dtype: that it computes in.
         tokens: tokens it emits for one picture.
         macs: multiply-accumulates for one picture.
         parameters: number of weights.
+        size: side of the pictures that it was trained on, in pixels (S).
     """
 
     name: str
+    model: str
     kind: str
     width: int
     dtype: str
     tokens: int
     macs: int
     parameters: int
+    size: int
 
-    def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, E) float32, not normalised."""
+    def pixels(self, images: Sequence[Image.Image], size: int | None = None) -> Tensor:
+        """What the model is given: (B, 3, S, S), normalised; S is the model's unless given."""
+        ...
+
+    def answer(self, pixels: Tensor, region: Tensor | None = None) -> Tensor:
+        """(B, E) float32 on the CPU, not normalised.
+
+        Args:
+            region: (B, 4), relative to the picture: what to look at of each; all of it by default.
+        """
         ...
 
 
@@ -78,16 +91,17 @@ class ModuleEmbedder:
     """An `Embedder` around a module.
 
     Args:
-        forward: from normalised pixels (B, 3, S, S) to embeddings (B, E).
+        forward: from normalised pixels (B, 3, S, S) and a region of each, (B, 4) or None, to embeddings (B, E).
         size, mean, std: the preprocessing it was trained with.
     """
 
     def __init__(
         self,
         name: str,
+        model: str,
         kind: str,
         module: nn.Module,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor, Tensor | None], Tensor],
         size: int,
         mean: Triple,
         std: Triple,
@@ -95,20 +109,30 @@ class ModuleEmbedder:
         tokens: int,
         macs: int,
     ) -> None:
-        self.name, self.kind, self.width, self.tokens, self.macs = name, kind, width, tokens, macs
+        self.name, self.model, self.kind = name, model, kind
+        self.width, self.tokens, self.macs = width, tokens, macs
         self.dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
         self.parameters = sum(p.numel() for p in module.parameters())
         self.module, self.forward = module, forward
         self.size, self.mean, self.std = size, mean, std
 
-    @torch.inference_mode()
-    def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, E) float32 on the CPU, not normalised."""
+    def pixels(self, images: Sequence[Image.Image], size: int | None = None) -> Tensor:
+        """(B, 3, S, S), normalised, where and as the module computes."""
         weight = next(self.module.parameters())
-        pixels = preprocess(images, self.size, self.mean, self.std).to(weight.device, weight.dtype)
-        plain = self.tokens <= FEW_TOKENS and weight.device.type == "cpu"
+        return preprocess(images, size or self.size, self.mean, self.std).to(weight.device, weight.dtype)
+
+    @torch.inference_mode()
+    def answer(self, pixels: Tensor, region: Tensor | None = None) -> Tensor:
+        """(B, E) float32 on the CPU, not normalised.
+
+        Raises:
+            UserError: a tower that cannot begin in a region.
+        """
+        if region is not None:
+            region = region.to(pixels.device)
+        plain = self.tokens <= FEW_TOKENS and pixels.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            return self.forward(pixels).float().cpu()
+            return self.forward(pixels, region).float().cpu()
 
 
 def budget_name(name: str, num_tokens: int | None) -> str:
@@ -129,17 +153,24 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
     """
     device = best_device()
     tower = SparseFormer.from_pretrained(name, native_dtype(device), num_tokens).to(device)
-    config, name = tower.config, budget_name(name, num_tokens)
+    config, model, name = tower.config, name, budget_name(name, num_tokens)
     if control == "no-looks":
         if not any("SAMPLING_M" in unit.ops for unit in config.units):
             raise UserError(f"{name} does not look, so no-looks is the tower itself; leave that control out")
         for unit in tower.units():
             unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
+
+    def look(pixels: Tensor, region: Tensor | None) -> Tensor:
+        if region is not None and not config.zooms:
+            raise UserError(f"{name} cannot begin in a region of a picture; measure zoom on a tower that can, as of the recipe elastic")
+        return tower(pixels, region=region).image_embeds
+
     return ModuleEmbedder(
         name if control == "none" else f"{name}, {control}",
+        model if control == "none" else f"{model}, {control}",
         "tower",
         tower,
-        lambda pixels: tower(pixels).image_embeds,
+        look,
         config.image_size,
         config.image_mean,
         config.image_std,
@@ -160,9 +191,10 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
     spec = teacher.spec
     return ModuleEmbedder(
         name,
+        name,
         "teacher",
         teacher,
-        lambda pixels: teacher(pixels).embeds,
+        lambda pixels, region: teacher(pixels if region is None else _cut_out(pixels, region, spec.image_size)).embeds,
         spec.image_size,
         spec.image_mean,
         spec.image_std,
@@ -170,6 +202,11 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
         spec.grid**2 + spec.has_cls,
         vit_macs(spec),
     )
+
+
+def _cut_out(pixels: Tensor, region: Tensor, size: int) -> Tensor:
+    """What lies in each picture's region, (B, 3, size, size)."""
+    return crop_rois(pixels, region.unsqueeze(1), size).squeeze(1)
 
 
 class TeacherText:
@@ -214,7 +251,7 @@ class Features:
 
     def __init__(self, text: TextSide | None, on_photos: Callable[[str, int, int], None]) -> None:
         self.text = text
-        self._on_photos = on_photos
+        self.on_photos = on_photos
         self._images: dict[tuple[str, str], np.ndarray] = {}
         self._texts: dict[str, np.ndarray] = {}
 
@@ -224,11 +261,11 @@ class Features:
         if key not in self._images:
             what = f"{embedder.name}: {photos[0].source.stem}"
             parts = []
-            self._on_photos(what, 0, len(photos))
+            self.on_photos(what, 0, len(photos))
             for start in range(0, len(photos), BATCH):
                 batch = photos[start : start + BATCH]
-                parts.append(embedder.embed([photo.load() for photo in batch]))
-                self._on_photos(what, start + len(batch), len(photos))
+                parts.append(embedder.answer(embedder.pixels([photo.load() for photo in batch])))
+                self.on_photos(what, start + len(batch), len(photos))
             self._images[key] = torch.cat(parts).numpy()
         return self._images[key]
 

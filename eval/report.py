@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 from sparse_vlm import __version__
+from sparse_vlm.eval.curves import draw, has_budgets
 from sparse_vlm.eval.run import Column, Report
 from sparse_vlm.files import write_text
 
@@ -59,6 +60,9 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
         if all(key in model for model in report.models.values()):
             shown = [report.models[column.model][key] / scale for column in columns]
             rows.append(["", label, *(f"{value:.0f}" if scale == 1 else f"{value:.2f}" for value in shown)])
+    if all("ms" in model for model in report.models.values()):
+        times = [report.models[column.model]["ms"] for column in columns]
+        rows.append(["", "ms a picture", *(f"{t['median']:.1f} [{t['low']:.1f}, {t['high']:.1f}]" for t in times)])
     for task, of_task in report.results.items():
         names = next(iter(of_task.values())).metrics
         for i, name in enumerate(names):
@@ -86,6 +90,8 @@ def _cell(report: Report, task: str, column: Column, name: str) -> str:
 def caption(report: Report) -> str:
     """What the numbers in the table mean, in a line."""
     parts = ["[95 % interval, bootstrap over photos]"]
+    if times := [model["ms"] for model in report.models.values() if "ms" in model]:
+        parts.append(f"ms: one picture at a time, models in turn, median [quarters], {report.dtype}, CPU threads: {times[0]['threads']}")
     if report.teacher is not None:
         parts.append("= share of the teacher's value")
     parts += [f"{control}: {meaning}" for control, meaning in report.controls.items()]
@@ -120,9 +126,12 @@ def as_markdown(report: Report) -> str:
 
 
 def save(report: Report, folder: Path) -> None:
-    """Write `report.json`, `table.md` and a file of predictions (a JSON object a line) for each task and column."""
+    """Write `report.json`, `table.md`, a file of predictions (a JSON object a line) for each task and column, and `tokens.png` where a
+    model was measured with several numbers of tokens."""
     write_text(folder / "report.json", json.dumps(as_json(report), indent=1) + "\n")
     write_text(folder / "table.md", as_markdown(report))
+    if has_budgets(report):
+        draw(report, folder / "tokens.png")
     for task, of_task in report.results.items():
         for column, result in of_task.items():
             name = re.sub(r"[^\w.-]+", "-", ".".join([task, column.model, *([column.control] if column.control else [])])).strip("-")

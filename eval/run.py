@@ -18,6 +18,7 @@ from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device,
 from sparse_vlm.eval.metrics import Metric, ratio
 from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
+from sparse_vlm.eval.timing import milliseconds
 from sparse_vlm.teacher import is_teacher
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +42,7 @@ class Report:
     """Everything a run found.
 
     Attributes:
-        models: what each model is (kind, tokens, cost), by name.
+        models: what each column's model is (kind, the model as the user gave it, tokens, cost), by name.
         teacher, text: names, where there is one.
         controls: what the controls of the run mean, by name.
         dtype: that the models compute in.
@@ -177,8 +178,12 @@ def _run_image_tasks(
     words = text_side(text, teacher) if any(task.needs_text for task in tasks.values()) else None
     _check_widths(embedders, reference, words, tasks)
     features = Features(words, on_progress)
-    described = {e.name: {"kind": e.kind, "tokens": e.tokens, "macs": e.macs, "parameters": e.parameters} for e in embedders}
-    report = Report(described, dict(tasks), teacher, None if words is None else words.name, dtype=embedders[0].dtype)
+    report = Report({}, dict(tasks), teacher, None if words is None else words.name, dtype=embedders[0].dtype)
+    on_progress("timing", 0, 1)
+    times = milliseconds(embedders, data.photos(next(iter(tasks.values())).files[0])[0].load())
+    for e in embedders:
+        cost = {"tokens": e.tokens, "macs": e.macs, "parameters": e.parameters, "ms": times[e.name]}
+        report.models[e.name] = {"kind": e.kind, "model": e.model, **cost}
     for name, task in tasks.items():
         report.results[name] = {}
         for embedder in embedders:
@@ -207,7 +212,7 @@ def _run_vlm_tasks(
     for name, count in itertools.product(names, budgets or [None]):
         model = VLM.from_pretrained(name, device=best_device(), num_tokens=count)
         model_name = budget_name(name, count)
-        report.models[model_name] = {"kind": "vlm", "tokens": model.tokens_per_image}
+        report.models[model_name] = {"kind": "vlm", "model": name, "tokens": model.tokens_per_image}
         report.dtype = str(model.model.dtype).removeprefix("torch.")
         for task_name, task in tasks.items():
             for control in controls:

@@ -10,6 +10,7 @@ from sparse_vlm.eval.retrieval import Retrieval
 from sparse_vlm.eval.task import Task
 from sparse_vlm.eval.vqa import AOKVQA, Counting, Existence, Pope
 from sparse_vlm.eval.zero_shot import ZeroShot
+from sparse_vlm.eval.zoom import Zoom
 
 TASKS: dict[str, Task] = {
     "imagenet": ZeroShot("eval/imagenet1k_one_per_class.tar"),
@@ -19,6 +20,7 @@ TASKS: dict[str, Task] = {
     "cosine": Agreement(),
     "knn": NearestNeighbours(),
     "probe": LinearProbe(),
+    "zoom": Zoom(),
     "captions": Captions(),
     "pope": Pope(),
     "aokvqa": AOKVQA(),

@@ -197,4 +197,18 @@ def test_a_budget_is_measured_under_a_name_of_its_own(tmp_path: Path) -> None:
     few, own = tower_embedder(str(tmp_path), num_tokens=9), tower_embedder(str(tmp_path))
     assert (few.name, few.tokens, own.name, own.tokens) == (f"{tmp_path}, 9 tokens", 9, str(tmp_path), 16)
     assert few.macs < own.macs
-    assert not torch.equal(few.embed([tiny_vlm.picture("red")]), own.embed([tiny_vlm.picture("red")]))
+    red = few.pixels([tiny_vlm.picture("red")])
+    assert not torch.equal(few.answer(red), own.answer(red))
+
+
+def test_a_tower_that_sees_whole_pictures_is_not_measured_on_regions(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="measuring beside a teacher needs open_clip")
+    from sparse_vlm.eval.embedders import tower_embedder
+
+    pools = elastic(budgets=None, glance=GlanceConfig(14, 4, 1, norm_pre=True))
+    pools.save_pretrained(tmp_path)
+    embedder, corner = tower_embedder(str(tmp_path)), torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+    with pytest.raises(UserError, match="cannot begin in a region"):
+        embedder.answer(embedder.pixels([tiny_vlm.picture("red")]), corner)
+    with pytest.raises(ValueError, match="sees whole pictures"):
+        pools(torch.rand(1, 3, 56, 56), region=corner)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from eval_fakes import NAMES, FakeEmbedder, FakeText, FakeVLM, asked, photos_of, write_tar
 from PIL import Image
 
 from sparse_vlm.errors import UserError
@@ -27,50 +25,7 @@ from sparse_vlm.eval.task import CONTROLS, Data
 from sparse_vlm.eval.tasks import TASKS
 from sparse_vlm.eval.vqa import SHORT_ANSWER, first_number
 from sparse_vlm.photos import PhotoSet
-
-COLOURS = {"Red": (220, 30, 30), "Green": (30, 200, 40), "Blue": (40, 40, 230), "Yellow": (230, 220, 40), "Grey": (128, 128, 128)}
-NAMES = list(COLOURS)
-
-
-def write_tar(path: Path, photos: list[tuple[str, tuple[int, int, int], dict[str, Any]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for key, colour, info in photos:
-            stream = io.BytesIO()
-            Image.new("RGB", (24, 20), colour).save(stream, "PNG")
-            for suffix, data in (("png", stream.getvalue()), ("json", json.dumps(info).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-
-
-def photos_of(count: int, **extra: Any) -> list[tuple[str, tuple[int, int, int], dict[str, Any]]]:
-    """Photos of all colours in turn, each a little different."""
-    rows = []
-    for i in range(count):
-        label = i % len(NAMES)
-        colour = tuple(min(255, max(0, c + (i * 7) % 13)) for c in COLOURS[NAMES[label]])
-        info = {"label": label, "label_name": NAMES[label], "captions": [f"a {NAMES[label].lower()} photo {i}"] * 2, **extra}
-        rows.append((f"photo_{i:03d}", colour, info))
-    return rows
-
-
-def asked(i: int) -> dict[str, Any]:
-    """Questions about photo i."""
-    name, other = NAMES[i % 5], NAMES[(i + 1) % 5]
-    return {
-        "pope": [
-            {"q": f"Is there a {n.lower()} wall?", "a": a, "s": f"pope_coco_{split}"}
-            for split in ("random", "popular")
-            for n, a in ((name, "yes"), (other, "no"))
-        ],
-        "qa": [
-            {"q": f"Does {name.lower()} exist?", "a": "Yes.", "s": "gvt_mci"},
-            {"q": f"Does {other.lower()} exist?", "a": "No.", "s": "gvt_mci"},
-            {"q": "How many walls?", "a": str(1 + i % 5), "s": "gvt_oc"},
-        ],
-        "aokvqa": [{"question": "What colour?", "choices": NAMES[:4], "correct_choice_idx": i % 5}] if i % 5 < 4 else [],
-    }
+from sparse_vlm.preprocess import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -88,43 +43,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [(f"{name}_{key}", colour, {**info, "set": name}) for name in sets for key, colour, info in photos_of(40)],
     )
     return root
-
-
-def embed_colour(colour: np.ndarray) -> np.ndarray:
-    return np.concatenate([colour / 255 - 0.45, [0.1]])
-
-
-class FakeEmbedder:
-    """Embeds the mean colour; `blindness` mixes it with what is the same for all photos."""
-
-    kind, width, dtype, tokens, macs, parameters = "tower", 4, "float32", 49, 2_000_000, 1_000_000
-
-    def __init__(self, name: str, blindness: float = 0.0) -> None:
-        self.name, self.blindness = name, blindness
-        self.seen = 0
-
-    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        self.seen += len(images)
-        rows = []
-        for image in images:
-            colour = np.asarray(image, np.float32).mean((0, 1))
-            red_only = np.array([colour[0], 100.0, 100.0])
-            rows.append(embed_colour((1 - self.blindness) * colour + self.blindness * red_only))
-        return torch.tensor(np.stack(rows), dtype=torch.float32)
-
-
-class FakeText:
-    """Knows colours by name."""
-
-    name, width = "words", 4
-
-    def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        colours = []
-        for text in texts:
-            (name,) = [name for name in NAMES if name.lower() in text]
-            assert name not in text, "names are lower-case"
-            colours.append(embed_colour(np.array(COLOURS[name], np.float32)))
-        return torch.tensor(np.stack(colours), dtype=torch.float32)
 
 
 @pytest.fixture
@@ -151,7 +69,6 @@ def test_image_tasks(data: Path, fakes: dict[str, FakeEmbedder], tmp_path: Path)
     # twelve photos of five colours: up to three share their words, and so their six captions
     assert report.results["coco"][good].metrics["image to text R@5"].value == 1.0
     assert report.results["coco"][blind].metrics["text to image R@1"].value < 0.5
-
     assert teacher not in report.results["cosine"], "the teacher is not compared with itself"
     assert report.results["cosine"][good].metrics["Flickr8k centred"].value == pytest.approx(1)
     assert set(report.results["cosine"][good].metrics) == {f"{name} {kind}" for name in AGREEMENT_SETS for kind in ("plain", "centred")}
@@ -166,8 +83,19 @@ def test_image_tasks(data: Path, fakes: dict[str, FakeEmbedder], tmp_path: Path)
 
     photos = {file for task in IMAGE_TASKS for file in TASKS[task].files}
     in_files = sum(len(PhotoSet(data / file)) for file in photos)
-    assert fakes["good"].seen == in_files, "every photo is embedded once, however many tasks look at it"
+    assert fakes["good"].seen == in_files + 1, "every photo is embedded once, however many tasks look at it, and one is timed"
+    time = report.models["good"]["ms"]
+    assert 0 < time["low"] <= time["median"] <= time["high"]
     check_outputs(report, tmp_path, ["good", "blind", "teacher"])
+
+
+def test_a_zoom_tells_apart_what_is_in_one_picture(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
+    (result,) = run.evaluate(["good"], ["zoom"], data, text="words").results["zoom"].values()
+    # sixteen photos of one colour each in a picture: told apart when zoomed in, one answer for all of them on the whole
+    assert len(result.predictions) == 16
+    assert len({answer["whole"] for answer in result.predictions}) == 1
+    assert all(answer["zoomed"] == answer["zoomed, small"] == answer["label"] for answer in result.predictions)
+    assert result.metrics["zoomed top-5"].value == 1.0
 
 
 def check_outputs(report: run.Report, folder: Path, titles: list[str]) -> None:
@@ -184,6 +112,7 @@ def check_outputs(report: run.Report, folder: Path, titles: list[str]) -> None:
     save(report, folder)
     assert json.loads((folder / "report.json").read_text()) == as_json(report)
     assert (folder / "table.md").read_text() == markdown
+    assert not (folder / "tokens.png").exists(), "every model has one number of tokens"
     for task, of_task in report.results.items():
         for column, result in of_task.items():
             name = ".".join(filter(None, [task, column.model, column.control]))
@@ -216,45 +145,6 @@ def test_folds_depend_on_the_key_alone() -> None:
 
 
 # ---- models that answer in words
-
-
-class Score(NamedTuple):
-    total: float
-    mean: float
-
-
-class FakeVLM:
-    """Sees the colour of the photo and nothing else; without a photo it says grey, yes and one."""
-
-    tokens_per_image = 49
-
-    class model:
-        dtype = torch.float32
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str | None]] = []
-
-    def see(self, conversation: list[dict[str, Any]]) -> tuple[str, str]:
-        (turn,) = conversation
-        *images, text = turn["content"]
-        colour = None
-        if images:
-            pixel = np.asarray(images[0]["image"], float).mean((0, 1))
-            colour = min(COLOURS, key=lambda name: float(np.abs(pixel - COLOURS[name]).sum()))
-        self.asked.append((text["text"], colour))
-        return text["text"], colour or "Grey"
-
-    def generate(self, conversations: list[Any], max_new_tokens: int) -> list[str]:
-        found = [self.see(conversation) for conversation in conversations]
-        return [f"{1 + NAMES.index(c)} walls." if "How many" in text else f"A {c.lower()} photo." for text, c in found]
-
-    def score(self, conversations: list[Any], answers: list[list[str]]) -> list[list[Score]]:
-        rows = []
-        for asked_of, choices in zip(conversations, answers, strict=True):
-            text, colour = self.see(asked_of)
-            truth = colour if "What" in text else ("Yes" if colour.lower() in text else "No")
-            rows.append([Score(-1.0 if choice == truth else -2.0, -0.5 if choice == truth else -1.0) for choice in choices])
-        return rows
 
 
 @pytest.fixture
@@ -360,7 +250,6 @@ def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_tower_as_embedder(tower_folder: Path, data: Path) -> None:
-    from sparse_vlm.preprocess import preprocess
     from sparse_vlm.tower import SparseFormer
 
     embedder = tower_embedder(str(tower_folder))
@@ -383,8 +272,8 @@ def test_a_tower_kept_from_looking(tower_folder: Path, tmp_path: Path) -> None:
     SparseFormer(replace(config, units=blind)).save_pretrained(tmp_path / "blind")
     pictures = [Image.new("RGB", (32, 32), name) for name in ("red", "blue")]
     seeing, kept = (tower_embedder(str(tower_folder), control) for control in ("none", "no-looks"))
-    assert not torch.equal(*seeing.embed(pictures))
-    assert torch.equal(*kept.embed(pictures)), "without looks nothing of the picture is left in this tower"
+    assert not torch.equal(*seeing.answer(seeing.pixels(pictures)))
+    assert torch.equal(*kept.answer(kept.pixels(pictures))), "without looks nothing of the picture is left in this tower"
     assert kept.name == f"{seeing.name}, no-looks"
     with pytest.raises(UserError, match="blind does not look"):
         tower_embedder(str(tmp_path / "blind"), "no-looks")

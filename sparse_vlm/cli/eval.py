@@ -20,7 +20,7 @@ from rich.text import Text
 from sparse_vlm.errors import UserError
 
 LINE_EVERY_S = 10.0
-TASK_NAMES = "imagenet, cifar10, flickr8k, coco, cosine, knn, probe for towers; captions, pope, aokvqa, existence, counting for VLMs"
+TASK_NAMES = "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom for towers; captions, pope, aokvqa, existence, counting for VLMs"
 
 
 def eval(

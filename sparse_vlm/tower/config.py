@@ -141,6 +141,11 @@ class SparseFormerConfig:
         return self.num_latent_tokens + self.keeps_cls
 
     @property
+    def zooms(self) -> bool:
+        """Whether tokens can begin in a region: a glance that pools sees whole pictures at one size."""
+        return self.glance is None or self.glance.kind == "crop"
+
+    @property
     def mixing_out_points(self) -> int:
         """Points after spatial mixing (O)."""
         return max(self.num_points, 32)

@@ -186,7 +186,7 @@ class SparseFormer(nn.Module):
 
     def _box(self, region: tuple[float, float, float, float] | Tensor, batch: int, device: torch.device) -> Tensor:
         """A region for each picture, (B, 4) float32."""
-        if self.glance is not None and self.config.glance.kind == "pool":
+        if not self.config.zooms:
             raise ValueError("this tower's glance sees whole pictures at one size, so it cannot begin in a region; take one that crops")
         box = torch.as_tensor(region, dtype=torch.float32, device=device).expand(batch, 4)
         if not bool(((box >= 0) & (box <= 1)).all() and (box[:, :2] < box[:, 2:]).all()):
