@@ -3,9 +3,9 @@
     sparse-vlm bootstrap --recipe tiny --teacher local-dir:build/teacher --data 'photos/*.tar' --out build/tiny
 
 Notable: runs on transformers' Trainer, also in several processes (`torchrun --nproc-per-node N --no-python sparse-vlm bootstrap ...`),
-which share each batch. The teacher answers once, into a cache, and is not part of the engine or of any checkpoint.
-An average of the weights is kept beside them; the average is what is evaluated and what becomes the student. A run that is interrupted
-(Ctrl-C saves first) goes on from its last checkpoint when the same command is given again.
+which share each batch, and with `--deepspeed` also optimizer, gradients and weights. The teacher answers once, into a cache, and is not
+part of the engine or of any checkpoint. An average of the weights is kept beside them; the average is what is evaluated and what becomes
+the student. A run that is interrupted (Ctrl-C saves first) goes on from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
+from sparse_vlm.train.zero import announce, find_config, whole
 
 HELD_OUT_ONE_IN = 100
 
@@ -61,6 +62,7 @@ class BootstrapTrainer(Trainer):
 
     groups: list[dict[str, Any]]
     average: dict[str, Tensor]
+    bf16: bool
     budgets: tuple[int, int] | None = None
     measured: tuple[int, dict[str, float]] | None = None
 
@@ -89,14 +91,14 @@ class BootstrapTrainer(Trainer):
         if self.measured is not None and self.measured[0] == self.state.global_step:
             return self.measured[1]
         model: Distillation = self.accelerator.unwrap_model(self.model)
-        own = {name: p.detach().clone() for name, p in model.tower.named_parameters()}
+        own = _copies(model.tower)
         _copy_into(model.tower, self.average)
         sums: dict[str, float] = {}
         count = 0
         try:
             for batch in DataLoader(self.eval_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator):
                 batch = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
+                with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
                     out = model(**batch)
                 size = len(batch["pixels"])
                 count += size
@@ -119,7 +121,8 @@ class AveragedWeights(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Follow the weights; a young average is shorter, so that it forgets where it began."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        update_average(self.average, self.model.tower, decay)
+        with whole(self.model.tower.parameters()):
+            update_average(self.average, self.model.tower, decay)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Beside the trainer's own files."""
@@ -139,25 +142,31 @@ def bootstrap(
     rows: list[Row],
     tower: SparseFormer,
     seed: int = 0,
+    deepspeed: str | None = None,
 ) -> bool:
     """Train `tower` (already inherited) and write the student to `out`.
 
     Args:
         rows: the mapping that `inherit` carried out.
         cache: filled.
+        deepspeed: a name of `zero.CONFIGS` or a json file; torch's own data parallelism by default.
 
     Returns:
         True when the run is complete; False when it was interrupted and saved.
 
     Raises:
-        UserError: `out` holds a run of other settings.
+        UserError: `out` holds a run of other settings, or DeepSpeed cannot be had.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = native_dtype(device) == torch.bfloat16
+    engine = None if deepspeed is None else find_config(deepspeed, bf16)
     steps = -(-recipe.views // recipe.batch_size)
     settings = {
         "recipe": recipe_name,
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
         "cache": cache.meta,
         "seed": seed,
+        **({"deepspeed": engine} if engine else {}),
     }
     if rank() == 0:
         claim(out, settings)
@@ -169,8 +178,9 @@ def bootstrap(
         raise UserError(f"{len(photos)} photos are too few: none is left to train on, or none to hold out")
 
     model = Distillation(tower, *cache.means(), recipe.dense_weight, recipe.relation_weight)
+    if engine is not None:
+        announce(tower)
     average: dict[str, Tensor] = {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     args = arguments(
         out,
         device,
@@ -178,7 +188,8 @@ def bootstrap(
         recipe.batch_size,
         save_steps=max(1, min(100, steps // 4)),
         warmup_steps=min(recipe.warmup_steps, steps // 5),
-        bf16=native_dtype(device) == torch.bfloat16,
+        deepspeed=engine,
+        bf16=bf16,
         seed=seed,
         eval_strategy="steps",
         eval_steps=max(1, min(200, steps // 4)),
@@ -196,8 +207,8 @@ def bootstrap(
         new = {row.target for row in rows if row.fate == "new"}
         trainer.groups = parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
         # only now is the tower where it will be trained
-        average.update({name: p.detach().clone().float() for name, p in tower.named_parameters()})
-        trainer.average = average
+        average.update({name: p.float() for name, p in _copies(tower).items()})
+        trainer.average, trainer.bf16 = average, bf16
         trainer.budgets = tower.config.budgets
         checkpoint = latest_checkpoint(out / "checkpoints")
         if checkpoint is not None:
@@ -211,18 +222,25 @@ def bootstrap(
             if trainer.state.global_step < steps:
                 return False
             trainer.evaluate()
-    _copy_into(tower, average)
-    tower.eval()
     if rank() == 0:
-        tower.save_pretrained(out)
+        # the tower that was trained may be spread over the processes
+        student = SparseFormer(tower.config)
+        _copy_into(student, average)
+        student.save_pretrained(out)
         write_history(out, settings, teacher, trainer.state.log_history)
     return True
 
 
+def _copies(tower: SparseFormer) -> dict[str, Tensor]:
+    with whole(tower.parameters()):
+        return {name: p.detach().clone() for name, p in tower.named_parameters()}
+
+
 @torch.no_grad()
 def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
-    for name, parameter in tower.named_parameters():
-        parameter.copy_(values[name])
+    with whole(tower.parameters(), change=True):
+        for name, parameter in tower.named_parameters():
+            parameter.copy_(values[name])
 
 
 def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,9 +18,12 @@ from transformers import TrainerCallback, TrainingArguments
 from sparse_vlm.devices import world_size
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
+from sparse_vlm.train.zero import processes_without_gpu
 
 
-def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: int, **more: Any) -> TrainingArguments:
+def arguments(
+    out: Path, device: str, steps: int, batch_size: int, save_steps: int, deepspeed: dict[str, Any] | None = None, **more: Any
+) -> TrainingArguments:
     """What our runs share of the Trainer's settings.
 
     Args:
@@ -27,6 +31,7 @@ def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: i
         device: `cpu` or `cuda`.
         batch_size: of all processes together.
         save_steps: steps between two checkpoints; the last two are kept.
+        deepspeed: DeepSpeed's configuration, where it is the engine.
         more: a run's own settings.
 
     Raises:
@@ -34,23 +39,26 @@ def arguments(out: Path, device: str, steps: int, batch_size: int, save_steps: i
     """
     if batch_size % world_size():
         raise UserError(f"a batch of {batch_size} cannot be shared evenly among {world_size()} processes; change one of them")
-    return TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size // world_size(),
-        ddp_backend="gloo" if device == "cpu" and world_size() > 1 else None,
-        lr_scheduler_type="cosine",
-        max_grad_norm=1.0,
-        use_cpu=device == "cpu",
-        logging_steps=max(1, min(10, steps // 20)),
-        save_steps=save_steps,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        **more,
-    )
+    if deepspeed is not None:
+        more |= {"deepspeed": deepspeed, "bf16": False}  # its own configuration says what it multiplies in
+    elif device == "cpu":
+        more |= {"use_cpu": True, "ddp_backend": "gloo" if world_size() > 1 else None}
+    with processes_without_gpu() if deepspeed is not None else contextlib.nullcontext():
+        return TrainingArguments(
+            output_dir=str(out / "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size // world_size(),
+            lr_scheduler_type="cosine",
+            max_grad_norm=1.0,
+            logging_steps=max(1, min(10, steps // 20)),
+            save_steps=save_steps,
+            save_total_limit=2,
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+            **more,
+        )
 
 
 class StopOnSignal(TrainerCallback):

@@ -27,6 +27,10 @@ def bootstrap(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, order and new weights.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(help="Under torchrun: zero1, zero2, zero3, zero2-offload, zero3-offload, or a json file of DeepSpeed's."),
+    ] = None,
     mapping_only: Annotated[bool, typer.Option("--mapping-only", help="Print what is inherited, and stop.")] = False,
 ) -> None:
     """Make a tower from a teacher and photos.
@@ -85,7 +89,7 @@ def bootstrap(
         named = "; ".join(list(store.unreadable.values())[:5])
         more = f"; and {len(store.unreadable) - 5} more" if len(store.unreadable) > 5 else ""
         console.print(f"left out: {len(store.unreadable)} of {len(photos):,} photos cannot be read: {named}{more}", highlight=False)
-    done = run(recipe, chosen, source, photos, store, out, rows, tower, seed=seed)
+    done = run(recipe, chosen, source, photos, store, out, rows, tower, seed=seed, deepspeed=deepspeed)
     if done:
         console.print(f"student written to {out}; its curve is {out / 'loss.png'}")
     else:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.geometry import roi_average_weights
+from sparse_vlm.geometry import grid_rois, roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 
@@ -57,7 +57,8 @@ class Distillation(nn.Module):
         latents = out.last_hidden_state[:, -out.rois.shape[1] :]
         if config.budgets is not None:
             grid = math.isqrt(tokens.shape[1])
-            tokens = roi_average_weights(self.tower.initial_rois(num_tokens), grid, grid) @ tokens
+            cells = grid_rois(latents.shape[1]).to(tokens.device)
+            tokens = roi_average_weights(cells, grid, grid) @ tokens
         said, wanted = out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean
         cosine = F.cosine_similarity(said, wanted, dim=-1).mean()
         token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()

@@ -1,0 +1,129 @@
+"""DeepSpeed ZeRO: what several processes share of a model, by name. A new configuration is one more entry in `CONFIGS`.
+
+    torchrun --nproc-per-node 8 --no-python sparse-vlm bootstrap --deepspeed zero3 --recipe paper-clip-large ...
+
+Notable: weights stay float32 and are multiplied in bfloat16 under DeepSpeed's own autocast, because a coordinate in bfloat16 has a
+resolution of one pixel in 256. Under stage 3 a process holds a part of each tensor; who needs whole tensors asks for them with `whole`.
+Source: ZeRO (arXiv 1910.02054), ZeRO-Offload (arXiv 2101.06840).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.tower.modules import Glance
+
+
+def _config(stage: int, offload: bool = False) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "zero_optimization": zero,
+        # AdamW is ours, a rate a tensor
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "zero1": _config(1),
+    "zero2": _config(2),
+    "zero3": _config(3),
+    "zero2-offload": _config(2, offload=True),
+    "zero3-offload": _config(3, offload=True),
+}
+
+
+def find_config(name: str, bf16: bool) -> dict[str, Any]:
+    """A configuration by its name in `CONFIGS`, or from a json file of DeepSpeed's format.
+
+    Args:
+        bf16: whether to multiply in bfloat16, where the configuration does not say.
+
+    Raises:
+        UserError: no DeepSpeed, no such configuration, or not started by torchrun.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--deepspeed {name}: DeepSpeed is not installed; pip install 'sparse-vlm[deepspeed]'")
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(f"--deepspeed {name}: start it with torchrun, as torchrun --nproc-per-node 8 --no-python sparse-vlm bootstrap ...")
+    if name in CONFIGS:
+        config = copy.deepcopy(CONFIGS[name])
+    else:
+        try:
+            config = json.loads(Path(name).read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"--deepspeed {name}: no such file, and no such configuration; there are {', '.join(CONFIGS)}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"--deepspeed {name}: not a json file ({error})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"--deepspeed {name}: the file holds no json object")
+    modules = ["torch.nn.Linear", "torch.nn.Conv2d"]
+    config.setdefault("torch_autocast", {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": modules})
+    return config
+
+
+@contextlib.contextmanager
+def whole(tensors: Iterable[Tensor], change: bool = False) -> Any:
+    """Tensors as they are, also where a process holds only its part of each.
+
+    Args:
+        change: whether they are written to, alike in all processes.
+    """
+    parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if change else None):
+        yield
+
+
+def announce(model: nn.Module) -> None:
+    """Tell DeepSpeed which tensors a module reads of a child without calling it, so that it has them whole by then: tables, and the patch
+    embedding that a cropping glance multiplies with."""
+    import deepspeed
+
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.Embedding) or (isinstance(module, Glance) and isinstance(child, nn.Conv2d)):
+                deepspeed.zero.register_external_parameter(module, child.weight)
+
+
+@contextlib.contextmanager
+def processes_without_gpu() -> Any:
+    """Lets accelerate start DeepSpeed on CPUs over gloo, which it does not foresee: for tests of what the processes compute."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    foreseen = PartialState._prepare_backend
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = foreseen
