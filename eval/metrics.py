@@ -95,6 +95,14 @@ def ratio(metric: Metric, reference: Metric) -> Metric:
     return Metric(metric.value / reference.value, float(low), float(high), metric.units)
 
 
+def difference(metric: Metric, reference: Metric) -> Metric:
+    """`metric` minus `reference`, with a paired interval; both must be over the same photos."""
+    if metric.units != reference.units:
+        raise ValueError(f"a difference of metrics over {metric.units} and {reference.units} photos")
+    low, high = np.percentile(metric.resampled - reference.resampled, [2.5, 97.5])
+    return Metric(metric.value - reference.value, float(low), float(high), metric.units, metric.unit)
+
+
 def top_k_hits(scores: Array, labels: Array, k: int) -> Array:
     """Whether the label is among the k highest of (P, C) scores: (P,) of 0 and 1. A tie counts against the model."""
     own = np.take_along_axis(scores, labels[:, None], axis=1)

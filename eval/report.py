@@ -29,6 +29,8 @@ def as_json(report: Report) -> dict[str, Any]:
                 metrics[name] = metric.as_json()
                 if (kept := report.of_teacher(task, column, name)) is not None:
                     metrics[name]["of_teacher"] = {"value": _finite(kept.value), "low": _finite(kept.low), "high": _finite(kept.high)}
+                if (more := report.over_control(task, column, name)) is not None:
+                    metrics[name]["photo_minus_control"] = {"value": more.value, "low": more.low, "high": more.high}
             row = {"task": task, "model": column.model, "control": column.control, "metrics": metrics, "notes": result.notes}
             rows.append(row | {"details": {name: metric.as_json() for name, metric in result.details.items()}})
     summaries = {column.model: report.summary(column) for column in report.columns if column.control is None}
@@ -83,6 +85,9 @@ def _cell(report: Report, task: str, column: Column, name: str) -> str:
     scale = 1 if metric.unit == "" else 100
     digits = 3 if metric.unit == "" else 1
     cell = f"{metric.shown()} [{scale * metric.low:.{digits}f}, {scale * metric.high:.{digits}f}]"
+    if (more := report.over_control(task, column, name)) is not None:
+        value, low, high = (f"{scale * number:+.{digits}f}" for number in (more.value, more.low, more.high))
+        return f"{cell}, photo {value} [{low}, {high}]"
     kept = report.of_teacher(task, column, name)
     return cell if kept is None or kept.value != kept.value else f"{cell} = {100 * kept.value:.1f} %"
 
@@ -95,6 +100,8 @@ def caption(report: Report) -> str:
     if report.teacher is not None:
         parts.append("= share of the teacher's value")
     parts += [f"{control}: {meaning}" for control, meaning in report.controls.items()]
+    if any(column.control not in (None, "none") for column in report.columns):
+        parts.append("photo +: how much more the photo itself is worth, paired interval")
     if report.limit is not None:
         parts.append(f"at most {report.limit} photos a set")
     return "; ".join(parts)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, budget_name, teacher_embedder, text_side, tower_embedder
-from sparse_vlm.eval.metrics import Metric, ratio
+from sparse_vlm.eval.metrics import Metric, difference, ratio
 from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
 from sparse_vlm.eval.timing import milliseconds
@@ -70,6 +70,13 @@ class Report:
             return None
         theirs = self.results[task].get(Column(self.teacher))
         return None if theirs is None else ratio(self.results[task][column].metrics[name], theirs.metrics[name])
+
+    def over_control(self, task: str, column: Column, name: str) -> Metric | None:
+        """For a VLM's control, how much more the photo itself is worth in a metric."""
+        with_photo = self.results[task].get(Column(column.model, "none"))
+        if column.control in (None, "none") or with_photo is None:
+            return None
+        return difference(with_photo.metrics[name], self.results[task][column].metrics[name])
 
     def summary(self, column: Column) -> dict[str, Any] | None:
         """The share of the teacher that a model keeps: the mean over tasks of each task's mean, and the lowest metric.

@@ -168,6 +168,11 @@ def test_vlm_tasks_beside_their_controls(data: Path, vlm: FakeVLM, tmp_path: Pat
         assert accuracy[seeing] == 1.0, task
         assert accuracy[blind] < 0.7, task
         assert accuracy[wrong] < 0.7, task
+        for control in (blind, wrong):
+            more = report.over_control(task, control, "accuracy")
+            assert more.value == accuracy[seeing] - accuracy[control] > 0 and more.low <= more.value <= more.high
+    assert report.over_control("pope", seeing, "accuracy") is None
+    assert "photo +" in as_markdown(report)
     pope = report.results["pope"][seeing]
     assert pope.metrics["yes-ratio"].value == 0.5
     assert pope.details["coco popular F1"].value == 1.0

@@ -9,6 +9,7 @@ from sparse_vlm.eval.captions import bleu4, cider, java_tokenize, java_usable, r
 from sparse_vlm.eval.metrics import (
     bootstrap,
     cosine,
+    difference,
     grouped_share,
     image_to_text_ranks,
     mean,
@@ -94,6 +95,19 @@ def test_ratios_are_paired() -> None:
     assert np.isnan(ratio(mean(hits), mean(hits * 0)).value)
     with pytest.raises(ValueError, match="300 and 299"):
         ratio(mean(hits), mean(hits[1:]))
+
+
+def test_differences_are_paired() -> None:
+    hits = (np.arange(300) % 3 == 0).astype(float)
+    fewer = hits.copy()
+    fewer[:30] = 0
+    more = difference(mean(hits), mean(fewer))
+    assert more.value == pytest.approx(1 / 30)
+    # one hit in thirty photos, whatever else is drawn: a tenth as wide as the two values' own intervals would say
+    assert 0.01 < more.low < 1 / 30 < more.high < 0.06
+    assert (difference(mean(hits), mean(hits)).low, difference(mean(hits), mean(hits)).high) == (0, 0)
+    with pytest.raises(ValueError, match="300 and 299"):
+        difference(mean(hits), mean(hits[1:]))
 
 
 def test_statistic_of_sums() -> None:
