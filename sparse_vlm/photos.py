@@ -1,4 +1,4 @@
-"""Photos on disk: webdataset tars and image folders, with random access and one clear error for each way a picture can be bad.
+"""Photos: webdataset tars and image folders, with random access and one clear error for each way a picture can be bad.
 
 Notable: a tar is indexed once by member offsets and then read by seeking, so that a training run can resume at any photo and an
 evaluation can take every tenth one. Only the picture a caller asks for is decoded.
@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,17 +105,22 @@ class PhotoSet(Sequence[Photo]):
     """Photos of tars and folders, in a stable order.
 
     Args:
-        patterns: tar files, image folders, single pictures, or glob patterns of them.
+        patterns: tar files, image folders, single pictures, glob patterns of them, URLs of tars, or `hf:ORG/NAME:SPLIT` for a data set of
+            Hugging Face; each may hold braces, as `photos-{000..099}.tar`.
+        on_progress: called with (what is being fetched, bytes or rows done, in total or 0).
 
     Raises:
         PhotoError: a pattern that matches nothing, or a file that is no tar.
+        UserError: something that cannot be fetched.
     """
 
-    def __init__(self, patterns: str | Path | Sequence[str | Path]) -> None:
+    def __init__(
+        self, patterns: str | Path | Sequence[str | Path], on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    ) -> None:
         if isinstance(patterns, (str, Path)):
             patterns = [patterns]
         self._photos: list[Photo] = []
-        for path in _expand(patterns):
+        for path in _expand(patterns, on_progress):
             self._photos += _index_tar(path) if path.suffix == ".tar" else _index_files(path)
         if not self._photos:
             raise PhotoError(f"no photo in {', '.join(map(str, patterns))}")
@@ -130,13 +135,26 @@ class PhotoSet(Sequence[Photo]):
         return iter(self._photos)
 
 
-def _expand(patterns: Sequence[str | Path]) -> list[Path]:
+def _expand(patterns: Sequence[str | Path], on_progress: Callable[[str, int, int], None]) -> list[Path]:
+    # not needed to open a picture, which is what most who import this module do
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    from sparse_vlm.remote import bring, is_remote
+
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(str(pattern)))
-        if not found:
-            raise PhotoError(f"{pattern}: no such file or folder")
-        paths += map(Path, found)
+        try:
+            each = [str(pattern)] if Path(pattern).exists() else list(braceexpand(str(pattern)))
+        except UnbalancedBracesError:
+            raise PhotoError(f"{pattern}: braces do not match; write photos-{{000..099}}.tar or {{a,b}}.tar") from None
+        for one in each:
+            if is_remote(one):
+                paths.append(bring(one, on_progress))
+                continue
+            found = sorted(glob.glob(one))
+            if not found:
+                raise PhotoError(f"{one}: no such file or folder")
+            paths += map(Path, found)
     return paths
 
 

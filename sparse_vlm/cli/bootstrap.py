@@ -16,7 +16,12 @@ def bootstrap(
             "transformers:ORG/NAME or transformers:PATH."
         ),
     ],
-    data: Annotated[list[str], typer.Option(help="Photos: webdataset tars, image folders, or globs of them; may be repeated.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Photos: webdataset tars, image folders, globs and {000..099} of them, URLs, or hf:ORG/NAME:SPLIT; may be repeated."
+        ),
+    ],
     recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "tiny",
     out: Annotated[Path | None, typer.Option(help="Folder of the student; build/RECIPE by default.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached answers, shared by all runs.")] = Path("build/teacher-cache"),
@@ -43,7 +48,7 @@ def bootstrap(
     import torch
     from rich.console import Console
 
-    from sparse_vlm.cli.progress import counting
+    from sparse_vlm.cli.progress import counting, fetching
     from sparse_vlm.devices import rank
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.inherit import inherit
@@ -60,7 +65,8 @@ def bootstrap(
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
     out = out or Path("build") / recipe
-    photos = PhotoSet(data)
+    with fetching(console) as on_progress:
+        photos = PhotoSet(data, on_progress)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,3 +46,37 @@ def _lines(console: Console, label: str, unit: str, total: int, completed: int) 
         console.print(f"{label}: {done}/{total} {unit}, {speed:.1f} {unit}/s, {(total - done) / speed / 60:.0f} min left")
 
     return advance
+
+
+@contextmanager
+def fetching(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show what is fetched; the `with` block's callback is told (what, bytes or rows done, in total or 0)."""
+    if not console.is_terminal:
+        yield _fetched_lines(console)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"), TimeRemainingColumn(), console=console
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(f"fetching {what}", total=total or None)
+            bar.update(tasks[what], completed=done)
+
+        yield tell
+
+
+def _fetched_lines(console: Console) -> Callable[[str, int, int], None]:
+    said = time.monotonic()
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES or done == total:
+            said = now
+            console.print(f"fetching {what}: {done:,}" + (f" of {total:,}" if total else ""), highlight=False)
+
+    return tell

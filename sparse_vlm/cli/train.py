@@ -11,7 +11,7 @@ import typer
 def train(
     data: Annotated[
         list[str],
-        typer.Option(help="Photos with captions or questions: webdataset tars, globs, or a LLaVA json; repeatable."),
+        typer.Option(help="Photos with captions or questions: tars, globs, URLs, hf:ORG/NAME:SPLIT, or a LLaVA json; repeatable."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
     stage: Annotated[str, typer.Option(help="read: the LLM, from words; align: the projector; instruct: both.")] = "align",
@@ -69,7 +69,7 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     console = Console(highlight=False, soft_wrap=True)
-    talks, known = _talks(data, images, stage, epochs, seed)
+    talks, known = _talks(console, data, images, stage, epochs, seed)
     if chosen.pictures_of_words:
         spoken = [talk for talk in talks if talk.photo is None or words_about(talk)]
         if not spoken:
@@ -130,14 +130,16 @@ def train(
         raise typer.Exit(130)
 
 
-def _talks(data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> tuple[list[Any], list[Any]]:
+def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> tuple[list[Any], list[Any]]:
     """What the data says, and the photos of its tars and folders."""
+    from sparse_vlm.cli.progress import fetching
     from sparse_vlm.data.talks import MIXES, llava_talks, photo_talks
     from sparse_vlm.photos import PhotoSet
 
     files = [pattern for pattern in data if pattern.endswith(".json")]
     patterns = [pattern for pattern in data if not pattern.endswith(".json")]
-    photos = list(PhotoSet(patterns)) if patterns else []
+    with fetching(console) as on_progress:
+        photos = list(PhotoSet(patterns, on_progress)) if patterns else []
     talks = photo_talks(photos, MIXES[stage], epochs, seed) if photos else []
     for file in files:
         talks += llava_talks(Path(file), images) * epochs
