@@ -425,7 +425,7 @@ def test_another_run_in_the_same_folder_is_refused(parts, tmp_path):
 
 
 def test_groups_cover_every_parameter_once(vlm):
-    groups = prepare(vlm, STAGES["instruct"], rank=2)
+    groups = prepare(vlm, STAGES["instruct"], lora_rank=2)
     listed = [id(parameter) for group in groups for parameter in group.parameters]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(parameter) for parameter in vlm.model.parameters()}

@@ -122,7 +122,7 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
     talks = [Talk(letter, Photo(f"{i}", tmp_path, i, 0), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)]
     samples, _ = build_samples(talks, vlm.renderer)
     stage = replace(STAGES["read"], lr_lora=2e-2, batch_size=4)
-    groups = prepare(vlm, stage, rank=8)
+    groups = prepare(vlm, stage, lora_rank=8)
     assert {group.name: group.lr for group in groups} == {"tower": None, "projector": None, "LLM": None, "LLM adapters": 2e-2}
     fresh = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
 

@@ -8,7 +8,8 @@
 the projector alone, on captions and names, after it has learnt words without the LLM (`train.words`); `instruct` trains projector and LLM
 (LoRA on every linear layer, or all of it).
 
-Notable: runs on transformers' Trainer. A photo is one sample: everything that is said about it is a tree of tokens that shares the photo's
+Notable: runs on transformers' Trainer, also in several processes (`torchrun --nproc-per-node N --no-python sparse-vlm train ...`), which
+share each batch. A photo is one sample: everything that is said about it is a tree of tokens that shares the photo's
 (`sparse_vlm.vlm.tree`), and the tower's tokens come from a cache on disk, so a step costs the LLM and nothing else. What is frozen stays
 in bfloat16 and out of checkpoints; what is trained is float32. A run that is interrupted (Ctrl-C saves first) goes on from its last
 checkpoint when the same command is given again.
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
 from sparse_vlm.data.samples import Sample, TokenBank
-from sparse_vlm.devices import native_dtype
+from sparse_vlm.devices import native_dtype, rank
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.progress import ProgressLine
@@ -81,11 +83,11 @@ class Group:
         return sum(parameter.numel() for parameter in self.parameters)
 
 
-def prepare(vlm: VLM, stage: Stage, rank: int | None, seed: int = 0) -> list[Group]:
+def prepare(vlm: VLM, stage: Stage, lora_rank: int | None, seed: int = 0) -> list[Group]:
     """Make trainable what the stage trains, in float32.
 
     Args:
-        rank: of the LLM's adapters, where it has none yet; None trains the LLM itself.
+        lora_rank: of the LLM's adapters, where it has none yet; None trains the LLM itself.
         seed: of new adapters.
 
     Returns:
@@ -98,9 +100,9 @@ def prepare(vlm: VLM, stage: Stage, rank: int | None, seed: int = 0) -> list[Gro
     vlm.projector.float()
     llm_lr = None
     language = vlm.model.model.language_model
-    if stage.lr_lora is not None and rank is not None:
+    if stage.lr_lora is not None and lora_rank is not None:
         if vlm.peft is None:
-            vlm.add_adapters(rank, seed)
+            vlm.add_adapters(lora_rank, seed)
         for name, parameter in language.named_parameters():
             parameter.requires_grad_("lora_" in name)
         llm_lr = stage.lr_lora
@@ -121,7 +123,7 @@ def prepare(vlm: VLM, stage: Stage, rank: int | None, seed: int = 0) -> list[Gro
         Group("tower", tuple(vlm.tower.parameters()), None),
         Group("projector", tuple(vlm.projector.parameters()), stage.lr_projector),
         Group("LLM", tuple(frozen), None),
-        Group("LLM" if rank is None else "LLM adapters", tuple(trained), llm_lr),
+        Group("LLM" if lora_rank is None else "LLM adapters", tuple(trained), llm_lr),
     ]
     return [group for group in groups if group.parameters]
 
@@ -154,7 +156,13 @@ class Learner(nn.Module):
         """
         if tokens is not None and self.project:
             tokens = self.model.model.multi_modal_projector(tokens.float())
-        return {"loss": -target_log_probs(self.model, trees, tokens).mean()}
+        said = target_log_probs(self.model, trees, tokens)
+        count = torch.tensor(float(len(said)), device=said.device)
+        if dist.is_available() and dist.is_initialized():
+            # of several processes each counts its targets as the whole batch would, not as its part
+            dist.all_reduce(count)
+            count /= dist.get_world_size()
+        return {"loss": -said.sum() / count}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Trained tensors alone."""
@@ -234,7 +242,8 @@ def train(
     Raises:
         UserError: `out` holds a run of other settings.
     """
-    claim(out, settings)
+    if rank() == 0:
+        claim(out, settings)
     batch = min(stage.batch_size, len(samples))
     steps = len(samples) // batch if max_steps is None else min(max_steps, len(samples) // batch)
     pad_id = vlm.tokenizer.pad_token_id
@@ -268,7 +277,7 @@ def train(
         checkpoint = latest_checkpoint(out / "checkpoints")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         complete = trainer.state.global_step >= steps
-    if complete:
+    if complete and rank() == 0:
         vlm.new_projector = vlm.new_projector and stage.lr_projector is None
         vlm.save_pretrained(out)
         write_history(out, settings, trainer.state.log_history, batch)

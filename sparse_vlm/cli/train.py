@@ -48,6 +48,7 @@ def train(
     from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
+    from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
     from sparse_vlm.train.reading import WordPictures
@@ -68,7 +69,9 @@ def train(
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
     if threads:
         torch.set_num_threads(threads)
-    console = Console(highlight=False, soft_wrap=True)
+    # of the processes that torchrun starts, one looks, teaches words and speaks
+    first = process_rank() == 0
+    console = Console(highlight=False, soft_wrap=True, quiet=not first)
     talks, known = _talks(console, data, images, stage, epochs, seed)
     if chosen.pictures_of_words:
         spoken = [talk for talk in talks if talk.photo is None or words_about(talk)]
@@ -93,7 +96,7 @@ def train(
     if chosen.pictures_of_words:
         bank = WordPictures(vlm, talks, in_order, seed)
     else:
-        bank = TokenBank(cache, vlm.tower, photos)
+        bank = TokenBank(cache, vlm.tower, photos, owner=first)
         wanted = [sample.photo for sample in in_order if sample.photo is not None]
         if missing := len(bank.missing(wanted)):
             with counting(console, "looking", "photos", missing) as advance:
@@ -114,7 +117,7 @@ def train(
         "max_steps": max_steps,
         "seed": seed,
     }
-    fresh = vlm.new_projector and not marked_checkpoints(out / "checkpoints")
+    fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints")
     if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
             learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)

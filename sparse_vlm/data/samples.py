@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +106,11 @@ class TokenBank:
         folder: holds a sub-folder for each (tower, photos).
         tower: computes what is missing.
         photos: in a fixed order.
+        owner: whether this process computes; others wait until the owner has.
     """
 
-    def __init__(self, folder: Path, tower: SparseFormer, photos: Sequence[Photo]) -> None:
-        self.tower, self.photos = tower, photos
+    def __init__(self, folder: Path, tower: SparseFormer, photos: Sequence[Photo], owner: bool = True) -> None:
+        self.tower, self.photos, self.owner = tower, photos, owner
         digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -115,12 +118,16 @@ class TokenBank:
             digest.update(f"{photo.source.name}/{photo.key}/{photo.size}\n".encode())
         self.folder = folder / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        shape = (len(photos), tower.config.visual_tokens, tower.config.width)
-        path = self.folder / "tokens.bf16"
         # as 16-bit integers: numpy has no bfloat16
-        self._tokens = np.memmap(path, np.int16, "r+" if path.exists() else "w+", shape=shape)
-        path = self.folder / "done.u8"
-        self._done = np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=(len(photos),))
+        self._tokens = self._open("tokens.bf16", np.int16, (len(photos), tower.config.visual_tokens, tower.config.width))
+        self._done = self._open("done.u8", np.uint8, (len(photos),))
+
+    def _open(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+        path = self.folder / name
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        while not self.owner and not (path.exists() and path.stat().st_size == size):
+            time.sleep(0.1)
+        return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
         """Photos of `wanted` that are not computed yet."""
@@ -134,6 +141,8 @@ class TokenBank:
             on_photos: called with the number of photos just finished.
         """
         config = self.tower.config
+        while not self.owner and self.missing(wanted):
+            time.sleep(0.5)
         missing = self.missing(wanted)
         device = next(self.tower.parameters()).device
         for start in range(0, len(missing), BATCH):

@@ -1,0 +1,62 @@
+"""Training a VLM in several processes, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_vlm
+
+from sparse_vlm import VLM
+
+
+def run(folder: Path, name: str, launcher: list[str], verb: list[str]) -> tuple[str, list[float]]:
+    """What a run says, and its losses; each looks into a cache of its own."""
+    where = ["--out", str(folder / name), "--cache", str(folder / f"{name}-cache")]
+    done = subprocess.run(
+        [*launcher, str(Path(sys.executable).with_name("sparse-vlm")), *verb, *where], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    history = json.loads((folder / name / "training.json").read_text())["history"]
+    return done.stdout, [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    tower, llm = tiny_vlm.save_tower(tmp_path / "tower"), tiny_vlm.save_llm(tmp_path / "llm")
+    samples = []
+    for number, colour in enumerate(["red", "blue", "green", "yellow"] * 6):
+        tiny_vlm.picture(colour, (40 + number, 40)).save(tmp_path / f"{number}.png")
+        # answers of different lengths: a process must not count its own as much as the other's, whatever their number
+        turns = [
+            {"from": "human", "value": "<image>\nWhat color is it?"},
+            {"from": "gpt", "value": f"It is {colour}{' indeed' * (number % 5)}."},
+        ]
+        samples.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    # and steps in which one process, or both, have no picture
+    talk = [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}]
+    samples += [{"id": f"text {number}", "conversations": talk} for number in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    verb = [
+        "train",
+        "--stage",
+        "instruct",
+        "--tower",
+        tower,
+        "--llm",
+        llm,
+        "--data",
+        str(tmp_path / "data.json"),
+        "--images",
+        str(tmp_path),
+    ]
+    verb += ["--batch-size", "4", "--lr", "1e-2", "--lr-llm", "1e-2", "--threads", "1"]
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
+    _, alone = run(tmp_path, "one", [], verb)
+    said, together = run(tmp_path, "two", torchrun, verb)
+    assert len(alone) == 9
+    assert together == pytest.approx(alone, rel=1e-2)
+    assert said.count("model written to") == 1
+    VLM.from_pretrained(tmp_path / "two")
