@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
-from tiny_vlm import ask, picture, save_llm, save_tower
+from tiny_vlm import ask, picture, save_llm, save_tower, tower_config
 
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data.samples import TokenBank, arrange, build_samples
 from sparse_vlm.data.talks import MIXES, Talk, clean_caption, llava_talks, photo_talks
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
+from sparse_vlm.tower import SparseFormer, UnitConfig
 from sparse_vlm.train.vlm import STAGES, Stage, prepare, train
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import assistant, user
@@ -214,6 +216,20 @@ def test_another_tower_can_take_the_place_of_a_models_own(vlm, tmp_path):
     swapped.new_projector = False  # as after training
     swapped.save_pretrained(tmp_path / "swapped")
     assert VLM.from_pretrained(tmp_path / "swapped", dtype=torch.float32).tokens_per_image == 10
+
+
+def test_a_tower_of_the_same_teacher_is_heard_through_the_same_projector(vlm, tmp_path):
+    vlm.new_projector = False
+    vlm.save_pretrained(tmp_path / "vlm")
+    other = save_tower(tmp_path / "other", tokens=10)
+    swapped = VLM.from_pretrained(tmp_path / "vlm", dtype=torch.float32, new_tower=other, keep_projector=True)
+    assert not swapped.new_projector and swapped.tokens_per_image == 10
+    for own, kept in zip(vlm.projector.parameters(), swapped.projector.parameters(), strict=True):
+        assert torch.equal(own, kept)
+    config = dataclasses.replace(tower_config(), units=(UnitConfig(128, ("ATTN", "MLP")),) * 2)
+    SparseFormer(config).save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match="made for .*, but tower .*wide"):
+        VLM.from_pretrained(tmp_path / "vlm", dtype=torch.float32, new_tower=tmp_path / "wide", keep_projector=True)
 
 
 def test_damaged_folders_are_one_line(vlm, parts, tmp_path):

@@ -22,6 +22,9 @@ def train(
         str | None,
         typer.Option(help="A VLM to start from: what the stage before made. With --tower, its tower is replaced and its projector new."),
     ] = None,
+    keep_projector: Annotated[
+        bool, typer.Option("--keep-projector", help="With --init and --tower: keep the projector, for a tower of the same teacher.")
+    ] = False,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
     epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
     samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
@@ -56,6 +59,8 @@ def train(
     from sparse_vlm.train.words import say_words, words_of
     from sparse_vlm.vlm import VLM
 
+    if keep_projector and not (init and tower):
+        raise UserError("--keep-projector: says what becomes of the model's projector under another tower; give --init and --tower")
     if stage not in training.STAGES:
         raise UserError(f"--stage {stage}: no such stage; known are {', '.join(training.STAGES)}")
     chosen = training.STAGES[stage]
@@ -84,7 +89,7 @@ def train(
         talks = random.Random(seed).sample(talks, samples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if init:
-        vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower, num_tokens=tokens)
+        vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower, keep_projector=keep_projector, num_tokens=tokens)
     else:
         vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens)
     with console.status("rendering conversations and checking their label masks"):
@@ -116,6 +121,7 @@ def train(
         "epochs": epochs,
         "max_steps": max_steps,
         "seed": seed,
+        **({"keep_projector": True} if keep_projector else {}),
     }
     fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints")
     if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:

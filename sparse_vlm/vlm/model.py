@@ -161,6 +161,7 @@ class VLM:
         dtype: torch.dtype | None = None,
         fold: bool = True,
         new_tower: str | Path | None = None,
+        keep_projector: bool = False,
         num_tokens: int | None = None,
     ) -> VLM:
         """Load a VLM from a folder, or from the zoo by name.
@@ -168,6 +169,8 @@ class VLM:
         Args:
             fold: to use the model: adapters are added to the LLM's weights, which is faster. Training needs them apart.
             new_tower: a folder or zoo name of a tower to put in the place of its own; the projector is then new, too, and untrained.
+            keep_projector: with a new tower, keep the projector: students of one teacher, whose tokens follow the same patch features,
+                can take each other's place.
             num_tokens: latent tokens a picture, for a tower that serves several budgets; those that it was trained with by default.
 
         Raises:
@@ -183,16 +186,18 @@ class VLM:
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{path_or_zoo_name}: not a VLM folder ({error})") from error
         blank = described.get("new_projector", False)
-        if fold and (blank or new_tower is not None):
+        keeps = new_tower is None or keep_projector
+        if fold and (blank or not keeps):
             raise UserError(f"{path_or_zoo_name}: its projector has learnt nothing yet; `sparse-vlm train --stage align --init` teaches it")
         vlm = cls.build(
             new_tower or tower, llm, device, dtype, num_tokens=num_tokens or (None if new_tower else described.get("num_tokens"))
         )
-        if new_tower is None:
+        if keeps:
             vlm.new_projector = blank
             # a projector serves any number of tokens, if they are asked for
-            if shape != vlm._shape() | ({} if num_tokens is None else {"tokens": shape["tokens"]}):
-                raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {tower} and LLM {llm} are {vlm._shape()}")
+            others = {} if num_tokens is None and new_tower is None else {"tokens": shape["tokens"]}
+            if shape != vlm._shape() | others:
+                raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {new_tower or tower} and LLM {llm} are {vlm._shape()}")
             vlm._load(vlm.projector, folder / "projector.safetensors")
         if (folder / "llm.safetensors").is_file():
             vlm._load(vlm.model.model.language_model, folder / "llm.safetensors")
