@@ -200,6 +200,7 @@ RECIPES: dict[str, Recipe] = {
         summary="as tiny, for any number of tokens from 9 to 64 with the same weights",
         student=_elastic,
         blocks=_each_block,
+        lr=1.4e-3,
     ),
     "tiny-pool": Recipe(
         summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",

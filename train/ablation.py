@@ -1,0 +1,136 @@
+"""The ablation of bootstrapping: each row is one command, each seed one run; what is there already is not run again.
+
+    python -m sparse_vlm.train.ablation --teacher local-dir:build/teacher --data 'photos/*.tar' --only objective --seed 0 --seed 1
+    python -m sparse_vlm.train.ablation --teacher local-dir:build/teacher --data 'photos/*.tar' --table    # of what is finished
+
+Notable: all rows learn from the same views, as many of them; a row differs from its reference in what its name says. A run that was
+interrupted goes on where it stopped. The table is Markdown: mean over seeds of the held-out centred cosine, and its spread.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One row: a recipe and what is changed of it."""
+
+    group: str
+    name: str
+    recipe: str = "elastic"
+    changes: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """Its folder's name."""
+        return "-".join([self.recipe, *self.changes]).replace("=", "")
+
+
+ROWS = (
+    AblationRow("reference", "elastic"),
+    AblationRow("looks", "no looks", changes=("looks=0",)),
+    AblationRow("looks", "two looks", changes=("looks=2",)),
+    AblationRow("objective", "final representation alone", changes=("dense_weight=0",)),
+    AblationRow("objective", "tokens count twice as much", changes=("dense_weight=1",)),
+    AblationRow("objective", "and relations within the batch", changes=("relation_weight=1",)),
+    AblationRow("beginning", "the paper's random focusing part", recipe="tiny-focus"),
+    AblationRow("beginning", "the same, twin initial RoIs", recipe="tiny-focus-twins"),
+    AblationRow("beginning", "averages of patch embeddings", recipe="tiny-pool"),
+    AblationRow("blocks", "last third frozen", changes=("frozen=4",)),
+    AblationRow("blocks", "last two thirds frozen", changes=("frozen=8",)),
+    AblationRow("blocks", "first two blocks dropped", changes=("dropped=2",)),
+    AblationRow("blocks", "first four blocks dropped", changes=("dropped=4",)),
+    AblationRow("points", "4 sampling points", changes=("points=4",)),
+    AblationRow("points", "36 sampling points", changes=("points=36",)),
+    AblationRow("resolution", "288 pixels", changes=("resolution=288",)),
+    AblationRow("resolution", "336 pixels", changes=("resolution=336",)),
+    AblationRow("rate", "half the rate", changes=("lr=7e-4",)),
+    AblationRow("rate", "twice the rate", changes=("lr=2.8e-3",)),
+)
+
+
+def command(row: AblationRow, seed: int, teacher: str, data: list[str], views: int, out: Path) -> list[str]:
+    """The row's one command."""
+    line = ["sparse-vlm", "bootstrap", "--recipe", row.recipe, "--teacher", teacher]
+    for pattern in data:
+        line += ["--data", pattern]
+    for change in row.changes:
+        line += ["--set", change]
+    return [*line, "--set", "views_per_photo=1", "--views", str(views), "--seed", str(seed), "--out", str(out / f"{row.slug}-seed{seed}")]
+
+
+def finished(row: AblationRow, seeds: list[int], out: Path) -> list[tuple[float, float]]:
+    """Held-out centred cosines (embedding, tokens) of the row's finished runs."""
+    found = []
+    for seed in seeds:
+        path = out / f"{row.slug}-seed{seed}" / "training.json"
+        if path.exists():
+            last = [entry for entry in json.loads(path.read_text())["history"] if "eval_cosine" in entry][-1]
+            found.append((last["eval_cosine"], last["eval_token_cosine"]))
+    return found
+
+
+def table(rows: tuple[AblationRow, ...], seeds: list[int], out: Path) -> str:
+    """Markdown: mean and spread (largest minus smallest) over the seeds that are finished."""
+    lines = ["| | row | changed | seeds | embedding | spread | tokens | spread |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        values = finished(row, seeds, out)
+        cells = ["", "", "", ""]
+        if values:
+            each = list(zip(*values, strict=True))
+            cells = [f"{number:.3f}" for side in each for number in (statistics.fmean(side), max(side) - min(side))]
+        changed = ", ".join([f"`--recipe {row.recipe}`", *(f"`--set {change}`" for change in row.changes)])
+        lines.append(f"| {row.group} | {row.name} | {changed} | {len(values)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    teacher: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap.")],
+    data: Annotated[list[str], typer.Option(help="As of sparse-vlm bootstrap.")],
+    only: Annotated[list[str] | None, typer.Option(help="Groups of rows; repeat it. All unless given.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeat it. [default: 0, 1, 2]")] = None,
+    views: Annotated[int, typer.Option(help="Views of each run: at 8,000 the table takes about six hours of two cores.", min=32)] = 8000,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of table.md.")] = Path("build/ablation"),
+    threads: Annotated[int, typer.Option(help="CPU threads of a run.", min=1)] = 1,
+    show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,
+) -> None:
+    """Run what is missing of the ablation, row by row, and write its table."""
+    groups = {row.group for row in ROWS}
+    if unknown := set(only or ()) - groups:
+        raise UserError(f"--only {sorted(unknown)[0]}: no such group; there are {', '.join(dict.fromkeys(row.group for row in ROWS))}")
+    rows = tuple(row for row in ROWS if not only or row.group in {*only, "reference"})
+    seeds = seed or [0, 1, 2]
+    for number in seeds if not show else ():
+        for row in rows:
+            if finished(row, [number], out):
+                continue
+            line = command(row, number, teacher, data, views, out)
+            print(shlex.join(line), file=sys.stderr, flush=True)
+            done = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:], "--threads", str(threads)], stdout=sys.stderr)
+            if done.returncode:
+                raise typer.Exit(done.returncode)
+    text = table(rows, seeds, out)
+    if not show:
+        write_text(out / "table.md", text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(f"ablation: {error}", file=sys.stderr)
+        sys.exit(2)
