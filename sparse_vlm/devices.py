@@ -13,6 +13,11 @@ def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def own_device() -> torch.device:
+    """The GPU that is this process's, where there are any; else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def rank() -> int:
     """This process's number among those that torchrun started; 0 where it did not."""
     return int(os.environ.get("RANK", 0))

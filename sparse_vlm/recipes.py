@@ -30,7 +30,8 @@ class Recipe:
         frozen: of the teacher's last blocks, that are inherited and not trained.
         resolution: side of the student's pictures in pixels; 0 is the teacher's.
         views: views of photos to learn from.
-        views_per_photo: distinct views of a photo, cached with the teacher's answers.
+        views_per_photo: distinct views of a photo, cached with the teacher's answers; 0 shows a new view every time, and the teacher
+            answers at every step.
         lr: peak learning rate, as a share of a tensor's root mean square a step.
         new_boost: how many times faster new tensors learn than inherited ones.
         lr_rois: absolute peak rate of all that moves points and RoIs.
@@ -184,7 +185,7 @@ def _paper(name: str, summary: str, blocks: int) -> Recipe:
         dropped=blocks // 3,
         frozen=blocks // 3,
         views=12_800_000,
-        views_per_photo=10,
+        views_per_photo=0,
         batch_size=1024,
         dense_weight=0.0,
     )

@@ -23,8 +23,9 @@ open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_cl
 
 from sparse_vlm import SparseFormer  # noqa: E402
 from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
+from sparse_vlm.distill.live import LiveTeacher  # noqa: E402
 from sparse_vlm.distill.objective import parameter_groups, relation  # noqa: E402
-from sparse_vlm.distill.views import make_view  # noqa: E402
+from sparse_vlm.distill.views import ViewSet, make_view  # noqa: E402
 from sparse_vlm.errors import UserError  # noqa: E402
 from sparse_vlm.geometry import grid_rois  # noqa: E402
 from sparse_vlm.inherit import inherit, plan, resize_patch_embedding  # noqa: E402
@@ -256,6 +257,35 @@ def test_a_short_bootstrap_learns(finished: Path) -> None:
     assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
 
 
+def test_a_live_teacher_says_what_a_cached_one_says(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
+    few = list(PhotoSet(photos))[:6]
+    cache = TeacherCache(tmp_path, teacher, few, 2, grid_rois(49))
+    cache.fill(teacher)
+    views = ViewSet(few, 2, teacher.spec.image_size)
+    live = LiveTeacher(teacher, grid_rois(49))
+    embeds, tokens = live(torch.stack([views.pixels(row) for row in (2, 9)]))
+    for i, row in enumerate((2, 9)):
+        assert torch.allclose(cache.answers(row)[0], embeds[i], atol=0.02) and torch.allclose(cache.answers(row)[1], tokens[i], atol=0.02)
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "elastic"])
+def test_a_student_learns_from_a_teacher_that_answers_at_every_step(recipe: str, teacher_name: str, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    line = command(teacher_name, folder, tmp_path / "student", 480)
+    line[line.index("tiny")] = recipe
+    options = ["--set", "views_per_photo=0", *(["--set", "resolution=64"] if recipe == "tiny" else [])]
+    done = subprocess.run([*line, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no view is shown twice" in done.stdout
+    assert "left out: 1 of 161 photos cannot be read" in done.stdout and "broken.png" in done.stdout
+    assert not (tmp_path / "cache").exists()
+    curve = [h["eval_loss"] for h in json.loads((tmp_path / "student" / "training.json").read_text())["history"] if "eval_loss" in h]
+    assert curve[-1] < curve[0]
+    assert SparseFormer.from_pretrained(tmp_path / "student").config.image_size == (64 if recipe == "tiny" else 56)
+
+
 def test_a_student_of_any_budget_learns_from_all_of_the_teachers_patches(teacher_name: str, photos: Path, tmp_path: Path) -> None:
     line = command(teacher_name, photos, tmp_path / "student", 320)
     line[line.index("tiny")] = "elastic"
@@ -428,7 +458,7 @@ def test_relations_within_a_batch_are_compared_with_the_teachers() -> None:
 
 
 def test_the_students_pictures_may_be_larger_than_the_teachers(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
-    from sparse_vlm.train.bootstrap import CachedViews
+    from sparse_vlm.train.lessons import CachedViews
 
     cache = TeacherCache(tmp_path, teacher, list(PhotoSet(photos))[:4], 1, grid_rois(49))
     cache.fill(teacher)

@@ -10,11 +10,10 @@ the student. A run that is interrupted (Ctrl-C saves first) goes on from its las
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +21,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import native_dtype, rank
+from sparse_vlm.devices import native_dtype, own_device, rank
 from sparse_vlm.distill.cache import TeacherCache
+from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
+from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.inherit import Row
-from sparse_vlm.photos import Photo
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, held_out_lessons, live_means
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 from sparse_vlm.train.zero import announce, find_config, whole
-
-HELD_OUT_ONE_IN = 100
-
-
-class CachedViews(Dataset):
-    """Views at the student's size with the teacher's answers, as the trainer wants them: `pixels` uint8, `embeds` and `tokens` float32."""
-
-    def __init__(self, cache: TeacherCache, rows: Sequence[int], size: int) -> None:
-        self.cache, self.rows, self.size = cache, rows, size
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
-        embeds, tokens = self.cache.answers(row)
-        return {"pixels": self.cache.pixels(row, self.size), "embeds": embeds, "tokens": tokens}
 
 
 class BootstrapTrainer(Trainer):
@@ -63,6 +47,8 @@ class BootstrapTrainer(Trainer):
     groups: list[dict[str, Any]]
     average: dict[str, Tensor]
     bf16: bool
+    ask: LiveTeacher | None = None
+    unreadable: set[int]
     budgets: tuple[int, int] | None = None
     measured: tuple[int, dict[str, float]] | None = None
 
@@ -73,7 +59,11 @@ class BootstrapTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The objective as the model itself computes it, at a budget that the step's number decides."""
+        """The objective as the model itself computes it, at a budget that the step's number decides; a live teacher answers first."""
+        if self.ask is not None:
+            self.unreadable |= {index for index in inputs.pop("unreadable").tolist() if index >= 0}
+            embeds, tokens = self.ask(inputs.pop("seen", inputs["pixels"]))
+            inputs |= {"embeds": embeds, "tokens": tokens}
         out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
 
@@ -136,10 +126,9 @@ def bootstrap(
     recipe_name: str,
     recipe: Recipe,
     teacher: Teacher,
-    photos: Sequence[Photo],
-    cache: TeacherCache,
+    views: ViewSet,
     out: Path,
-    rows: list[Row],
+    mapping: list[Row],
     tower: SparseFormer,
     seed: int = 0,
     deepspeed: str | None = None,
@@ -147,8 +136,8 @@ def bootstrap(
     """Train `tower` (already inherited) and write the student to `out`.
 
     Args:
-        rows: the mapping that `inherit` carried out.
-        cache: filled.
+        mapping: that `inherit` carried out.
+        views: to learn from; a `TeacherCache` is filled, and where it is none the teacher answers at every step.
         deepspeed: a name of `zero.CONFIGS` or a json file; torch's own data parallelism by default.
 
     Returns:
@@ -164,20 +153,28 @@ def bootstrap(
     settings = {
         "recipe": recipe_name,
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
-        "cache": cache.meta,
+        "cache": views.describe(),
         "seed": seed,
         **({"deepspeed": engine} if engine else {}),
     }
     if rank() == 0:
         claim(out, settings)
-    held_out = [i for i, p in enumerate(photos) if zlib.crc32(p.key.encode()) % HELD_OUT_ONE_IN == 0 and i not in cache.unreadable]
-    kept = {*held_out, *cache.unreadable}
-    train_rows = [v * len(photos) + i for v in range(cache.views) for i in range(len(photos)) if i not in kept]
-    test_rows = held_out  # view 0, the evaluation transform
-    if not train_rows or not test_rows:
-        raise UserError(f"{len(photos)} photos are too few: none is left to train on, or none to hold out")
+    size, count = tower.config.image_size, len(views.photos)
+    kept = held_out(views.photos)
+    spare = {*kept, *views.unreadable}
+    indices = [i for i in range(count) if i not in spare]
+    rows = [view * count + i for view in range(views.views) for i in indices]
+    test_rows = [i for i in kept if i not in views.unreadable]  # view 0, the evaluation transform
+    if not rows or not test_rows:
+        raise UserError(f"{count} photos are too few: none is left to train on, or none to hold out")
+    ask = None
+    if isinstance(views, TeacherCache):
+        lessons, tests, means = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.means()
+    else:
+        ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own_device())
+        lessons, tests, means = LiveViews(views, rows, size), held_out_lessons(views, test_rows, size, ask), live_means(views, indices, ask)
 
-    model = Distillation(tower, *cache.means(), recipe.dense_weight, recipe.relation_weight)
+    model = Distillation(tower, *means, recipe.dense_weight, recipe.relation_weight)
     if engine is not None:
         announce(tower)
     average: dict[str, Tensor] = {}
@@ -198,30 +195,32 @@ def bootstrap(
         trainer = BootstrapTrainer(
             model=model,
             args=args,
-            train_dataset=CachedViews(cache, train_rows, tower.config.image_size),
-            eval_dataset=CachedViews(cache, test_rows, tower.config.image_size),
-            data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in items[0]},
+            train_dataset=lessons,
+            eval_dataset=tests,
+            data_collator=gather,
             callbacks=[AveragedWeights(model, average, recipe.ema), MarkWhole(), stop, ProgressLine("views", recipe.batch_size)],
         )
         trainer.remove_callback(PrinterCallback)
-        new = {row.target for row in rows if row.fate == "new"}
+        new = {row.target for row in mapping if row.fate == "new"}
         trainer.groups = parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
         # only now is the tower where it will be trained
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
+        trainer.ask, trainer.unreadable = ask, set()
         trainer.budgets = tower.config.budgets
         checkpoint = latest_checkpoint(out / "checkpoints")
         if checkpoint is not None:
             for name, value in load_file(checkpoint / "average.safetensors").items():
                 average[name].copy_(value)
         # plain attention is faster than the fused kernels at fifty tokens on a CPU
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():
             if checkpoint is None:
                 trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < steps:
                 return False
             trainer.evaluate()
+    views.unreadable |= {index: f"{views.photos[index].source.name}:{views.photos[index].key}" for index in trainer.unreadable}
     if rank() == 0:
         # the tower that was trained may be spread over the processes
         student = SparseFormer(tower.config)

@@ -56,7 +56,8 @@ def arguments(
             remove_unused_columns=False,
             report_to=[],
             disable_tqdm=True,
-            dataloader_num_workers=0,
+            # on a CPU the cores are the device
+            dataloader_num_workers=0 if device == "cpu" else min(16, (os.cpu_count() or 1) // world_size()),
             **more,
         )
 

@@ -49,8 +49,9 @@ def bootstrap(
     from rich.console import Console
 
     from sparse_vlm.cli.progress import counting, fetching
-    from sparse_vlm.devices import rank
+    from sparse_vlm.devices import own_device, rank
     from sparse_vlm.distill.cache import TeacherCache
+    from sparse_vlm.distill.views import ViewSet
     from sparse_vlm.inherit import inherit
     from sparse_vlm.photos import PhotoSet
     from sparse_vlm.recipes import changed, get_recipe
@@ -84,23 +85,34 @@ def bootstrap(
 
     from sparse_vlm.train.bootstrap import bootstrap as run
 
-    cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
-    store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, owner=first)
-    if store.done == len(store):
-        console.print(f"teacher's answers: {len(store)} views, all cached")
+    if chosen.views_per_photo:
+        cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
+        shown = store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, owner=first)
+        if store.done == len(store):
+            console.print(f"teacher's answers: {len(store)} views, all cached")
+        else:
+            with counting(console, "asking the teacher", "views", len(store), store.done) as advance:
+                store.fill(source, on_rows=advance, device=own_device())
+        _report_unreadable(console, store)
     else:
-        with counting(console, "asking the teacher", "views", len(store), store.done) as advance:
-            store.fill(source, on_rows=advance)
-    if store.unreadable:
-        named = "; ".join(list(store.unreadable.values())[:5])
-        more = f"; and {len(store.unreadable) - 5} more" if len(store.unreadable) > 5 else ""
-        console.print(f"left out: {len(store.unreadable)} of {len(photos):,} photos cannot be read: {named}{more}", highlight=False)
-    done = run(recipe, chosen, source, photos, store, out, rows, tower, seed=seed, deepspeed=deepspeed)
+        shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed)
+        console.print("teacher: answers at every step, and no view is shown twice")
+    known = len(shown.unreadable)
+    done = run(recipe, chosen, source, shown, out, rows, tower, seed=seed, deepspeed=deepspeed)
+    if len(shown.unreadable) > known:
+        _report_unreadable(console, shown)
     if done:
         console.print(f"student written to {out}; its curve is {out / 'loss.png'}")
     else:
         console.print(f"interrupted and saved; give the same command again to continue ({out})")
         raise typer.Exit(130)
+
+
+def _report_unreadable(console: Any, views: Any) -> None:
+    if views.unreadable:
+        named = "; ".join(list(views.unreadable.values())[:5])
+        more = f"; and {len(views.unreadable) - 5} more" if len(views.unreadable) > 5 else ""
+        console.print(f"left out: {len(views.unreadable)} of {len(views.photos):,} photos cannot be read: {named}{more}", highlight=False)
 
 
 def _mapping_table(rows: list[Any]) -> Any:

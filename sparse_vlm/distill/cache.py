@@ -16,22 +16,21 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_vlm.devices import native_dtype
-from sparse_vlm.distill.views import CROP_AREA, CROP_ASPECT, make_view
+from sparse_vlm.distill.live import LiveTeacher
+from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.files import write_text
-from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.preprocess import normalize, to_uint8
 from sparse_vlm.teacher import Teacher
 
 
-class TeacherCache:
-    """Cached teacher answers; row `view * P + photo`.
+class TeacherCache(ViewSet):
+    """Views with cached teacher answers.
 
     Args:
         folder: where the arrays lie; one sub-folder a (teacher, photos, rois).
@@ -53,20 +52,14 @@ class TeacherCache:
         seed: int = 0,
         owner: bool = True,
     ) -> None:
-        self.photos, self.views, self.seed, self.rois = photos, views, seed, rois
-        self.size = teacher.spec.image_size
-        keys = hashlib.sha256("\n".join(f"{p.key} {p.size}" for p in photos).encode()).hexdigest()[:16]
+        super().__init__(photos, views, teacher.spec.image_size, seed)
+        self.rois = rois
         cells = "patches" if rois is None else hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
         count = teacher.spec.grid**2 if rois is None else rois.shape[0]
-        self.meta = {
-            "teacher": teacher.fingerprint(),
-            "photos": len(photos),
-            "keys": keys,
-            "seed": seed,
-            "crop": [*CROP_AREA, *CROP_ASPECT],
-            "rois": cells,
-            "size": self.size,
-        }
+        known = super().describe()
+        # in this order since the first cache: their folders are named after it
+        order = ("teacher", "photos", "keys", "seed", "crop", "rois", "size")
+        self.meta = {key: ({"teacher": teacher.fingerprint(), "rois": cells} | known)[key] for key in order}
         name = hashlib.sha256(json.dumps(self.meta).encode()).hexdigest()[:16]
         self.folder = folder / name
         if owner:
@@ -74,7 +67,8 @@ class TeacherCache:
         while not owner and self.done < len(self):
             time.sleep(0.5)
         noted = self.folder / "unreadable.json"
-        self.unreadable: dict[int, str] = {int(i): why for i, why in json.loads(noted.read_text()).items()} if noted.exists() else {}
+        if noted.exists():
+            self.unreadable = {int(i): why for i, why in json.loads(noted.read_text()).items()}
         self._embeds = [self._open(view, "embeds", (len(photos), teacher.spec.embed_dim)) for view in range(views)]
         self._patches = [self._open(view, "patches", (len(photos), count, teacher.spec.width)) for view in range(views)]
 
@@ -99,14 +93,9 @@ class TeacherCache:
         """Rows of the wanted views that are filled and on disk."""
         return sum(self._done(view) for view in range(self.views))
 
-    def __len__(self) -> int:
-        return len(self.photos) * self.views
-
-    def pixels(self, row: int, size: int | None = None) -> Tensor:
-        """The view of a row, (3, S, S) uint8; S is the teacher's unless given."""
-        view, index = divmod(row, len(self.photos))
-        photo = self.photos[index]
-        return to_uint8(make_view(photo.load(), size or self.size, photo.key, view, self.seed))
+    def describe(self) -> dict[str, Any]:
+        """The teacher and its cells as well."""
+        return self.meta
 
     def answers(self, row: int) -> tuple[Tensor, Tensor]:
         """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32."""
@@ -114,29 +103,30 @@ class TeacherCache:
         both = self._embeds[view][index], self._patches[view][index]
         return torch.from_numpy(both[0].astype(np.float32)), torch.from_numpy(both[1].astype(np.float32))
 
-    def fill(self, teacher: Teacher, batch_size: int = 8, on_rows: Callable[[int], None] = lambda rows: None) -> None:
-        """Ask the teacher for every row that is missing, in the dtype that this machine multiplies in.
+    def fill(
+        self,
+        teacher: Teacher,
+        batch_size: int = 8,
+        on_rows: Callable[[int], None] = lambda rows: None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Ask the teacher for every row that is missing, in the dtype that the device multiplies in.
 
         Args:
-            batch_size: small, in bfloat16 a ViT of 257 tokens takes a quarter less a view on two CPU cores at 8 than at 32.
+            batch_size: small on a CPU, where in bfloat16 a ViT of 257 tokens takes a quarter less a view on two cores at 8 than at 32.
             on_rows: called with the number of rows just finished.
         """
         if self.done == len(self):
             return
-        spec = teacher.spec
-        weights = None if self.rois is None else roi_average_weights(self.rois, spec.grid, spec.grid)
-        dtype = native_dtype()
-        fast = teacher.copy_in(dtype)
+        ask = LiveTeacher(teacher, self.rois, device)
         count = len(self.photos)
         for view in range(self.views):
             start = self._done(view)
             while start < count:
                 stop = min(start + batch_size, count)
-                pixels = torch.stack([self._pixels_or_note(view * count + index) for index in range(start, stop)])
-                out = fast(normalize(pixels, spec.image_mean, spec.image_std).to(dtype))
-                self._embeds[view][start:stop] = out.embeds.float().numpy()
-                patches = out.patches.float()
-                self._patches[view][start:stop] = (patches if weights is None else weights @ patches).numpy()
+                embeds, patches = ask(torch.stack([self._pixels_or_note(view * count + index) for index in range(start, stop)]))
+                self._embeds[view][start:stop] = embeds.cpu().numpy()
+                self._patches[view][start:stop] = patches.cpu().numpy()
                 on_rows(stop - start)
                 start = stop
                 if start == count or (start // batch_size) % 80 == 0:

@@ -3,17 +3,23 @@
 Shape legend: S side of the square view in pixels.
 View 0 is the evaluation transform, so that the student also sees pictures as it will meet them; the others are random crops, flipped
 half of the time. Teacher and student are shown the same pixels, which lets the teacher's answers be computed once and replayed.
+A view of a set has a number, its row: `view * P + photo`, with P photos.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from sparse_vlm.preprocess import resize_and_crop
+from sparse_vlm.photos import Photo
+from sparse_vlm.preprocess import resize_and_crop, to_uint8
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -41,3 +47,39 @@ def make_view(image: Image.Image, size: int, key: str, view: int, seed: int) -> 
     left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
     out = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + crop_w, top + crop_h))
     return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else out
+
+
+class ViewSet:
+    """Views of photos, by row.
+
+    Args:
+        photos: in a fixed order.
+        views: of each photo.
+        size: of the teacher's pictures, in pixels.
+
+    Attributes:
+        unreadable: photos that cannot be read, as far as that is known, each with the reason.
+    """
+
+    def __init__(self, photos: Sequence[Photo], views: int, size: int, seed: int = 0) -> None:
+        self.photos, self.views, self.size, self.seed = photos, views, size, seed
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.photos) * self.views
+
+    def pixels(self, row: int, size: int | None = None) -> Tensor:
+        """The view of a row, (3, S, S) uint8; S is the teacher's unless given.
+
+        Raises:
+            PhotoError: the photo cannot be read.
+        """
+        view, index = divmod(row, len(self.photos))
+        photo = self.photos[index]
+        return to_uint8(make_view(photo.load(), size or self.size, photo.key, view, self.seed))
+
+    def describe(self) -> dict[str, Any]:
+        """What makes these views these views, for settings and caches."""
+        keys = hashlib.sha256("\n".join(f"{p.key} {p.size}" for p in self.photos).encode()).hexdigest()[:16]
+        crop = [*CROP_AREA, *CROP_ASPECT]
+        return {"photos": len(self.photos), "keys": keys, "seed": self.seed, "crop": crop, "size": self.size}

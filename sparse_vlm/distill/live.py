@@ -1,0 +1,38 @@
+"""The teacher asked as it is needed: to fill a cache, or at every step of a run that never shows a view twice.
+
+Shape legend: B views, N student tokens, G x G the teacher's patches, d width, E embedding, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_vlm.devices import native_dtype
+from sparse_vlm.geometry import roi_average_weights
+from sparse_vlm.preprocess import normalize
+from sparse_vlm.teacher import Teacher
+
+
+class LiveTeacher:
+    """A copy of a teacher in what a device multiplies in, with its answers as the objective wants them.
+
+    Args:
+        teacher: is left as it is.
+        rois: (N, 4), the cells over which patch tokens are averaged; None keeps all of them (N = G * G then).
+        device: that answers.
+    """
+
+    def __init__(self, teacher: Teacher, rois: Tensor | None, device: str | torch.device = "cpu") -> None:
+        self.spec, self.device, self.dtype = teacher.spec, torch.device(device), native_dtype(device)
+        self._teacher = teacher.copy_in(self.dtype).to(self.device)
+        grid = self.spec.grid
+        self._weights = None if rois is None else roi_average_weights(rois, grid, grid).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, E) and patch tokens (B, N, d) of views (B, 3, S, S) uint8 at the teacher's size; float32, on its device."""
+        shown = normalize(pixels.to(self.device), self.spec.image_mean, self.spec.image_std).to(self.dtype)
+        out = self._teacher(shown)
+        patches = out.patches.float()
+        return out.embeds.float(), patches if self._weights is None else self._weights @ patches

@@ -1,0 +1,107 @@
+"""What a bootstrapping step learns from: views, and what the teacher says of them, from a cache or asked at that moment.
+
+Shape legend: B views, N student tokens, d width, E embedding, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sparse_vlm.distill.cache import TeacherCache
+from sparse_vlm.distill.live import LiveTeacher
+from sparse_vlm.distill.views import ViewSet
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo, PhotoError
+
+HELD_OUT_ONE_IN = 100
+HELD_OUT_AT_MOST = 512  # where the teacher is asked for them at the start of every run
+MEANS_FROM = 1024
+ASKED_AT_ONCE = 8
+
+Lesson = dict[str, Tensor]
+
+
+class CachedViews(Dataset):
+    """Views at the student's size with the teacher's answers: `pixels` (3, S, S) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
+
+    def __init__(self, cache: TeacherCache, rows: Sequence[int], size: int) -> None:
+        self.cache, self.rows, self.size = cache, rows, size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Lesson:
+        row = self.rows[index]
+        embeds, tokens = self.cache.answers(row)
+        return {"pixels": self.cache.pixels(row, self.size), "embeds": embeds, "tokens": tokens}
+
+
+class LiveViews(Dataset):
+    """Views alone: `pixels` at the student's size, and `seen` at the teacher's where that is another.
+
+    In the place of a photo that cannot be read stands the next one that can, and `unreadable` () says which it was; -1 for none.
+    """
+
+    def __init__(self, views: ViewSet, rows: Sequence[int], size: int) -> None:
+        self.views, self.rows, self.size = views, rows, size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Lesson:
+        bad = -1
+        for step in range(len(self.rows)):
+            row = self.rows[(index + step) % len(self.rows)]
+            try:
+                lesson = {"pixels": self.views.pixels(row, self.size)}
+                if self.size != self.views.size:
+                    lesson["seen"] = self.views.pixels(row)
+            except PhotoError:
+                bad = row % len(self.views.photos) if bad < 0 else bad
+                continue
+            return lesson | {"unreadable": torch.tensor(bad)}
+        raise UserError(f"none of the {len(self.views.photos)} photos can be read")
+
+
+def gather(lessons: Sequence[Lesson]) -> Lesson:
+    """A batch."""
+    return {key: torch.stack([lesson[key] for lesson in lessons]) for key in lessons[0]}
+
+
+def held_out(photos: Sequence[Photo]) -> list[int]:
+    """Photos that are never learnt from, by a hash of their keys, so that they are the same in every run."""
+    return [i for i, photo in enumerate(photos) if zlib.crc32(photo.key.encode()) % HELD_OUT_ONE_IN == 0]
+
+
+def held_out_lessons(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Lesson]:
+    """Lessons on held-out photos, the teacher asked now: at most `HELD_OUT_AT_MOST`, spread evenly, those that can be read."""
+    count = min(len(indices), HELD_OUT_AT_MOST)
+    spread = [indices[i * len(indices) // count] for i in range(count)]
+    shown = LiveViews(views, spread, size)
+    lessons: list[Lesson] = []
+    for start in range(0, len(spread), ASKED_AT_ONCE):
+        some = [shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(spread)))]
+        some = [lesson for lesson in some if lesson["unreadable"] < 0]
+        if some:
+            batch = gather(some)
+            embeds, tokens = ask(batch.get("seen", batch["pixels"]))
+            answered = zip(some, embeds.cpu(), tokens.cpu(), strict=True)
+            lessons += [{"pixels": lesson["pixels"], "embeds": e, "tokens": t} for lesson, e, t in answered]
+    return lessons
+
+
+def live_means(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) -> tuple[Tensor, Tensor]:
+    """The teacher's mean embedding (E,) and mean patch token (d,) over at most `MEANS_FROM` photos, as evaluation sees them."""
+    step = max(1, len(indices) // MEANS_FROM)
+    shown = LiveViews(views, indices[::step], views.size)
+    embeds, patches = [], []
+    for start in range(0, len(shown), ASKED_AT_ONCE):
+        said = ask(gather([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])["pixels"])
+        embeds.append(said[0].sum(0))
+        patches.append(said[1].mean(1).sum(0))
+    return torch.stack(embeds).sum(0).cpu() / len(shown), torch.stack(patches).sum(0).cpu() / len(shown)
