@@ -38,7 +38,7 @@ from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, held_out_lessons, live_means
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
-from sparse_vlm.train.zero import announce, find_config, whole
+from sparse_vlm.train.zero import announce, whole
 
 
 class BootstrapTrainer(Trainer):
@@ -131,31 +131,30 @@ def bootstrap(
     mapping: list[Row],
     tower: SparseFormer,
     seed: int = 0,
-    deepspeed: str | None = None,
+    deepspeed: dict[str, Any] | None = None,
 ) -> bool:
     """Train `tower` (already inherited) and write the student to `out`.
 
     Args:
         mapping: that `inherit` carried out.
         views: to learn from; a `TeacherCache` is filled, and where it is none the teacher answers at every step.
-        deepspeed: a name of `zero.CONFIGS` or a json file; torch's own data parallelism by default.
+        deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism by default.
 
     Returns:
         True when the run is complete; False when it was interrupted and saved.
 
     Raises:
-        UserError: `out` holds a run of other settings, or DeepSpeed cannot be had.
+        UserError: `out` holds a run of other settings, or photos are too few.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = native_dtype(device) == torch.bfloat16
-    engine = None if deepspeed is None else find_config(deepspeed, bf16)
     steps = -(-recipe.views // recipe.batch_size)
     settings = {
         "recipe": recipe_name,
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
         "cache": views.describe(),
         "seed": seed,
-        **({"deepspeed": engine} if engine else {}),
+        **({"deepspeed": deepspeed} if deepspeed else {}),
     }
     if rank() == 0:
         claim(out, settings)
@@ -175,7 +174,7 @@ def bootstrap(
         lessons, tests, means = LiveViews(views, rows, size), held_out_lessons(views, test_rows, size, ask), live_means(views, indices, ask)
 
     model = Distillation(tower, *means, recipe.dense_weight, recipe.relation_weight)
-    if engine is not None:
+    if deepspeed is not None:
         announce(tower)
     average: dict[str, Tensor] = {}
     args = arguments(
@@ -185,7 +184,7 @@ def bootstrap(
         recipe.batch_size,
         save_steps=max(1, min(100, steps // 4)),
         warmup_steps=min(recipe.warmup_steps, steps // 5),
-        deepspeed=engine,
+        deepspeed=deepspeed,
         bf16=bf16,
         seed=seed,
         eval_strategy="steps",

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower.modules import Glance
 
@@ -54,11 +55,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def find_config(name: str, bf16: bool) -> dict[str, Any]:
-    """A configuration by its name in `CONFIGS`, or from a json file of DeepSpeed's format.
-
-    Args:
-        bf16: whether to multiply in bfloat16, where the configuration does not say.
+def find_config(name: str) -> dict[str, Any]:
+    """A configuration by its name in `CONFIGS`, or from a json file of DeepSpeed's format; where it does not say what to multiply in, it is
+    what the machine multiplies in.
 
     Raises:
         UserError: no DeepSpeed, no such configuration, or not started by torchrun.
@@ -78,8 +77,9 @@ def find_config(name: str, bf16: bool) -> dict[str, Any]:
             raise UserError(f"--deepspeed {name}: not a json file ({error})") from error
         if not isinstance(config, dict):
             raise UserError(f"--deepspeed {name}: the file holds no json object")
+    native = native_dtype(own_device()) == torch.bfloat16
     modules = ["torch.nn.Linear", "torch.nn.Conv2d"]
-    config.setdefault("torch_autocast", {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": modules})
+    config.setdefault("torch_autocast", {"enabled": native, "dtype": "bfloat16", "lower_precision_safe_modules": modules})
     return config
 
 

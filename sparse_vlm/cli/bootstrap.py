@@ -58,6 +58,7 @@ def bootstrap(
     from sparse_vlm.teacher import load_teacher
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.tower.cost import count_macs, vit_macs
+    from sparse_vlm.train.zero import find_config
 
     # of the processes that torchrun starts, one fills the cache and speaks
     first = rank() == 0
@@ -65,6 +66,7 @@ def bootstrap(
     chosen = changed(get_recipe(recipe), change or [])
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
+    engine = find_config(deepspeed) if deepspeed else None
     out = out or Path("build") / recipe
     with fetching(console) as on_progress:
         photos = PhotoSet(data, on_progress)
@@ -98,7 +100,7 @@ def bootstrap(
         shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed)
         console.print("teacher: answers at every step, and no view is shown twice")
     known = len(shown.unreadable)
-    done = run(recipe, chosen, source, shown, out, rows, tower, seed=seed, deepspeed=deepspeed)
+    done = run(recipe, chosen, source, shown, out, rows, tower, seed=seed, deepspeed=engine)
     if len(shown.unreadable) > known:
         _report_unreadable(console, shown)
     if done:
