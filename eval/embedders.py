@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.geometry import crop_rois
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import Triple, preprocess
+from sparse_vlm.store import locate
 from sparse_vlm.teacher import load_teacher, split_tag
 from sparse_vlm.text import TextEncoder
 from sparse_vlm.tower import SparseFormer
@@ -138,6 +140,18 @@ class ModuleEmbedder:
 def budget_name(name: str, num_tokens: int | None) -> str:
     """What a model is called that is measured with so many tokens; None for its own number."""
     return name if num_tokens is None else f"{name}, {num_tokens} tokens"
+
+
+def serves_budgets(name: str) -> bool:
+    """Whether a tower's number of tokens can be chosen.
+
+    Raises:
+        UserError: no such tower.
+    """
+    try:
+        return json.loads((locate(name, kind="tower") / "config.json").read_text()).get("budgets") is not None
+    except (OSError, ValueError):
+        return False  # whatever is wrong with it, loading says it
 
 
 def tower_embedder(name: str, control: str = "none", num_tokens: int | None = None) -> ModuleEmbedder:

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import Embedder, Features, TextSide, best_device, budget_name, teacher_embedder, text_side, tower_embedder
+from sparse_vlm.eval.embedders import (
+    Embedder,
+    Features,
+    TextSide,
+    best_device,
+    budget_name,
+    serves_budgets,
+    teacher_embedder,
+    text_side,
+    tower_embedder,
+)
 from sparse_vlm.eval.metrics import Metric, difference, ratio
 from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
@@ -121,7 +131,8 @@ def evaluate(
         controls: for VLM tasks keys of `CONTROLS`, all by default; for image tasks of `TOWER_CONTROLS`, where `none` is the default.
         limit: photos a set.
         on_progress: called with (what, done, total).
-        budgets: tokens a picture at which each model is measured, for models that serve several; their own number by default.
+        budgets: tokens a picture at which each model is measured, for models that serve several; their own number by default, and for
+            towers of one number beside them.
 
     Raises:
         UserError: an unknown task, model or control, tasks of both kinds, or something a task needs that was not given.
@@ -173,12 +184,17 @@ def _run_image_tasks(
             raise UserError(f"{name} compares photos with words; give --text, or --teacher to use its own")
     if not names and teacher is None:
         raise UserError("no model to measure; name one with --model")
+    towers = [name for name in names if not is_teacher(name)]
+    # a tower of one number of tokens stands beside those of several, but is not silently measured at another than was asked for
+    chosen = {name: list(budgets) or [None] for name in towers}
+    if budgets and any(serving := [name for name in towers if serves_budgets(name)]):
+        chosen |= {name: [None] for name in towers if name not in serving}
     embedders: list[Embedder] = []
     for name in names:
         if is_teacher(name):
             embedders += [] if name == teacher else [teacher_embedder(name)]
         else:
-            embedders += [tower_embedder(name, control, count) for count in budgets or [None] for control in controls]
+            embedders += [tower_embedder(name, control, count) for count in chosen[name] for control in controls]
     reference = None if teacher is None else teacher_embedder(teacher)
     if reference is not None:
         embedders.append(reference)

@@ -201,6 +201,30 @@ def test_a_budget_is_measured_under_a_name_of_its_own(tmp_path: Path) -> None:
     assert not torch.equal(few.answer(red), own.answer(red))
 
 
+def test_a_tower_of_one_number_of_tokens_stands_beside_one_of_several(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="measuring beside a teacher needs open_clip")
+    from eval_fakes import photos_of, write_tar
+
+    from sparse_vlm.eval.run import evaluate
+    from sparse_vlm.eval.tasks import TASKS
+
+    elastic().save_pretrained(tmp_path / "elastic")
+    elastic(budgets=None).save_pretrained(tmp_path / "fixed")
+    for file in TASKS["knn"].files:
+        rows = photos_of(20)
+        if "misc" in file:
+            sets = ("imagenette", "imagewoof", "pacs")
+            rows = [(f"{name}_{key}", colour, {**info, "set": name}) for name in sets for key, colour, info in rows]
+        write_tar(tmp_path / file, rows)
+    both, fixed = [str(tmp_path / "elastic"), str(tmp_path / "fixed")], str(tmp_path / "fixed")
+    report = evaluate(both, ["knn"], tmp_path, budgets=[9, 25])
+    assert {name.removeprefix(f"{tmp_path}/"): model["tokens"] for name, model in report.models.items()} == {
+        "elastic, 9 tokens": 9, "elastic, 25 tokens": 25, "fixed": 16,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="made for 16 tokens alone"):
+        evaluate([fixed], ["knn"], tmp_path, budgets=[9])
+
+
 def test_a_tower_that_sees_whole_pictures_is_not_measured_on_regions(tmp_path: Path) -> None:
     pytest.importorskip("open_clip", reason="measuring beside a teacher needs open_clip")
     from sparse_vlm.eval.embedders import tower_embedder

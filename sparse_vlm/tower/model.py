@@ -122,7 +122,7 @@ class SparseFormer(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < 8:
             raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (B, 3, h, w) with h and w of at least 8")
         batch = pixels.shape[0]
-        pixels = pixels.to(next(self.parameters()).dtype)
+        pixels = pixels.to(next(self.norm.parameters()).dtype)  # RoIs stay float32 in a bfloat16 tower
         feature_map = None if self.feat_extractor is None else self.feat_extractor(pixels)
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
