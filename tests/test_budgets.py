@@ -211,7 +211,7 @@ def test_a_tower_of_one_number_of_tokens_stands_beside_one_of_several(tmp_path: 
     elastic().save_pretrained(tmp_path / "elastic")
     elastic(budgets=None).save_pretrained(tmp_path / "fixed")
     for file in TASKS["knn"].files:
-        rows = photos_of(20)
+        rows = photos_of(50)
         if "misc" in file:
             sets = ("imagenette", "imagewoof", "pacs")
             rows = [(f"{name}_{key}", colour, {**info, "set": name}) for name in sets for key, colour, info in rows]
