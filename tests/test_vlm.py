@@ -393,6 +393,17 @@ def test_two_stages_learn_and_touch_only_what_they_should(parts, tmp_path):
     assert loaded.score([conversation], [["red"]])[0][0].total == pytest.approx(vlm.score([conversation], [["red"]])[0][0].total, abs=1e-3)
 
 
+def test_a_stage_of_the_projector_alone_bears_batches_without_pictures(parts, tmp_path):
+    vlm = VLM.build(*parts, dtype=torch.float32)
+    groups = prepare(vlm, STAGES["align"], lora_rank=None)
+    talks = [Talk(f"{i}", None, ((user("Say yes."), assistant("Yes.")),)) for i in range(4)]
+    samples, photos = build_samples(talks, vlm.renderer)
+    before = [parameter.clone() for parameter in vlm.projector.parameters()]
+    bank = TokenBank(tmp_path / "cache", vlm.tower, photos_of(tmp_path, ["red"]))
+    assert not photos and train(vlm, groups, STAGES["align"], samples, bank, tmp_path / "run", {"stage": "test"})
+    assert all(torch.equal(one, other) for one, other in zip(before, vlm.projector.parameters(), strict=True))
+
+
 def test_full_training_saves_the_llm(parts, tmp_path):
     stage = Stage(lr_projector=1e-2, lr_lora=1e-2, lr_full=1e-2, batch_size=4)
     vlm, _ = learn(parts, tmp_path / "full", stage, rank=None, visits=3)

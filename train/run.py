@@ -43,6 +43,7 @@ def arguments(
         more |= {"deepspeed": deepspeed, "bf16": False}  # its own configuration says what it multiplies in
     elif device == "cpu":
         more |= {"use_cpu": True, "ddp_backend": "gloo" if world_size() > 1 else None}
+    more |= {"ddp_find_unused_parameters": False} if world_size() > 1 else {}  # there are none
     with processes_without_gpu() if deepspeed is not None else contextlib.nullcontext():
         return TrainingArguments(
             output_dir=str(out / "checkpoints"),

@@ -162,7 +162,11 @@ class Learner(nn.Module):
             # of several processes each counts its targets as the whole batch would, not as its part
             dist.all_reduce(count)
             count /= dist.get_world_size()
-        return {"loss": -said.sum() / count}
+        loss = -said.sum() / count
+        if tokens is None:
+            # a batch without pictures: the projector has a gradient all the same, and it is zero
+            loss = loss + sum(0.0 * parameter.sum() for parameter in self.model.model.multi_modal_projector.parameters())
+        return {"loss": loss}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Trained tensors alone."""
