@@ -4,7 +4,7 @@
 # PYTHON is the interpreter that the environment is made with; IMAGE and QUESTION are what `make chat` talks about.
 
 PYTHON ?= python3
-IMAGE ?= examples/coffee.jpg
+IMAGE ?= examples/chelsea.jpg
 QUESTION ?= What is in this picture?
 
 BIN := .venv/bin
