@@ -52,7 +52,7 @@ def panels(report: Report) -> dict[str, Panel]:
     timed = {column: model["ms"]["median"] for column in report.columns if "ms" in (model := report.models[column.model])}
     if timed:
         threads = {model["ms"]["threads"] for model in report.models.values()}
-        found["time"] = Panel(f"ms a picture, {threads.pop()} threads", timed)
+        found["time"] = Panel(f"ms a picture, CPU threads: {threads.pop()}", timed)
     return found
 
 

@@ -110,7 +110,7 @@ def caption(report: Report) -> str:
 def as_table(report: Report) -> Table:
     """For the terminal."""
     heads, rows = _cells(report)
-    table = Table(caption=caption(report), caption_justify="left")
+    table = Table(caption=caption(report).replace("[", r"\["), caption_justify="left")
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i < 2 else "right")
     for number, row in enumerate(rows):
