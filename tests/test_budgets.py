@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,15 @@ def test_a_vlm_keeps_the_budget_it_was_made_with(tmp_path: Path) -> None:
 def test_the_command_line_looks_with_as_many_tokens_as_asked(tmp_path: Path) -> None:
     elastic(looks=True).save_pretrained(tmp_path / "tower")
     tiny_vlm.picture("red").save(tmp_path / "red.png")
-    verb = ["sparse-vlm", "look", str(tmp_path / "red.png"), "--model", str(tmp_path / "tower"), "--json", "--tokens"]
+    verb = [
+        str(Path(sys.executable).with_name("sparse-vlm")),
+        "look",
+        str(tmp_path / "red.png"),
+        "--model",
+        str(tmp_path / "tower"),
+        "--json",
+        "--tokens",
+    ]
     done = subprocess.run([*verb, "7"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert {len(step["rois"]) for step in json.loads(done.stdout)["steps"]} == {7}
