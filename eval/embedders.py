@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_vlm.devices import native_dtype
+from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.geometry import crop_rois
 from sparse_vlm.photos import Photo
@@ -82,11 +82,6 @@ class TextSide(Protocol):
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(T, E) float32, not normalised."""
         ...
-
-
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class ModuleEmbedder:
@@ -165,7 +160,7 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
         UserError: no such tower, a number of tokens that it was not made for, or one that does not look where the control is to keep it
             from looking.
     """
-    device = best_device()
+    device = own_device()
     tower = SparseFormer.from_pretrained(name, native_dtype(device), num_tokens).to(device)
     config, model, name = tower.config, name, budget_name(name, num_tokens)
     if control == "no-looks":
@@ -200,7 +195,7 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
     Raises:
         TeacherError: no such teacher.
     """
-    device = best_device()
+    device = own_device()
     teacher = load_teacher(name).to(device, native_dtype(device))
     spec = teacher.spec
     return ModuleEmbedder(

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparse_vlm.devices import own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import (
     Embedder,
     Features,
     TextSide,
-    best_device,
     budget_name,
     serves_budgets,
     teacher_embedder,
@@ -187,7 +187,7 @@ def _run_image_tasks(
     towers = [name for name in names if not is_teacher(name)]
     # a tower of one number of tokens stands beside those of several, but is not silently measured at another than was asked for
     chosen = {name: list(budgets) or [None] for name in towers}
-    if budgets and any(serving := [name for name in towers if serves_budgets(name)]):
+    if budgets and (serving := [name for name in towers if serves_budgets(name)]):
         chosen |= {name: [None] for name in towers if name not in serving}
     embedders: list[Embedder] = []
     for name in names:
@@ -233,7 +233,7 @@ def _run_vlm_tasks(
 
     report = Report({}, dict(tasks), results={name: {} for name in tasks})
     for name, count in itertools.product(names, budgets or [None]):
-        model = VLM.from_pretrained(name, device=best_device(), num_tokens=count)
+        model = VLM.from_pretrained(name, device=own_device(), num_tokens=count)
         model_name = budget_name(name, count)
         report.models[model_name] = {"kind": "vlm", "model": name, "tokens": model.tokens_per_image}
         report.dtype = str(model.model.dtype).removeprefix("torch.")

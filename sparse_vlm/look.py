@@ -9,7 +9,6 @@ their RoI's centre with a standard deviation of a third of its size, centre and 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import aside
 from sparse_vlm.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer
 
@@ -141,11 +141,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     known = figure.canvas.get_supported_filetypes()
     if form not in known:
         raise UserError(f"{path}: cannot draw {path.suffix or 'without a suffix'}; use one of {', '.join(sorted(known))}")
-    aside = path.with_name(path.name + ".partial")
     try:
-        with open(aside, "wb") as stream:
-            figure.savefig(stream, format=form)
-        os.replace(aside, path)
+        with aside(path) as part:
+            figure.savefig(part, format=form)
     except OSError as error:
         raise UserError(f"{path}: cannot write here ({error.strerror})") from None
 

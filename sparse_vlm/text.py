@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.files import aside, write_text
 from sparse_vlm.store import locate
 
 FORMAT = "sparse-vlm/text/1"
@@ -102,8 +101,8 @@ class TextEncoder(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._own_tensors(), folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        with aside(folder / "model.safetensors") as part:
+            save_file(self._own_tensors(), part, metadata={"format": "pt"})
         write_text(folder / "config.json", json.dumps({"format": FORMAT, **asdict(self.config)}, indent=1) + "\n")
 
     def _own_tensors(self) -> dict[str, Tensor]:

@@ -146,13 +146,14 @@ def bootstrap(
     Raises:
         UserError: `out` holds a run of other settings, or photos are too few.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = native_dtype(device) == torch.bfloat16
+    own = own_device()
+    device = own.type
+    bf16 = native_dtype(own) == torch.bfloat16
     steps = -(-recipe.views // recipe.batch_size)
     settings = {
         "recipe": recipe_name,
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
-        "cache": views.describe(),
+        "cache": {"teacher": teacher.fingerprint()} | views.describe(),
         "seed": seed,
         **({"deepspeed": deepspeed} if deepspeed else {}),
     }
@@ -170,7 +171,7 @@ def bootstrap(
     if isinstance(views, TeacherCache):
         lessons, tests, means = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.means()
     else:
-        ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own_device())
+        ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
         lessons, tests, means = LiveViews(views, rows, size), held_out_lessons(views, test_rows, size, ask), live_means(views, indices, ask)
 
     model = Distillation(tower, *means, recipe.dense_weight, recipe.relation_weight)

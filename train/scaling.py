@@ -1,6 +1,6 @@
 """What bootstrapping costs, before it is begun: multiply-accumulates of a view, and hours at a machine's rate.
 
-    python -m sparse_vlm.train.scaling --rate 500 --share 0.4 --devices 1 --devices 8 --devices 64
+    python -m sparse_vlm.train.scaling --rate 495 --share 0.4 --devices 1 --devices 8 --devices 64
 
 Notable: a view costs the teacher's forward pass (once, if its answers are cached) and the student's forward and backward pass. A backward
 pass costs one forward pass for the gradients of the activations, from the first trained unit on, and one for those of the trained
@@ -17,7 +17,7 @@ import typer
 from sparse_vlm.recipes import Recipe, get_recipe
 from sparse_vlm.teacher.base import TeacherSpec
 from sparse_vlm.tower.config import CLIP_MEAN, CLIP_STD
-from sparse_vlm.tower.cost import count_macs, vit_macs
+from sparse_vlm.tower.cost import block_macs, count_macs, vit_macs
 
 IMAGENET_1K = 1_281_167
 LAION_400M = 407_332_084
@@ -80,9 +80,8 @@ def view_cost(recipe: Recipe, spec: TeacherSpec) -> ViewCost:
         recipe: whose frozen blocks pass gradients on, and have none of their own.
     """
     config = recipe.config(spec)
-    tokens, width = config.num_tokens, config.width
-    block = tokens * 12 * width**2 + 2 * tokens**2 * width
-    return ViewCost(vit_macs(spec), 3 * count_macs(config).total - recipe.frozen * block)
+    frozen = recipe.frozen * block_macs(config.num_tokens, config.width)
+    return ViewCost(vit_macs(spec), 3 * count_macs(config).total - frozen)
 
 
 def main(

@@ -99,9 +99,8 @@ def bootstrap(
     else:
         shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed)
         console.print("teacher: answers at every step, and no view is shown twice")
-    known = len(shown.unreadable)
     done = run(recipe, chosen, source, shown, out, rows, tower, seed=seed, deepspeed=engine)
-    if len(shown.unreadable) > known:
+    if not chosen.views_per_photo:  # who cannot be read is known only now
         _report_unreadable(console, shown)
     if done:
         console.print(f"student written to {out}; its curve is {out / 'loss.png'}")

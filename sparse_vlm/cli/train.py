@@ -51,6 +51,7 @@ def train(
     from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
+    from sparse_vlm.devices import own_device
     from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
@@ -87,7 +88,7 @@ def train(
         talks = spoken
     if samples is not None and samples < len(talks):
         talks = random.Random(seed).sample(talks, samples)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     if init:
         vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower, keep_projector=keep_projector, num_tokens=tokens)
     else:

@@ -70,6 +70,11 @@ def count_macs(config: SparseFormerConfig, height: int | None = None, width: int
     return Macs(feature_map, glance, looking, blocks, head)
 
 
+def block_macs(tokens: int, width: int) -> int:
+    """MACs of a transformer block with an MLP four times as wide."""
+    return tokens * 12 * width**2 + 2 * tokens**2 * width
+
+
 def vit_macs(spec: Any) -> int:
     """MACs of a plain ViT for one picture of its own size.
 
@@ -77,6 +82,5 @@ def vit_macs(spec: Any) -> int:
         spec: anything with `width`, `num_blocks`, `patch_size`, `grid`, `embed_dim` and `has_cls`, such as a `TeacherSpec`.
     """
     d, patches = spec.width, spec.grid**2
-    tokens = patches + spec.has_cls
-    block = tokens * 12 * d * d + 2 * tokens * tokens * d
-    return patches * 3 * spec.patch_size**2 * d + spec.num_blocks * block + d * spec.embed_dim
+    blocks = spec.num_blocks * block_macs(patches + spec.has_cls, d)
+    return patches * 3 * spec.patch_size**2 * d + blocks + d * spec.embed_dim

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.files import aside, write_text
 from sparse_vlm.geometry import grid_rois, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig
 from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
@@ -222,9 +221,8 @@ class SparseFormer(nn.Module):
             name: (tensor if dtype is None or name == "initial_roi.weight" else tensor.to(dtype)).detach().cpu().contiguous()
             for name, tensor in self.state_dict().items()
         }
-        aside = folder / "model.safetensors.tmp"
-        save_file(state, aside, metadata={"format": "pt"})
-        os.replace(aside, folder / "model.safetensors")
+        with aside(folder / "model.safetensors") as part:
+            save_file(state, part, metadata={"format": "pt"})
         write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
 
     @classmethod

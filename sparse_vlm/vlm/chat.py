@@ -7,7 +7,6 @@ that is stopped halfway stays, marked as stopped: the person has read it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import aside
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -163,13 +163,10 @@ class Conversation:
         if not self.turns:
             raise UserError("nothing to save yet; ask something first")
         text = WRITERS[path.suffix.lower()](self, path.parent)
-        aside = path.with_name(path.name + ".partial")
         try:
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
+            with aside(path) as part:
+                part.write_text(text, encoding="utf-8")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
             raise UserError(f"{path}: cannot write here ({error.strerror})") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import aside
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -29,6 +29,5 @@ def check_tensors(path: Path, expected: dict[str, tuple[int, ...]], found: dict[
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, aside, metadata={"format": "pt"})
-    os.replace(aside, path)
+    with aside(path) as part:
+        save_file({k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in state.items()}, part, metadata={"format": "pt"})
