@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
@@ -47,6 +49,7 @@ class SparseFormer(nn.Module):
     def __init__(self, config: SparseFormerConfig) -> None:
         super().__init__()
         self.config = config
+        self.grad_checkpointing = False
         first = config.units[0].width
         looks = any("SAMPLING_M" in unit.ops for unit in config.units)
         self.feat_extractor = EarlyConvolution(config.conv_dim) if looks else None
@@ -99,6 +102,10 @@ class SparseFormer(nn.Module):
         """The units in order, without the transitions between them."""
         return [layer for layer in self.layers if isinstance(layer, Unit)]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the map and each unit's inputs for the backward pass, and compute the rest again there: memory for a third more time."""
+        self.grad_checkpointing = enable
+
     def forward(
         self,
         pixels: Tensor,
@@ -122,7 +129,10 @@ class SparseFormer(nn.Module):
             raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (B, 3, h, w) with h and w of at least 8")
         batch = pixels.shape[0]
         pixels = pixels.to(next(self.norm.parameters()).dtype)  # RoIs stay float32 in a bfloat16 tower
-        feature_map = None if self.feat_extractor is None else self.feat_extractor(pixels)
+        # sampling points are collected on the way, and would be twice
+        again = self.grad_checkpointing and torch.is_grad_enabled() and not output_rois
+        run = partial(checkpoint, use_reentrant=False) if again else _call
+        feature_map = None if self.feat_extractor is None else run(self.feat_extractor, pixels)
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
         initial = self._begin(num_tokens, pixels.shape[-1] / pixels.shape[-2], box)
@@ -145,7 +155,7 @@ class SparseFormer(nn.Module):
                 x = torch.cat([self.cls_embedding.weight.expand(batch, 1, -1).to(x.dtype), x], dim=1)
             if index == 0 and self.glance is not None:
                 x = self.glance.norm_pre(x)
-            x, rois = layer(x, rois, feature_map, points)
+            x, rois = run(layer, x, rois, feature_map, points)
             if rois_per_unit is not None:
                 rois_per_unit.append(rois)
             index += 1
@@ -261,6 +271,10 @@ class SparseFormer(nn.Module):
         tower = tower.to(dtype).eval()
         tower.initial_roi.weight.data = rois
         return tower
+
+
+def _call(module: Callable[..., Any], *inputs: Any) -> Any:
+    return module(*inputs)
 
 
 def _regular_offsets(num_points: int) -> Tensor:
