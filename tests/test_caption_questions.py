@@ -67,7 +67,7 @@ def test_they_are_asked_in_the_last_stage(tmp_path):
     answered = {"dog": set(), "boat": set()}
     for talk in photo_talks(photos, MIXES["instruct"]):
         for question, answer, *_ in talk.conversations:
-            answered["dog" if talk.photo.info is info else "boat"].add((question["content"][-1]["text"], answer["content"][0]["text"]))
+            answered["dog" if talk.photos[0].info is info else "boat"].add((question["content"][-1]["text"], answer["content"][0]["text"]))
     assert (f"What is the dog doing?\n{SHORT_ANSWER}", "running") in answered["dog"]
     assert ("What is the dog doing?", "The dog is running.") in answered["dog"]
     assert (f"What is in the image?\n{SHORT_ANSWER}", "dog") in answered["dog"] - answered["boat"]

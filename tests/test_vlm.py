@@ -321,8 +321,8 @@ def test_llava_json(tmp_path):
         {"id": "1", "image": "red.png", "conversations": turns}, {"id": "2", "conversations": [{**turns[0], "value": "Hi"}, turns[1]]}
     )
     assert talks[0].conversations[0] == (user("What is it?", 1), assistant("A wall."))
-    assert talks[0].photo.load().size == (48, 40)
-    assert talks[1].photo is None
+    assert talks[0].photos[0].load().size == (48, 40)
+    assert talks[1].photos == ()
     with pytest.raises(UserError, match=r"data.json:0 \(id 9\): .*gone.png: no such picture"):
         read({"id": "9", "image": "gone.png", "conversations": turns})
     with pytest.raises(UserError, match="turn 0 is from 'gpt'; human and gpt must alternate"):
@@ -335,7 +335,7 @@ def test_llava_json(tmp_path):
 
 def test_wrong_placeholders_name_the_sample(vlm, tmp_path):
     [photo] = photos_of(tmp_path, ["red"])
-    talk = Talk("red one", photo, ((user("What?"), assistant("A wall.")),))
+    talk = Talk("red one", (photo,), ((user("What?"), assistant("A wall.")),))
     with pytest.raises(UserError, match="red one: 0 image placeholders, but 1 pictures give 5 tokens"):
         build_samples([talk], vlm.renderer)
 
@@ -396,7 +396,7 @@ def test_two_stages_learn_and_touch_only_what_they_should(parts, tmp_path):
 def test_a_stage_of_the_projector_alone_bears_batches_without_pictures(parts, tmp_path):
     vlm = VLM.build(*parts, dtype=torch.float32)
     groups = prepare(vlm, STAGES["align"], lora_rank=None)
-    talks = [Talk(f"{i}", None, ((user("Say yes."), assistant("Yes.")),)) for i in range(4)]
+    talks = [Talk(f"{i}", (), ((user("Say yes."), assistant("Yes.")),)) for i in range(4)]
     samples, photos = build_samples(talks, vlm.renderer)
     before = [parameter.clone() for parameter in vlm.projector.parameters()]
     bank = TokenBank(tmp_path / "cache", vlm.tower, photos_of(tmp_path, ["red"]))

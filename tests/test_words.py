@@ -50,12 +50,12 @@ def talks_about_colors(folder, count: int) -> list[Talk]:
         picture(tuple(value + change for value, change in zip(base, shade, strict=True))).save(path)
         photo = Photo(path.name, path, 0, path.stat().st_size)
         sentences = (f"Always a {name} wall.", "Always a wall, thrice.")
-        talks.append(Talk(path.name, photo, tuple((user("What?", 1), assistant(text)) for text in sentences)))
+        talks.append(Talk(path.name, (photo,), tuple((user("What?", 1), assistant(text)) for text in sentences)))
     return talks
 
 
 def test_words_are_single_tokens_that_tell_photos_apart(vlm, tmp_path):
-    talks = [*talks_about_colors(tmp_path, 39), Talk("no photo", None, ((user("Hello"), assistant("A blue one.")),))]
+    talks = [*talks_about_colors(tmp_path, 39), Talk("no photo", (), ((user("Hello"), assistant("A blue one.")),))]
     samples, photos = build_samples(talks, vlm.renderer)
     words = words_of(talks, samples, Vocabulary())
     assert words.names == ("blue", "green", "red")  # always is said of all, "wall" and "thrice" are two tokens, "a" names nothing
@@ -100,7 +100,7 @@ def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
 def test_words_about_a_photo_are_what_is_there(tmp_path):
     info = {"captions": ["A dog on the grass.", "A dog on the grass."], "objects": ["frisbee", "wine glass"]}
     turns = (("Is there a cat in the image?", "No"), ("Does leash exist in the image?", "Yes"), ("What color is it?", "Brown"))
-    talk = Talk("x", Photo("x", tmp_path, 0, 0, info), tuple((user(question, 1), assistant(answer)) for question, answer in turns))
+    talk = Talk("x", (Photo("x", tmp_path, 0, 0, info),), tuple((user(question, 1), assistant(answer)) for question, answer in turns))
     assert words_about(talk) == [{"dog", "grass"}, {"frisbee", "wine", "glass"}, {"leash"}, {"brown"}]
 
 
@@ -119,7 +119,7 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
     vlm = VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
     letters = ["x", "y", "z"] * 40
-    talks = [Talk(letter, Photo(f"{i}", tmp_path, i, 0), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)]
+    talks = [Talk(letter, (Photo(f"{i}", tmp_path, i, 0),), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)]
     samples, _ = build_samples(talks, vlm.renderer)
     stage = replace(STAGES["read"], lr_lora=2e-2, batch_size=4)
     groups = prepare(vlm, stage, lora_rank=8)

@@ -184,7 +184,7 @@ class Learner(nn.Module):
 
 
 class Samples(Dataset):
-    """Samples in the order in which they are learnt from."""
+    """Samples in the order in which they are learnt from, each with the tokens of its photos: (photos, N, d)."""
 
     def __init__(self, samples: Sequence[Sample], bank: TokenBank | WordPictures) -> None:
         self.samples, self.bank = samples, bank
@@ -194,7 +194,7 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Sample, Tensor | None]:
         sample = self.samples[index]
-        return sample, None if sample.photo is None else self.bank[sample.photo]
+        return sample, torch.stack([self.bank[photo] for photo in sample.photos]) if sample.photos else None
 
 
 class LearnerTrainer(Trainer):
@@ -253,8 +253,10 @@ def train(
     pad_id = vlm.tokenizer.pad_token_id
 
     def gather(items: list[tuple[Sample, Tensor | None]]) -> dict[str, Any]:
+        for sample, found in items:
+            vlm.renderer.check_count(sample.tree.ids, 0 if found is None else len(found), sample.name)
         tokens = [t for _, t in items if t is not None]
-        return {"trees": collate([sample.tree for sample, _ in items], pad_id), "tokens": torch.stack(tokens) if tokens else None}
+        return {"trees": collate([sample.tree for sample, _ in items], pad_id), "tokens": torch.cat(tokens) if tokens else None}
 
     args = arguments(
         out,

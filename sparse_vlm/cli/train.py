@@ -80,7 +80,7 @@ def train(
     console = Console(highlight=False, soft_wrap=True, quiet=not first)
     talks, known = _talks(console, data, images, stage, epochs, seed)
     if chosen.pictures_of_words:
-        spoken = [talk for talk in talks if talk.photo is None or words_about(talk)]
+        spoken = [talk for talk in talks if not talk.photos or words_about(talk)]
         if not spoken:
             raise UserError(f"--stage {stage}: no word is said about any photo; give captions, or answers in words")
         if len(spoken) < len(talks):
@@ -103,7 +103,7 @@ def train(
         bank = WordPictures(vlm, talks, in_order, seed)
     else:
         bank = TokenBank(cache, vlm.tower, photos, owner=first)
-        wanted = [sample.photo for sample in in_order if sample.photo is not None]
+        wanted = [photo for sample in in_order for photo in sample.photos]
         if missing := len(bank.missing(wanted)):
             with counting(console, "looking", "photos", missing) as advance:
                 bank.fill(wanted, advance)

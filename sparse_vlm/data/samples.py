@@ -26,7 +26,7 @@ from sparse_vlm.data.talks import Talk
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.vlm.prompts import Renderer
+from sparse_vlm.vlm.prompts import Renderer, text_of
 from sparse_vlm.vlm.tree import TokenTree, merge
 
 BATCH = 32
@@ -34,10 +34,16 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """A photo's conversations as one tree; `photo` is an index into the run's photos, None for text alone."""
+    """A talk's conversations as one tree.
+
+    Attributes:
+        name: what to call it in messages to people.
+        photos: indices into the run's photos, in the order of their placeholders; none for text alone.
+        tree: its placeholders are N for each of the photos.
+    """
 
     name: str
-    photo: int | None
+    photos: tuple[int, ...]
     tree: TokenTree
 
 
@@ -57,9 +63,8 @@ def build_samples(talks: Sequence[Talk], renderer: Renderer, known: Sequence[Pho
     samples = []
     for talk in talks:
         tree = merge([renderer.render(conversation, talk.name) for conversation in talk.conversations])
-        renderer.check_count(tree.ids, int(talk.photo is not None), talk.name)
-        index = None if talk.photo is None else photos.setdefault(talk.photo, len(photos))
-        samples.append(Sample(talk.name, index, tree))
+        renderer.check_count(tree.ids, len(talk.photos), talk.name)
+        samples.append(Sample(talk.name, tuple(photos.setdefault(photo, len(photos)) for photo in talk.photos), tree))
     return samples, list(photos)
 
 
@@ -84,10 +89,10 @@ def arrange(samples: Sequence[Sample], batch_size: int, seed: int = 0) -> list[S
 def report(talks: Sequence[Talk], samples: Sequence[Sample]) -> dict[str, int | float]:
     """What a run will learn from, in numbers."""
     messages = [message for talk in talks for conversation in talk.conversations for message in conversation]
-    answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+    answers = [text_of(message) for message in messages if message["role"] == "assistant"]
     yes, no = answers.count("Yes"), answers.count("No")
     return {
-        "photos": len({sample.photo for sample in samples if sample.photo is not None}),
+        "photos": len({photo for sample in samples for photo in sample.photos}),
         "samples": len(samples),
         "conversations": sum(len(talk.conversations) for talk in talks),
         "answers": len(answers),

@@ -51,10 +51,15 @@ _PERSON = "man men woman women boy girl child children kid people person player 
 
 @dataclass(frozen=True)
 class Talk:
-    """Conversations about one photo, or about none. Pictures in the messages are `{"type": "image"}` without the picture."""
+    """Conversations about the same photos, or about none.
+
+    Attributes:
+        name: what to call it in messages to people.
+        photos: in the order of their marks; each conversation shows all of them, as `{"type": "image"}` without the picture.
+    """
 
     name: str
-    photo: Photo | None
+    photos: tuple[Photo, ...]
     conversations: tuple[tuple[Message, ...], ...]
 
 
@@ -132,7 +137,7 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
             conversations = [*_captions(photo.info, mix, rng), *_labels(photo.info, mix), *_questions(asked, mix, rng)]
             conversations += _caption_questions(photo.info, things, asked, mix, rng)
             if conversations:
-                talks.append(Talk(f"{photo.source.name}:{photo.key}", photo, tuple(conversations)))
+                talks.append(Talk(f"{photo.source.name}:{photo.key}", (photo,), tuple(conversations)))
     if not talks:
         raise UserError("no photo has captions, questions or labels that this stage uses; give tars whose json files hold them")
     return talks
@@ -296,7 +301,7 @@ def _llava_talk(sample: Any, name: str, image_folder: Path | None) -> Talk:
     shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     if shown != (photo is not None):
         raise UserError(f"{name}: {shown} <image> marks for {int(photo is not None)} pictures")
-    return Talk(name, photo, (tuple(messages),))
+    return Talk(name, () if photo is None else (photo,), (tuple(messages),))
 
 
 ROLES: dict[str, Callable[..., Message]] = {"human": user, "gpt": assistant}

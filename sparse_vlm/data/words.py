@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sparse_vlm.data.samples import Sample
 from sparse_vlm.data.talks import SHORT_ANSWER, Talk
+from sparse_vlm.vlm.prompts import text_of
 
 # words that name nothing one could see, those of our questions among them
 _FUNCTION_WORDS = (
@@ -19,26 +20,26 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def words_by_photo(talks: Sequence[Talk], samples: Sequence[Sample]) -> dict[int, list[set[str]]]:
-    """The words of each sentence about each photo, by the photo's number.
+    """The words of each sentence about each photo, by the photo's number; what is said about several photos counts for each of them.
 
     Args:
         samples: of the same talks, in the same order.
     """
     sentences: dict[int, list[set[str]]] = {}
     for talk, sample in zip(talks, samples, strict=True):
-        if sample.photo is not None:
-            sentences.setdefault(sample.photo, []).extend(words_about(talk))
+        for photo in sample.photos:
+            sentences.setdefault(photo, []).extend(words_about(talk))
     return sentences
 
 
 def words_about(talk: Talk) -> list[set[str]]:
-    """The words of each sentence that says what is in a talk's photo; sentences without any are left out."""
+    """The words of each sentence that says what is in a talk's photos; sentences without any are left out."""
     sentences: list[str] = []
-    if talk.photo is not None:
-        sentences += talk.photo.info.get("captions") or []
-        sentences.append(" ".join(talk.photo.info.get("objects") or []))
+    for photo in talk.photos:
+        sentences += photo.info.get("captions") or []
+        sentences.append(" ".join(photo.info.get("objects") or []))
     for conversation in talk.conversations:
-        texts = [next(part["text"] for part in message["content"] if part["type"] == "text") for message in conversation]
+        texts = [text_of(message) for message in conversation if message["role"] != "system"]
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             sentences.append(question.replace(SHORT_ANSWER, "") if answer == "Yes" else answer)
     return [words for sentence in dict.fromkeys(sentences) if (words := _words(sentence))]

@@ -139,7 +139,7 @@ class Renderer:
         for turn, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
-            answer = _text_of(message)
+            answer = text_of(message)
             if not answer.strip():
                 raise UserError(f"{sample}: the assistant's turn {turn} is empty")
             before = self.expand(self.text(conversation[:turn], answer_next=True))
@@ -192,7 +192,8 @@ class Renderer:
         return re.sub(run, f"<{self.tokens_per_image} image tokens>\n", "".join(parts))
 
 
-def _text_of(message: Message) -> str:
+def text_of(message: Message) -> str:
+    """A message's words, without its pictures."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
