@@ -26,6 +26,7 @@ class Recipe:
         blocks: for each unit of the student, the teacher block that its ATTN and MLP inherit, or None.
         looks: how often tokens look; where each look stands before a block, as often as there are blocks at most.
         points: that a token samples in a look.
+        tokens: latent tokens of a student that is trained at this number alone; 0 is what the recipe says.
         dropped: of the teacher's first blocks, that the student does without.
         frozen: of the teacher's last blocks, that are inherited and not trained.
         resolution: side of the student's pictures in pixels; 0 is the teacher's.
@@ -45,6 +46,7 @@ class Recipe:
     blocks: Callable[[TeacherSpec, Recipe], tuple[int | None, ...]]
     looks: int = 4
     points: int = 16
+    tokens: int = 0
     dropped: int = 0
     frozen: int = 0
     resolution: int = 0
@@ -69,6 +71,11 @@ class Recipe:
         if not 0 <= self.dropped < spec.num_blocks or not 0 <= self.frozen <= spec.num_blocks - self.dropped:
             raise UserError(f"dropped={self.dropped}, frozen={self.frozen}: the teacher has {spec.num_blocks} blocks")
         student = self.student(spec, self)
+        if self.tokens:
+            try:
+                student = replace(student.at_budget(self.tokens), budgets=None)
+            except ValueError as error:
+                raise UserError(f"tokens={self.tokens}: {error}") from error
         if (student.cls_before_unit is None) == spec.has_cls:
             raise UserError(f"teacher {spec.name} has no CLS token, and this recipe's student reads its embedding from one")
         if student.num_heads is None and spec.width != 64 * spec.num_heads:

@@ -43,6 +43,8 @@ def test_what_is_missing_is_run_and_the_rest_is_not(tmp_path: Path, monkeypatch:
         folder.mkdir(parents=True)
         history = [{"eval_cosine": 0.1, "eval_token_cosine": 0.1}, {"eval_cosine": cosine, "eval_token_cosine": 0.9}]
         (folder / "training.json").write_text(json.dumps({"history": history}))
+        spec = scaling.RUNS[0].teacher
+        (folder / "config.json").write_text(json.dumps(get_recipe("elastic").config(spec).to_dict()))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", bootstrap)
@@ -50,8 +52,9 @@ def test_what_is_missing_is_run_and_the_rest_is_not(tmp_path: Path, monkeypatch:
     assert len(ran) == 2 * 4, "the reference and three objectives, two seeds"
     first = ran[1]
     assert first[:3] == ["bootstrap", "--recipe", "elastic"] and "dense_weight=0" in first and first.count("--data") == 2
-    # the reference was run first and fifth: 0.81 and 0.85
-    assert "| reference | elastic | `--recipe elastic` | 2 | 0.830 | 0.040 | 0.900 | 0.000 |" in said
+    # the reference was run first and fifth, 0.81 and 0.85, the first objective second and sixth
+    assert "| reference | elastic | `--recipe elastic` | 5.09 | 2 | 0.830 | 0.040 |  | 0.900 | 0.000 |  |" in said
+    assert "`--set dense_weight=0` | 5.09 | 2 | 0.840 | 0.040 | +0.010 | 0.900 | 0.000 | +0.000 |" in said
     assert (tmp_path / "table.md").read_text() == said
     again = invoke("--only", "objective", "--seed", "0", "--seed", "1", "--out", str(tmp_path))
     assert again == said and len(ran) == 8

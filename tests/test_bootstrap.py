@@ -296,6 +296,17 @@ def test_a_student_of_any_budget_learns_from_all_of_the_teachers_patches(teacher
     assert torch.equal(SparseFormer.from_pretrained(tmp_path / "student").initial_roi.weight, grid_rois(49))
 
 
+def test_cells_are_averaged_from_patches_that_another_run_kept(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
+    few, cells = list(PhotoSet(photos))[:8], grid_rois(9)
+    asked = TeacherCache(tmp_path / "asked", teacher, few, 1, cells)
+    asked.fill(teacher)
+    TeacherCache(tmp_path / "kept", teacher, few, 1, None).fill(teacher)
+    kept = TeacherCache(tmp_path / "kept", teacher, few, 1, cells)
+    kept.fill(None)  # nobody is there to be asked
+    for row in range(8):
+        assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(asked.answers(row), kept.answers(row), strict=True))
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from types import SimpleNamespace
 

@@ -4,7 +4,8 @@
     python -m sparse_vlm.train.ablation --teacher local-dir:build/teacher --data 'photos/*.tar' --table    # of what is finished
 
 Notable: all rows learn from the same views, as many of them; a row differs from its reference in what its name says. A run that was
-interrupted goes on where it stopped. The table is Markdown: mean over seeds of the held-out centred cosine, and its spread.
+interrupted goes on where it stopped. The table is Markdown: mean over seeds of the held-out centred cosine, its spread, and how far
+it is from the reference of the same seeds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import typer
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
+from sparse_vlm.tower import SparseFormerConfig
+from sparse_vlm.tower.cost import count_macs
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ ROWS = (
     AblationRow("points", "36 sampling points", changes=("points=36",)),
     AblationRow("resolution", "288 pixels", changes=("resolution=288",)),
     AblationRow("resolution", "336 pixels", changes=("resolution=336",)),
+    AblationRow("tokens", "9 tokens alone", changes=("tokens=9",)),
+    AblationRow("tokens", "25 tokens alone", changes=("tokens=25",)),
+    AblationRow("tokens", "49 tokens alone", changes=("tokens=49",)),
+    AblationRow("tokens", "64 tokens alone", changes=("tokens=64",)),
     AblationRow("rate", "half the rate", changes=("lr=7e-4",)),
     AblationRow("rate", "twice the rate", changes=("lr=2.8e-3",)),
 )
@@ -72,28 +79,37 @@ def command(row: AblationRow, seed: int, teacher: str, data: list[str], views: i
     return [*line, "--set", "views_per_photo=1", "--views", str(views), "--seed", str(seed), "--out", str(out / f"{row.slug}-seed{seed}")]
 
 
-def finished(row: AblationRow, seeds: list[int], out: Path) -> list[tuple[float, float]]:
-    """Held-out centred cosines (embedding, tokens) of the row's finished runs."""
-    found = []
+def finished(row: AblationRow, seeds: list[int], out: Path) -> dict[int, tuple[float, float]]:
+    """Held-out centred cosines (embedding, tokens) of the row's finished runs, by seed."""
+    found = {}
     for seed in seeds:
         path = out / f"{row.slug}-seed{seed}" / "training.json"
         if path.exists():
             last = [entry for entry in json.loads(path.read_text())["history"] if "eval_cosine" in entry][-1]
-            found.append((last["eval_cosine"], last["eval_token_cosine"]))
+            found[seed] = last["eval_cosine"], last["eval_token_cosine"]
     return found
 
 
 def table(rows: tuple[AblationRow, ...], seeds: list[int], out: Path) -> str:
-    """Markdown: mean and spread (largest minus smallest) over the seeds that are finished."""
-    lines = ["| | row | changed | seeds | embedding | spread | tokens | spread |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    """Markdown: GMACs of the student, and of the seeds that are finished mean, spread (largest minus smallest) and the mean difference to
+    the reference of the same seeds."""
+    columns = ["", "row", "changed", "GMACs", "seeds"]
+    for side in ("embedding", "tokens"):
+        columns += [side, "spread", "to reference"]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
+    reference = finished(rows[0], seeds, out)
     for row in rows:
         values = finished(row, seeds, out)
-        cells = ["", "", "", ""]
+        cells = [""] * 7
         if values:
-            each = list(zip(*values, strict=True))
-            cells = [f"{number:.3f}" for side in each for number in (statistics.fmean(side), max(side) - min(side))]
+            config = json.loads((out / f"{row.slug}-seed{next(iter(values))}" / "config.json").read_text())
+            cells = [f"{count_macs(SparseFormerConfig.from_dict(config)).total / 1e9:.2f}"]
+            for side, each in enumerate(zip(*values.values(), strict=True)):
+                paired = [values[seed][side] - reference[seed][side] for seed in values if seed in reference]
+                cells += [f"{statistics.fmean(each):.3f}", f"{max(each) - min(each):.3f}"]
+                cells.append(f"{statistics.fmean(paired):+.3f}" if paired and row is not rows[0] else "")
         changed = ", ".join([f"`--recipe {row.recipe}`", *(f"`--set {change}`" for change in row.changes)])
-        lines.append(f"| {row.group} | {row.name} | {changed} | {len(values)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.group} | {row.name} | {changed} | {cells[0]} | {len(values)} | {' | '.join(cells[1:])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -102,7 +118,7 @@ def main(
     data: Annotated[list[str], typer.Option(help="As of sparse-vlm bootstrap.")],
     only: Annotated[list[str] | None, typer.Option(help="Groups of rows; repeat it. All unless given.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeat it. [default: 0, 1, 2]")] = None,
-    views: Annotated[int, typer.Option(help="Views of each run: at 8,000 the table takes about six hours of two cores.", min=32)] = 8000,
+    views: Annotated[int, typer.Option(help="Views of each run.", min=32)] = 3200,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of table.md.")] = Path("build/ablation"),
     threads: Annotated[int, typer.Option(help="CPU threads of a run.", min=1)] = 1,
     show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,

@@ -4,7 +4,8 @@ Shape legend: P photos, V views of each, N student tokens, d width, E embedding.
 The teacher costs more than the student; with the views cached, an epoch over them costs the student alone.
 
 Notable: each view of all photos is two float16 arrays that are filled in order, and a counter that is moved forward only after the rows
-before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are there. A
+before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are there. Where
+another run has kept all patches of these views, averages over cells are taken from them and the teacher is not asked again. A
 json ties them to teacher, photos and cells; a cache of another teacher is never mistaken for this one. Photos that cannot be read are
 noted beside the rows and left out of training.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch import Tensor
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.files import write_text
+from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.teacher import Teacher
 
@@ -60,8 +63,8 @@ class TeacherCache(ViewSet):
         # in this order since the first cache: their folders are named after it
         order = ("teacher", "photos", "keys", "seed", "crop", "rois", "size")
         self.meta = {key: ({"teacher": teacher.fingerprint(), "rois": cells} | known)[key] for key in order}
-        name = hashlib.sha256(json.dumps(self.meta).encode()).hexdigest()[:16]
-        self.folder = folder / name
+        self.folder = folder / _name(self.meta)
+        self._all_patches = folder / _name({**self.meta, "rois": "patches"})
         if owner:
             write_text(self.folder / "meta.json", json.dumps(self.meta, indent=1))
         while not owner and self.done < len(self):
@@ -103,6 +106,31 @@ class TeacherCache(ViewSet):
         both = self._embeds[view][index], self._patches[view][index]
         return torch.from_numpy(both[0].astype(np.float32)), torch.from_numpy(both[1].astype(np.float32))
 
+    def _average_kept_patches(self, on_rows: Callable[[int], None] = lambda rows: None, batch_size: int = 64) -> None:
+        """Fill what is missing of views whose patches are all on disk, kept by a run whose student has no cells of its own.
+
+        Args:
+            on_rows: called with the number of rows just finished.
+        """
+        count = len(self.photos)
+        for view in range(self.views if self.rois is not None else 0):
+            start, kept = self._done(view), self._all_patches / f"rows_done-{view}"
+            if start == count or not kept.exists() or int(kept.read_text()) < count:
+                continue
+            embeds, patches = (np.load(self._all_patches / f"{name}-{view}.npy", mmap_mode="r") for name in ("embeds", "patches"))
+            grid = math.isqrt(patches.shape[1])
+            weights = roi_average_weights(self.rois, grid, grid)
+            noted = self._all_patches / "unreadable.json"
+            if noted.exists():
+                self.unreadable |= {int(i): why for i, why in json.loads(noted.read_text()).items()}
+            self._embeds[view][start:] = embeds[start:]
+            while start < count:
+                stop = min(start + batch_size, count)
+                self._patches[view][start:stop] = (weights @ torch.from_numpy(patches[start:stop].astype(np.float32))).numpy()
+                on_rows(stop - start)
+                start = stop
+            self._commit(view, count)
+
     def fill(
         self,
         teacher: Teacher,
@@ -116,6 +144,7 @@ class TeacherCache(ViewSet):
             batch_size: small on a CPU, where in bfloat16 a ViT of 257 tokens takes a quarter less a view on two cores at 8 than at 32.
             on_rows: called with the number of rows just finished.
         """
+        self._average_kept_patches(on_rows)
         if self.done == len(self):
             return
         ask = LiveTeacher(teacher, self.rois, device)
@@ -159,3 +188,7 @@ class TeacherCache(ViewSet):
         embeds = torch.from_numpy(np.array(self._embeds[0][rows], dtype=np.float32))
         patches = torch.from_numpy(np.array(self._patches[0][rows], dtype=np.float32))
         return embeds.mean(0), patches.mean((0, 1))
+
+
+def _name(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16]
