@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,12 +125,44 @@ class SparseFormer(nn.Module):
         Raises:
             ValueError: pixels of another shape, a number of tokens that the tower was not made for, or no region of a picture.
         """
+        rois_per_unit: list[Tensor] | None = [] if output_rois else None
+        points: list[Tensor] | None = [] if output_rois else None
+        for after in self.run_units(pixels, num_tokens, region, points):
+            if rois_per_unit is not None:
+                rois_per_unit.append(after[1])
+        x, rois = after
+        tokens = self.norm(x)
+        if self.config.head == "cls":
+            embeds = self.proj(tokens[:, 0])
+        elif self.pool is not None:
+            embeds = self.proj(self.pool(tokens))
+        else:
+            embeds = self.proj(self.norm(x.mean(dim=1)))
+        seen = None if points is None else tuple(points)
+        return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
+
+    def run_units(
+        self,
+        pixels: Tensor,
+        num_tokens: int | None = None,
+        region: tuple[float, float, float, float] | Tensor | None = None,
+        points_seen: list[Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Look at pictures, unit by unit: tokens (B, N, d), not normalised, and RoIs (B, n, 4) after each.
+
+        Args:
+            pixels, num_tokens, region: as `forward` takes them.
+            points_seen: when given, the sampling points of each look (B, n, P, 2) are appended to it.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < 8:
             raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (B, 3, h, w) with h and w of at least 8")
         batch = pixels.shape[0]
         pixels = pixels.to(next(self.norm.parameters()).dtype)  # RoIs stay float32 in a bfloat16 tower
         # sampling points are collected on the way, and would be twice
-        again = self.grad_checkpointing and torch.is_grad_enabled() and not output_rois
+        again = self.grad_checkpointing and torch.is_grad_enabled() and points_seen is None
         run = partial(checkpoint, use_reentrant=False) if again else _call
         feature_map = None if self.feat_extractor is None else run(self.feat_extractor, pixels)
         # coordinates stay float32 in a bfloat16 tower as well
@@ -144,8 +176,6 @@ class SparseFormer(nn.Module):
             x = self.glance(pixels, initial, rois)
         else:
             x = self.initial_embedding.weight.expand(batch, initial.shape[-2], -1)
-        rois_per_unit: list[Tensor] | None = [] if output_rois else None
-        points: list[Tensor] | None = [] if output_rois else None
         index = 0
         for layer in self.layers:
             if not isinstance(layer, Unit):
@@ -155,19 +185,9 @@ class SparseFormer(nn.Module):
                 x = torch.cat([self.cls_embedding.weight.expand(batch, 1, -1).to(x.dtype), x], dim=1)
             if index == 0 and self.glance is not None:
                 x = self.glance.norm_pre(x)
-            x, rois = run(layer, x, rois, feature_map, points)
-            if rois_per_unit is not None:
-                rois_per_unit.append(rois)
+            x, rois = run(layer, x, rois, feature_map, points_seen)
+            yield x, rois
             index += 1
-        tokens = self.norm(x)
-        if self.config.head == "cls":
-            embeds = self.proj(tokens[:, 0])
-        elif self.pool is not None:
-            embeds = self.proj(self.pool(tokens))
-        else:
-            embeds = self.proj(self.norm(x.mean(dim=1)))
-        seen = None if points is None else tuple(points)
-        return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
 
     def initial_rois(self, num_tokens: int | None = None, aspect: float = 1.0) -> Tensor:
         """Where tokens begin, (n, 4) float32.
