@@ -111,7 +111,18 @@ def sample_bilinear(feature_map: Tensor, points: Tensor, padding: Padding = "bor
     return values.permute(0, 2, 3, 1).to(feature_map.dtype)
 
 
-def crop_rois(picture: Tensor, rois: Tensor, size: int) -> Tensor:
+def crop_samples(rois: Tensor, height: int, width: int, size: int) -> int:
+    """Samples a side that each pixel of a crop is the mean of, so that the largest of the RoIs skips nothing.
+
+    Args:
+        rois: (..., 4) relative to a picture of height x width pixels.
+        size: pixels a side of a crop.
+    """
+    sides = (rois[..., 2:] - rois[..., :2]).detach().abs() * rois.new_tensor([width, height])
+    return max(1, math.ceil(sides.max().item() / size - 1e-3))
+
+
+def crop_rois(picture: Tensor, rois: Tensor, size: int, samples: int | None = None) -> Tensor:
     """Scale what lies in each RoI to `size` x `size` pixels.
 
     Where a RoI holds more pixels than that, each pixel of the result is the mean of several samples, so that detail is averaged and not
@@ -120,14 +131,12 @@ def crop_rois(picture: Tensor, rois: Tensor, size: int) -> Tensor:
     Args:
         picture: (B, 3, H, W).
         rois: (B, N, 4) relative to the picture.
+        samples: `crop_samples` of these RoIs, where it was counted before.
 
     Returns:
         (B, N, 3, size, size) in the dtype of `picture`.
     """
-    height, width = picture.shape[-2:]
-    with torch.no_grad():
-        sides = (rois[..., 2:] - rois[..., :2]).abs() * rois.new_tensor([width, height])
-        samples = max(1, math.ceil(sides.max().item() / size - 1e-3))
+    samples = samples or crop_samples(rois, *picture.shape[-2:], size)
     steps = (torch.arange(size * samples, device=rois.device, dtype=torch.float32) + 0.5) / (size * samples) - 0.5
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).view(1, 1, -1, 2)
     values = sample_bilinear(picture, points_in_rois(rois.float(), offsets)).mT  # (B, N, 3, points)

@@ -67,6 +67,8 @@ class Glance(nn.Module):
     def __init__(self, config: GlanceConfig, width: int, ln_eps: float) -> None:
         super().__init__()
         self.config = config
+        # counted from the RoIs at each call; whoever traces the tower counts before, because nothing in a trace can depend on values
+        self.samples: int | None = None
         self.patch_embed = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(config.grid**2, width))
         self.norm_pre = nn.LayerNorm(width, eps=ln_eps) if config.norm_pre else nn.Identity()
@@ -80,7 +82,7 @@ class Glance(nn.Module):
         """
         positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (..., n, G * G)
         if self.config.kind == "crop":
-            crops = crop_rois(pixels, seen, self.config.patch_size)
+            crops = crop_rois(pixels, seen, self.config.patch_size, self.samples)
             patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
             return patches + positions.to(patches.dtype) @ self.pos_embed
         side = self.config.patch_size * self.config.grid
