@@ -14,6 +14,7 @@ FOLDERS = {"sparse_vlm": "sparse_vlm", "train": "sparse_vlm.train", "eval": "spa
 # (importer, imported) and why it may look upward.
 UPWARD = {
     ("vlm", "hosts"): "registers the tower with transformers' Auto classes when a VLM is made",
+    ("tower", "hosts"): "`for_open_clip` wraps the tower when it is called; the wrapper needs torch alone",
 }
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from sparse_vlm.geometry import grid_rois, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig
 from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
 from sparse_vlm.tower.released import load_strictly
+
+if TYPE_CHECKING:
+    from sparse_vlm.hosts.open_clip import OpenClipVisual
 
 
 class SparseFormerOutput(NamedTuple):
@@ -225,6 +228,19 @@ class SparseFormer(nn.Module):
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""
         return self(pixels).last_hidden_state[:, -self.config.visual_tokens :]
+
+    def for_open_clip(self, model: nn.Module | None = None) -> OpenClipVisual:
+        """This tower as an image tower of open_clip: `model.visual = tower.for_open_clip(model)`.
+
+        Args:
+            model: of open_clip; when given, it is checked that the tower can stand in it.
+
+        Raises:
+            UserError: its text side has another embedding width, or its pictures are normalised otherwise.
+        """
+        from sparse_vlm.hosts.open_clip import adapt
+
+        return adapt(self, model)
 
     @classmethod
     def from_released(cls, config: SparseFormerConfig, state_dict: Mapping[str, Tensor]) -> SparseFormer:
