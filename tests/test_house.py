@@ -95,6 +95,8 @@ def test_core_imports_without_what_only_extras_install():
         "skimage",
         "datasets",
         "webdataset",
+        "onnxscript",
+        "onnxruntime",
     ]
     core = [name for name in MODULES if name.split(".")[1:2] not in (["train"], ["eval"])]
     python(BLOCK.format(absent=absent) + "\n".join(f"import {name}" for name in core))
@@ -113,7 +115,7 @@ def required(extra: str | None) -> set[str]:
 
 def test_everything_imported_is_declared():
     core, extras = required(None), required("train") | required("eval")
-    asked_for = extras | required("hub") | required("deepspeed")
+    asked_for = extras | required("hub") | required("deepspeed") | required("export")
     undeclared = set()
     for name, path in MODULES.items():
         allowed = core | extras if name.split(".")[1:2] in (["train"], ["eval"]) else core
