@@ -2,7 +2,8 @@
 
 Shape legend: B pictures, N tokens a picture, d width of the tower, D width of the LLM.
 On disk it is `vlm.json`, `projector.safetensors`, and what training changed in the LLM: PEFT's `adapter_config.json` and
-`adapter_model.safetensors`, or `llm.safetensors` after full training. Tower and LLM are named, not copied.
+`adapter_model.safetensors`, or `llm.safetensors` after full training; in the tower: a folder `tower_adapter` of the same two files, or
+`tower.safetensors`. Tower and LLM are named, not copied. `vlm.json` says under `holds` which of these there are.
 
 Notable: `VLM.model` is the stock `LlavaForConditionalGeneration` and `VLM.processor` the stock `LlavaProcessor`; both save and load without
 this class. Adapters are folded into the LLM's weights for use and stay at hand for saving.
@@ -11,8 +12,7 @@ this class. Adapters are folded into the LLM's weights for use and stay at hand 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,17 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.llm import load_llm
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.vlm import adapters
 from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
 
 FORMAT = "sparse-vlm/vlm/1"
+TOWER_ADAPTER = "tower_adapter"  # PEFT's folder of the tower's
+# Where the parts' tensors stand in `VLM.model`, and the file of each. An LLM whose head is not its table of embeddings has that as well.
+TENSORS = {"projector": "model.multi_modal_projector.", "llm": "model.language_model.", "tower": "model.vision_tower.tower."}
+HEAD = "lm_head.weight"
 
 
 class VLM:
@@ -44,8 +49,9 @@ class VLM:
         processor: the stock `LlavaProcessor`; its chat template is the LLM's own, extended to pictures.
         renderer: conversations to tokens and label masks.
         tower_name, llm_name: what tower and LLM were loaded by.
-        peft: PEFT's wrapper around `model` when the LLM has adapters, else None.
-        llm_changed: whether the LLM's own weights were trained and are saved with the model.
+        peft, tower_peft: PEFT's wrapper around `model` when the LLM has adapters, and around `tower` when that has; else None.
+        llm_changed, tower_changed: whether its own weights were trained and are saved with the model.
+        quantized: `4bit` or `8bit` when the LLM's weights are held so, else None.
         new_projector: whether the projector has learnt nothing yet; whoever trains it by other means than ours sets it to False.
     """
 
@@ -53,7 +59,9 @@ class VLM:
         self.model, self.processor = model, processor
         self.tower_name, self.llm_name = tower_name, llm_name
         self.peft: Any = None
-        self.llm_changed = False
+        self.tower_peft: Any = None
+        self.llm_changed = self.tower_changed = False
+        self.quantized: str | None = None
         self.new_projector = True
         self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tower.config.visual_tokens)
         self._memory = Memory()
@@ -198,35 +206,51 @@ class VLM:
             others = {} if num_tokens is None and new_tower is None else {"tokens": shape["tokens"]}
             if shape != vlm._shape() | others:
                 raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {new_tower or tower} and LLM {llm} are {vlm._shape()}")
-            vlm._load(vlm.projector, folder / "projector.safetensors")
-        if (folder / "llm.safetensors").is_file():
-            vlm._load(vlm.model.model.language_model, folder / "llm.safetensors")
+            vlm._load("projector", folder)
+        held = described.get("holds", {"tower": "as named", "llm": _llm_of_files(folder)})
+        if held["llm"] == "tuned":
             vlm.llm_changed = True
-        if (folder / "adapter_config.json").is_file():
-            vlm._load_adapters(folder, fold)
+            vlm._load("llm", folder)
+        elif held["llm"] == "adapters":
+            vlm.peft = adapters.read(vlm.model, folder, trainable=not fold)
+        if new_tower is None and held["tower"] == "tuned":
+            vlm.tower_changed = True
+            vlm._load("tower", folder)
+        elif new_tower is None and held["tower"] == "adapters":
+            vlm.tower_peft = adapters.read(vlm.tower, folder / TOWER_ADAPTER, trainable=not fold)
+        for peft in (vlm.peft, vlm.tower_peft):
+            if peft is not None and fold:
+                peft.merge_adapter()
+        vlm.model.eval()
         return vlm
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, tower: str | None = None) -> None:
+    def save_pretrained(
+        self, path: str | Path, dtype: torch.dtype | None = None, tower: str | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write the folder that `from_pretrained` loads.
 
         Args:
-            dtype: store projector and adapters so; as they are by default.
+            dtype: store projector, adapters and what was tuned so; as they are by default.
             tower: name of the tower to record instead of what it was loaded by, such as its name in the zoo.
+            tensors: `own_tensors` as they are to be written, where the model itself is spread over processes.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.projector.state_dict(), folder / "projector.safetensors", dtype)
-        if self.llm_changed:
-            write_tensors(self.model.model.language_model.state_dict(), folder / "llm.safetensors", dtype)
+        tensors = self.own_tensors() if tensors is None else tensors
+        for part in ("projector", *["llm"] * self.llm_changed, *["tower"] * self.tower_changed):
+            write_tensors(self._part(part, tensors), folder / f"{part}.safetensors", dtype)
         if self.peft is not None:
-            from peft import get_peft_model_state_dict
-
-            config = self.peft.peft_config["default"]
-            config.base_model_name_or_path = self.llm_name
-            config.inference_mode = True
-            config.save_pretrained(str(folder))
-            write_tensors(get_peft_model_state_dict(self.peft, save_embedding_layers=False), folder / "adapter_model.safetensors", dtype)
+            adapters.write(self.peft, folder, tensors, self.llm_name, dtype)
+        if self.tower_peft is not None:
+            prefix = TENSORS["tower"]
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            adapters.write(self.tower_peft, folder / TOWER_ADAPTER, own, self.tower_name, dtype)
         described = {"format": FORMAT, "tower": tower or self.tower_name, "llm": self.llm_name, "projector": self._shape()}
+        described["holds"] = {
+            "tower": _held(self.tower_changed, self.tower_peft),
+            "projector": "new" if self.new_projector else "trained",
+            "llm": _held(self.llm_changed, self.peft),
+        }
         if self.tower.config.budgets is not None:
             described["num_tokens"] = self.tower.config.num_latent_tokens
         if self.new_projector:
@@ -240,41 +264,37 @@ class VLM:
             "llm_width": self.model.config.text_config.hidden_size,
         }
 
-    def _load(self, module: torch.nn.Module, path: Path) -> None:
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What a folder holds of the model, by names in `model`: projector, adapters, and LLM or tower where they were tuned themselves."""
+        kept = (TENSORS["projector"], *[TENSORS["llm"]] * self.llm_changed, *[TENSORS["tower"]] * self.tower_changed)
+        state = self.model.state_dict(keep_vars=True)
+        own = {name: tensor for name, tensor in state.items() if name.startswith(kept) or "lora_" in name}
+        if self.llm_changed and self.model.lm_head.weight is not self.model.get_input_embeddings().weight:
+            own[HEAD] = state[HEAD]
+        return own
+
+    def _part(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A part's tensors by the names in its file."""
+        prefix = TENSORS[part]
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return {**own, HEAD: tensors[HEAD]} if part == "llm" and HEAD in tensors else own
+
+    @torch.no_grad()
+    def _load(self, part: str, folder: Path) -> None:
+        path = folder / f"{part}.safetensors"
         state = read_tensors(path)
-        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        check_tensors(path, expected, state)
-        with torch.no_grad():
-            for name, tensor in module.state_dict().items():
-                tensor.copy_(state[name])
+        own = self._part(part, self.own_tensors())
+        check_tensors(path, {name: tuple(tensor.shape) for name, tensor in own.items()}, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
     def add_adapters(self, rank: int, seed: int = 0) -> None:
         """Give every linear layer of the LLM a fresh LoRA adapter of this rank, trainable and without effect."""
-        from peft import LoraConfig
+        self.peft = adapters.fresh(self.model, adapters.language_layers(self.model), rank, seed, task="CAUSAL_LM")
 
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_layers(self.model), lora_dropout=0.0, task_type="CAUSAL_LM")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.peft = _with_adapters(self.model, config)
-
-    def _load_adapters(self, folder: Path, fold: bool) -> None:
-        from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = fold
-        config.base_model_name_or_path = None
-        self.peft = _with_adapters(self.model, config)
-        path = folder / "adapter_model.safetensors"
-        state = read_tensors(path)
-        check_tensors(
-            path,
-            {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self.peft, save_embedding_layers=False).items()},
-            state,
-        )
-        set_peft_model_state_dict(self.peft, state)
-        if fold:
-            self.peft.merge_adapter()
-        self.model.eval()
+    def add_tower_adapters(self, rank: int, seed: int = 0) -> None:
+        """The same for the tower's units."""
+        self.tower_peft = adapters.fresh(self.tower, adapters.tower_layers(self.tower), rank, seed)
 
     # ---- use
 
@@ -333,19 +353,13 @@ class VLM:
             raise UserError(f"the conversation is too long: {tokens} tokens with its answer, the model reads {limit}; start a new one")
 
 
-def _with_adapters(model: LlavaForConditionalGeneration, config: Any) -> Any:
-    """PEFT's wrapper, without its warning about a property that transformers has renamed since."""
-    from peft import get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+def _held(changed: bool, peft: Any) -> str:
+    return "tuned" if changed else "as named" if peft is None else "adapters"
 
 
-def _linear_layers(model: LlavaForConditionalGeneration) -> str:
-    """A pattern for PEFT: every linear layer of the LLM, none of tower and projector."""
-    names = {name.rpartition(".")[2] for name, module in model.model.language_model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return rf".*language_model\..*\.({'|'.join(sorted(names))})"
+def _llm_of_files(folder: Path) -> str:
+    """What a folder holds of the LLM that does not say so."""
+    return _held((folder / "llm.safetensors").is_file(), (folder / "adapter_config.json").is_file() or None)
 
 
 @torch.no_grad()
