@@ -198,6 +198,16 @@ def test_bfloat16_keeps_coordinates_in_float32() -> None:
     assert torch.nn.functional.cosine_similarity(out.last_hidden_state.float().flatten(), plain.flatten(), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_initial_rois_stay_float32_whatever_the_tower_is_turned_into(dtype: torch.dtype) -> None:
+    tower = small()
+    rois = tower.initial_roi.weight.detach().clone()
+    assert not torch.equal(rois.to(dtype).float(), rois), "a grid that the dtype holds exactly shows nothing"
+    holder = torch.nn.ModuleList([tower]).to("cpu", dtype)
+    assert holder[0].norm.weight.dtype == dtype
+    assert torch.equal(holder[0].initial_roi.weight, rois)
+
+
 def test_own_recipes_have_no_twins() -> None:
     for count in (1, 2, 9, 48, 49, 63, 64):
         rois = grid_rois(count)

@@ -105,6 +105,15 @@ class SparseFormer(nn.Module):
         """The units in order, without the transitions between them."""
         return [layer for layer in self.layers if isinstance(layer, Unit)]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseFormer:
+        """What `to`, `half` and `cuda` go through: the initial RoIs change device and stay float32; bfloat16 resolves one pixel in 256."""
+        rois = self.initial_roi.weight.data
+        super()._apply(fn, recurse)
+        weight = self.initial_roi.weight
+        if weight.dtype != rois.dtype:
+            weight.data = rois.to(weight.device)
+        return self
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the map and each unit's inputs for the backward pass, and compute the rest again there: memory for a third more time."""
         self.grad_checkpointing = enable
@@ -303,10 +312,7 @@ class SparseFormer(nn.Module):
             load_strictly(tower, state, str(name_or_path))
         except ValueError as error:
             raise UserError(str(error)) from error
-        rois = tower.initial_roi.weight.data
-        tower = tower.to(dtype).eval()
-        tower.initial_roi.weight.data = rois
-        return tower
+        return tower.to(dtype).eval()
 
 
 def _call(module: Callable[..., Any], *inputs: Any) -> Any:
