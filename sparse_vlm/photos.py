@@ -30,7 +30,10 @@ class PhotoError(UserError):
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo: where its bytes lie and what is known about it (`info`, the json beside it; empty for plain files)."""
+    """One photo: where its bytes lie and what is known about it (`info`, the json beside it; empty for plain files).
+
+    A size of -1 says that there is no such file.
+    """
 
     key: str
     source: Path
@@ -48,9 +51,15 @@ class Photo:
         """The decoded RGB picture, upright by its EXIF orientation.
 
         Raises:
-            PhotoError: not an image, truncated, or above `MAX_PIXELS`.
+            PhotoError: not there, not an image, truncated, or above `MAX_PIXELS`.
         """
-        return decode_image(self.read(), name=f"{self.source.name}:{self.key}")
+        # members of a tar stand behind a header
+        name = f"{self.source.name}:{self.key}" if self.offset else str(self.source)
+        try:
+            data = self.read()
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            raise PhotoError(f"{name}: {_why(error)}") from None
+        return decode_image(data, name)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -92,13 +101,18 @@ def load_image(path: str | Path) -> Image.Image:
     path = Path(path)
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise PhotoError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise PhotoError(f"{path}: is a folder, not an image") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise PhotoError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise PhotoError(f"{path}: {_why(error)}") from None
     return decode_image(data, name=str(path))
+
+
+def _why(error: OSError | ValueError) -> str:
+    """Why a file cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not an image"
+    return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
 class PhotoSet(Sequence[Photo]):

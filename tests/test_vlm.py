@@ -11,8 +11,9 @@ import torch
 from tiny_vlm import ask, picture, save_llm, save_tower, tower_config
 
 from sparse_vlm.cli.train import train as train_command
+from sparse_vlm.data.corpus import Corpus
 from sparse_vlm.data.samples import TokenBank, arrange, build_samples
-from sparse_vlm.data.talks import MIXES, Talk, clean_caption, llava_talks, photo_talks
+from sparse_vlm.data.talks import MIXES, Talk, clean_caption, photo_talks
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.tower import SparseFormer, UnitConfig
@@ -308,36 +309,11 @@ def test_visits_differ_and_repeat_by_seed(tmp_path):
     assert talks == photo_talks(photos, MIXES["instruct"], visits=2)
 
 
-def test_llava_json(tmp_path):
-    picture("red").save(tmp_path / "red.png")
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A wall."}]
-    path = tmp_path / "data.json"
-
-    def read(*samples):
-        path.write_text(json.dumps(samples))
-        return llava_talks(path, tmp_path)
-
-    talks = read(
-        {"id": "1", "image": "red.png", "conversations": turns}, {"id": "2", "conversations": [{**turns[0], "value": "Hi"}, turns[1]]}
-    )
-    assert talks[0].conversations[0] == (user("What is it?", 1), assistant("A wall."))
-    assert talks[0].photos[0].load().size == (48, 40)
-    assert talks[1].photos == ()
-    with pytest.raises(UserError, match=r"data.json:0 \(id 9\): .*gone.png: no such picture"):
-        read({"id": "9", "image": "gone.png", "conversations": turns})
-    with pytest.raises(UserError, match="turn 0 is from 'gpt'; human and gpt must alternate"):
-        read({"id": "9", "image": "red.png", "conversations": turns[::-1]})
-    with pytest.raises(UserError, match="1 <image> marks for 0 pictures"):
-        read({"id": "9", "conversations": turns})
-    with pytest.raises(UserError, match="'conversations' is missing"):
-        read({"id": "9"})
-
-
 def test_wrong_placeholders_name_the_sample(vlm, tmp_path):
     [photo] = photos_of(tmp_path, ["red"])
     talk = Talk("red one", (photo,), ((user("What?"), assistant("A wall.")),))
     with pytest.raises(UserError, match="red one: 0 image placeholders, but 1 pictures give 5 tokens"):
-        build_samples([talk], vlm.renderer)
+        build_samples(Corpus.of([talk]), vlm.renderer)
 
 
 def test_bank_keeps_what_the_tower_says(vlm, tmp_path):
@@ -361,11 +337,11 @@ def learn(parts, folder, stage: Stage, rank, init=None, max_steps=None, visits=1
     """A short run as the command makes it."""
     vlm = VLM.from_pretrained(init, dtype=torch.float32, fold=False) if init else VLM.build(*parts, dtype=torch.float32)
     photos = photos_of(folder.parent, ["red", "blue", "green", "yellow"])
-    samples, used = build_samples(photo_talks(photos, MIXES["instruct"], visits), vlm.renderer)
-    samples = arrange(samples, 4)
+    corpus = Corpus.of(photo_talks(photos, MIXES["instruct"], visits))
+    samples = arrange(build_samples(corpus, vlm.renderer), 4)
     groups = prepare(vlm, stage, rank)
-    bank = TokenBank(folder.parent / "cache", vlm.tower, used)
-    bank.fill(range(len(used)))
+    bank = TokenBank(folder.parent / "cache", vlm.tower, corpus.photos)
+    bank.fill(range(len(corpus.photos)))
     settings = {"stage": "test", "steps": len(samples) // 4}
     return vlm, train(vlm, groups, stage, samples, bank, folder, settings, max_steps)
 
@@ -397,10 +373,10 @@ def test_a_stage_of_the_projector_alone_bears_batches_without_pictures(parts, tm
     vlm = VLM.build(*parts, dtype=torch.float32)
     groups = prepare(vlm, STAGES["align"], lora_rank=None)
     talks = [Talk(f"{i}", (), ((user("Say yes."), assistant("Yes.")),)) for i in range(4)]
-    samples, photos = build_samples(talks, vlm.renderer)
+    samples = build_samples(Corpus.of(talks), vlm.renderer)
     before = [parameter.clone() for parameter in vlm.projector.parameters()]
     bank = TokenBank(tmp_path / "cache", vlm.tower, photos_of(tmp_path, ["red"]))
-    assert not photos and train(vlm, groups, STAGES["align"], samples, bank, tmp_path / "run", {"stage": "test"})
+    assert train(vlm, groups, STAGES["align"], samples, bank, tmp_path / "run", {"stage": "test"})
     assert all(torch.equal(one, other) for one, other in zip(before, vlm.projector.parameters(), strict=True))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_vlm import picture, save_llm, save_tower
 
+from sparse_vlm.data.corpus import Corpus
 from sparse_vlm.data.samples import build_samples
 from sparse_vlm.data.talks import Talk
 from sparse_vlm.data.words import words_about
@@ -56,25 +57,24 @@ def talks_about_colors(folder, count: int) -> list[Talk]:
 
 def test_words_are_single_tokens_that_tell_photos_apart(vlm, tmp_path):
     talks = [*talks_about_colors(tmp_path, 39), Talk("no photo", (), ((user("Hello"), assistant("A blue one.")),))]
-    samples, photos = build_samples(talks, vlm.renderer)
-    words = words_of(talks, samples, Vocabulary())
+    corpus = Corpus.of(talks)
+    words = words_of(corpus, Vocabulary())
     assert words.names == ("blue", "green", "red")  # always is said of all, "wall" and "thrice" are two tokens, "a" names nothing
     assert words.ids.tolist() == [75, 70, 65]
-    assert len(words.photos) == len(photos) == 39
+    assert len(words.photos) == len(corpus.photos) == 39
     assert words.said[0].tolist() == [0, 0, 1]
-    assert words_of(talks[:30], samples[:30], Vocabulary()).names == ()  # ten of each colour are too few
+    assert words_of(corpus.select(range(30)), Vocabulary()).names == ()  # ten of each colour are too few
 
 
 def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "BATCH", 8)
     monkeypatch.setattr(learning, "LEARNING_RATE", 1e-2)
     talks = talks_about_colors(tmp_path, 90)
-    samples, _ = build_samples(talks, vlm.renderer)
     # one token of five shows the color; an untrained tower would say the same of all walls
     generator = torch.Generator().manual_seed(1)
     bank = torch.randn(64, generator=generator) + 0.3 * torch.randn(90, 5, 64, generator=generator)
     bank[torch.arange(90), torch.arange(90) % 5] += torch.randn(3, 64, generator=generator)[torch.arange(90) % 3]
-    words = words_of(talks, samples, Vocabulary())
+    words = words_of(Corpus.of(talks), Vocabulary())
     vlm.projector.float().requires_grad_(True)
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
     seen: list[int] = []
@@ -106,9 +106,8 @@ def test_words_about_a_photo_are_what_is_there(tmp_path):
 
 def test_pictures_of_words_show_every_word(vlm, tmp_path):
     talks = talks_about_colors(tmp_path, 3)
-    samples, _ = build_samples(talks, vlm.renderer)
     embeddings = vlm.model.get_input_embeddings().weight
-    shown = WordPictures(vlm, talks, samples)[0]
+    shown = WordPictures(vlm, Corpus.of(talks))[0]
     assert shown.shape == (vlm.tokens_per_image, embeddings.shape[1])
     # the tokenizer of tests knows bytes: each word begins with a space
     assert {tuple(row) for row in shown.tolist()} == {tuple(embeddings[vlm.tokenizer.encode(" ")[0]].tolist())}
@@ -120,14 +119,15 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
     letters = ["x", "y", "z"] * 40
     talks = [Talk(letter, (Photo(f"{i}", tmp_path, i, 0),), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)]
-    samples, _ = build_samples(talks, vlm.renderer)
+    corpus = Corpus.of(talks)
+    samples = build_samples(corpus, vlm.renderer)
     stage = replace(STAGES["read"], lr_lora=2e-2, batch_size=4)
     groups = prepare(vlm, stage, lora_rank=8)
     assert {group.name: group.lr for group in groups} == {"tower": None, "projector": None, "LLM": None, "LLM adapters": 2e-2}
     fresh = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
 
     def last_loss(shown: list[str]) -> float:
-        pictures = WordPictures(vlm, talks, samples)
+        pictures = WordPictures(vlm, corpus)
         # this tokenizer begins every word with the same byte, and these are told by another
         pictures._ids = {i: vlm.tokenizer.encode(letter) for i, letter in enumerate(shown)}
         with torch.no_grad():

@@ -10,13 +10,11 @@ in the place of a photo's tokens. Neither tower nor projector takes part.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparse_vlm.data.samples import Sample
-from sparse_vlm.data.talks import Talk
+from sparse_vlm.data.corpus import Corpus
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
@@ -25,15 +23,14 @@ class WordPictures:
     """For each photo N embeddings of words that are said about it, all of them where they fit, in random order: (N, D).
 
     Args:
-        talks: each with a word about its photo.
-        samples: of the talks, in the same order.
+        talks: each with a word about its photos.
         seed: of the order.
     """
 
-    def __init__(self, vlm: VLM, talks: Sequence[Talk], samples: Sequence[Sample], seed: int = 0) -> None:
+    def __init__(self, vlm: VLM, talks: Corpus, seed: int = 0) -> None:
         self._embeddings = vlm.model.get_input_embeddings().weight.detach()
         self._tokens, self._seed = vlm.tokens_per_image, seed
-        said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(talks, samples).items()}
+        said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(talks).items()}
         # a word of several tokens is known by its first
         first = {word: vlm.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for words in said.values() for word in words}
         self._ids = {photo: sorted({first[word] for word in words}) for photo, words in said.items()}

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.data.samples import Sample, TokenBank
-from sparse_vlm.data.talks import Talk
+from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.samples import TokenBank
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
+MAX_TALKS = 50_000  # that words are taken from
 MIN_PHOTOS = 12  # that a word must be said of
 MAX_SHARE = 0.5  # of all photos; a word that is said of more says little of any
 HELD_OUT_ONE_IN = 20
@@ -52,13 +53,9 @@ class Words:
     said: Tensor
 
 
-def words_of(talks: Sequence[Talk], samples: Sequence[Sample], tokenizer: object) -> Words:
-    """Words that are said about photos, where the LLM knows them as one token.
-
-    Args:
-        samples: of the same talks, in the same order.
-    """
-    sentences = words_by_photo(talks, samples)
+def words_of(talks: Corpus, tokenizer: object) -> Words:
+    """Words that are said about photos, where the LLM knows them as one token; of many talks, some evenly from all say enough."""
+    sentences = words_by_photo(talks.select(range(0, len(talks), -(-len(talks) // MAX_TALKS))))
     spread = Counter(word for said in sentences.values() for word in set().union(*said))
     names, ids = [], []
     for word in sorted(word for word, count in spread.items() if MIN_PHOTOS <= count <= MAX_SHARE * len(sentences)):

@@ -11,7 +11,10 @@ import typer
 def train(
     data: Annotated[
         list[str],
-        typer.Option(help="Photos with captions or questions: tars, globs, URLs, hf:ORG/NAME:SPLIT, or a LLaVA json; repeatable."),
+        typer.Option(
+            help="Photos with captions or questions: tars, globs, URLs, hf:ORG/NAME:SPLIT; or a LLaVA json or jsonl. "
+            "Repeatable; =0.5 behind one takes half of it, =2 all of it twice."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
     stage: Annotated[str, typer.Option(help="read: the LLM, from words; align: the projector; instruct: both.")] = "align",
@@ -26,6 +29,9 @@ def train(
         bool, typer.Option("--keep-projector", help="With --init and --tower: keep the projector, for a tower of the same teacher.")
     ] = False,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
+    on_bad_image: Annotated[
+        str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey picture instead.")
+    ] = "raise",
     epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
     samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
@@ -49,6 +55,7 @@ def train(
     from rich.console import Console
 
     from sparse_vlm.cli.progress import counting
+    from sparse_vlm.data.pictures import ON_BAD_IMAGE
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
     from sparse_vlm.devices import own_device
@@ -64,6 +71,8 @@ def train(
         raise UserError("--keep-projector: says what becomes of the model's projector under another tower; give --init and --tower")
     if stage not in training.STAGES:
         raise UserError(f"--stage {stage}: no such stage; known are {', '.join(training.STAGES)}")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise UserError(f"--on-bad-image {on_bad_image}: unknown; known are {', '.join(ON_BAD_IMAGE)}")
     chosen = training.STAGES[stage]
     if lr is not None:
         chosen = dataclasses.replace(chosen, lr_projector=lr)
@@ -78,37 +87,33 @@ def train(
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
     console = Console(highlight=False, soft_wrap=True, quiet=not first)
-    talks, known = _talks(console, data, images, stage, epochs, seed)
+    talks = _talks(console, data, images, stage, epochs, seed)
     if chosen.pictures_of_words:
-        spoken = [talk for talk in talks if not talk.photos or words_about(talk)]
+        spoken = [index for index, talk in enumerate(talks) if not talk.photos or words_about(talk)]
         if not spoken:
             raise UserError(f"--stage {stage}: no word is said about any photo; give captions, or answers in words")
         if len(spoken) < len(talks):
             console.print(f"left out: {len(talks) - len(spoken):,} of {len(talks):,} samples, because no word is said about their photo")
-        talks = spoken
+        talks = talks.select(spoken)
     if samples is not None and samples < len(talks):
-        talks = random.Random(seed).sample(talks, samples)
+        talks = talks.select(random.Random(seed).sample(range(len(talks)), samples))
     device = own_device()
     if init:
         vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower, keep_projector=keep_projector, num_tokens=tokens)
     else:
         vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens)
     with console.status("rendering conversations and checking their label masks"):
-        in_order, photos = build_samples(talks, vlm.renderer, known)
-        built = arrange(in_order, chosen.batch_size, seed)
+        context = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
+        built = build_samples(talks, vlm.renderer, context, seed)
     groups = training.prepare(vlm, chosen, None if full else rank, seed)
-    _describe(console, talks, built, groups, vlm)
+    _describe(console, built, groups, vlm)
 
-    if chosen.pictures_of_words:
-        bank = WordPictures(vlm, talks, in_order, seed)
-    else:
-        bank = TokenBank(cache, vlm.tower, photos, owner=first)
-        wanted = [photo for sample in in_order for photo in sample.photos]
-        if missing := len(bank.missing(wanted)):
-            with counting(console, "looking", "photos", missing) as advance:
-                bank.fill(wanted, advance)
-        else:
-            console.print(f"tower's tokens: {len(set(wanted))} photos, all cached")
+    bank = None if chosen.pictures_of_words else TokenBank(cache, vlm.tower, talks.photos, owner=first)
+    built, bad = _look(console, built, bank, on_bad_image, out, first)
+    talks = built.talks
+    if bank is None:
+        bank = WordPictures(vlm, talks, seed)
+    built = arrange(built, chosen.batch_size, seed)
     settings = {
         "stage": stage,
         **dataclasses.asdict(chosen),
@@ -117,15 +122,18 @@ def train(
         "llm": vlm.llm_name,
         "init": init,
         "rank": None if full or chosen.lr_lora is None else rank,
-        "photos": len(photos),
+        "photos": len(talks.photos),
         "samples": len(built),
+        "data": talks.fingerprint(),
+        "on_bad_image": on_bad_image,
+        "bad_images": bad,
         "epochs": epochs,
         "max_steps": max_steps,
         "seed": seed,
         **({"keep_projector": True} if keep_projector else {}),
     }
     fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints")
-    if chosen.word_epochs and fresh and (words := words_of(talks, in_order, vlm.tokenizer)).names:
+    if chosen.word_epochs and fresh and (words := words_of(talks, vlm.tokenizer)).names:
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
             learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)
         if learnt:
@@ -135,41 +143,74 @@ def train(
             )
     if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed):
         console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
+        if bad:
+            console.print(f"of the pictures {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
     else:
         console.print(f"interrupted and saved; give the same command again to continue ({out})")
         raise typer.Exit(130)
 
 
-def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """What the data says, and the photos of its tars and folders."""
+def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> Any:
+    """What the data says, as a corpus."""
     from sparse_vlm.cli.progress import fetching
-    from sparse_vlm.data.talks import MIXES, llava_talks, photo_talks
-    from sparse_vlm.photos import PhotoSet
+    from sparse_vlm.data.corpus import read_corpus
+    from sparse_vlm.data.talks import MIXES
 
-    files = [pattern for pattern in data if pattern.endswith(".json")]
-    patterns = [pattern for pattern in data if not pattern.endswith(".json")]
-    with fetching(console) as on_progress:
-        photos = list(PhotoSet(patterns, on_progress)) if patterns else []
-    talks = photo_talks(photos, MIXES[stage], epochs, seed) if photos else []
-    for file in files:
-        talks += llava_talks(Path(file), images) * epochs
-    return talks, photos
+    with fetching(console) as on_fetched:
+        return read_corpus(data, images, MIXES[stage], epochs, seed, on_fetched)
 
 
-def _describe(console: Any, talks: list[Any], samples: list[Any], groups: list[Any], vlm: Any) -> None:
+def _look(console: Any, samples: Any, bank: Any, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:
+    """Let the tower look at what it has not seen yet; the samples that remain, and the pictures that cannot be used."""
+    from sparse_vlm.cli.progress import counting
+    from sparse_vlm.data.pictures import DECISIONS, settle
+    from sparse_vlm.errors import UserError
+
+    def look(wanted: Any, on_bad: Any) -> None:
+        if bank is None:
+            return
+        if missing := len(bank.missing(wanted)):
+            with counting(console, "looking", "photos", missing) as advance:
+                bank.fill(wanted, advance, on_bad)
+        else:
+            console.print(f"tower's tokens: {len(wanted)} photos, all cached")
+
+    bad = settle(samples.talks, on_bad_image, out, first, look)
+    kept = samples.without(bad) if on_bad_image == "skip" else samples
+    if not len(kept):
+        raise UserError(f"--on-bad-image skip: no sample is left, as {len(bad):,} pictures cannot be used; {out / DECISIONS} says why")
+    if bad:
+        done = f"{len(samples) - len(kept):,} of {len(samples):,} samples are left out" if on_bad_image == "skip" else "shown as grey"
+        console.print(f"bad images: {len(bad):,}, {done}; {out / DECISIONS} names all")
+        for why in list(bad.values())[:5]:
+            console.print(f"  {why}", markup=False)
+    if bank is not None:
+        bank.stand_in(bad)
+        bank.fill([photo for photo in kept.talks.wanted() if photo not in bad])
+    return kept, bad
+
+
+def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any) -> None:
     """What is learnt from, what learns, and one sample with its label mask."""
     from rich.markup import escape
     from rich.table import Table
 
     from sparse_vlm.data.samples import report
 
-    console.print("data: " + ", ".join(f"{number:,} {name}" for name, number in report(talks, samples).items()))
+    known = samples.counts.talks
+    about = (
+        ""
+        if known == len(samples)
+        else f", of the text by {known:,} samples (the others are rendered and checked when they are learnt from)"
+    )
+    console.print("data: " + ", ".join(f"{number:,} {name}" for name, number in report(samples).items()) + about)
     table = Table(box=None)
     for column in ("part", "tensors", "parameters", "learning rate"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for group in groups:
         table.add_row(group.name, str(len(group.parameters)), f"{group.size:,}", "frozen" if group.lr is None else f"{group.lr:g}")
     console.print(table)
-    shown = vlm.renderer.render(talks[0].conversations[-1], talks[0].name)
-    console.print(f"one conversation, [[what carries loss]] in brackets ({talks[0].name}):", markup=False)
+    talk = samples.talks[0]
+    shown = vlm.renderer.render(talk.conversations[-1], talk.name)
+    console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):", markup=False)
     console.print(escape(vlm.renderer.describe(shown)))

@@ -2,34 +2,42 @@
 
 Shape legend: N tokens a picture, d width of the tower.
 
-Notable: the tower is frozen and sees every photo as it is, so its tokens are computed once a photo and kept on disk, whatever the number of
-visits, stages and runs.
+Notable: a sample is rendered when it is asked for, and its label mask is checked each time, so that a set of any size starts at once; of a
+small set all are rendered ahead, so that a mistake shows before the first step. The tower is frozen and sees every photo as it is, so its
+tokens are computed once a photo and kept on disk, whatever the number of visits, stages and runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.pictures import blank
 from sparse_vlm.data.talks import Talk
-from sparse_vlm.photos import Photo
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm.prompts import Renderer, text_of
 from sparse_vlm.vlm.tree import TokenTree, merge
 
 BATCH = 32
+ALL_AHEAD = 20_000  # samples that are all rendered before the first step; of more, some at random
+SOME_AHEAD = 2_000
 
 
 @dataclass(frozen=True)
@@ -47,60 +55,145 @@ class Sample:
     tree: TokenTree
 
 
-def build_samples(talks: Sequence[Talk], renderer: Renderer, known: Sequence[Photo] = ()) -> tuple[list[Sample], list[Photo]]:
-    """Render and merge talks; every label mask is verified.
+def render(talk: Talk, photos: tuple[int, ...], renderer: Renderer, context: int | None = None) -> Sample:
+    """Render and merge a talk's conversations.
 
     Args:
-        known: photos to number first, whether talked about or not, so that runs over the same data share the tower's cached tokens.
-
-    Returns:
-        Samples, and the photos that their indices mean.
+        photos: the numbers of its photos.
+        context: tokens that the LLM reads at most.
 
     Raises:
-        UserError: naming the talk whose mask or placeholders are not as they must be.
+        UserError: naming the talk, whose mask or placeholders are not as they must be, or which is too long.
     """
-    photos = {photo: number for number, photo in enumerate(known)}
-    samples = []
-    for talk in talks:
-        tree = merge([renderer.render(conversation, talk.name) for conversation in talk.conversations])
-        renderer.check_count(tree.ids, len(talk.photos), talk.name)
-        samples.append(Sample(talk.name, tuple(photos.setdefault(photo, len(photos)) for photo in talk.photos), tree))
-    return samples, list(photos)
+    rendered = [renderer.render(conversation, talk.name) for conversation in talk.conversations]
+    longest = max(len(one.ids) for one in rendered)
+    if context is not None and longest > context:
+        raise UserError(f"{talk.name}: {longest} tokens, but the LLM reads {context}; shorten it or leave it out")
+    tree = merge(rendered)
+    renderer.check_count(tree.ids, len(photos), talk.name)
+    return Sample(talk.name, photos, tree)
 
 
-def arrange(samples: Sequence[Sample], batch_size: int, seed: int = 0) -> list[Sample]:
+@dataclass(frozen=True)
+class Counts:
+    """What is in some talks and their samples."""
+
+    talks: int = 0
+    conversations: int = 0
+    answers: int = 0
+    yes: int = 0
+    no: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    def plus(self, talk: Talk, sample: Sample) -> Counts:
+        """The same with one talk more."""
+        messages = [message for conversation in talk.conversations for message in conversation]
+        answers = [text_of(message) for message in messages if message["role"] == "assistant"]
+        more = (
+            1,
+            len(talk.conversations),
+            len(answers),
+            answers.count("Yes"),
+            answers.count("No"),
+            len(sample.tree),
+            len(sample.tree.targets),
+        )
+        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), more, strict=True)))
+
+
+class SampleSet(Sequence[Sample]):
+    """Samples of a corpus, each rendered when it is asked for.
+
+    Args:
+        talks: what they are made of.
+        renderer: makes them.
+        lengths: (samples,) of their trees in tokens, at least about.
+        counts: of those that were rendered ahead.
+        context: tokens that the LLM reads at most.
+    """
+
+    def __init__(self, talks: Corpus, renderer: Renderer, lengths: np.ndarray, counts: Counts, context: int | None = None) -> None:
+        self.talks, self.renderer, self.lengths, self.counts, self.context = talks, renderer, lengths, counts, context
+
+    def __len__(self) -> int:
+        return len(self.talks)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        return render(self.talks[index], self.talks.shown(index), self.renderer, self.context)
+
+    def select(self, indices: Sequence[int]) -> SampleSet:
+        """Some of the samples, in this order."""
+        talks = self.talks.select(indices)
+        return SampleSet(talks, self.renderer, self.lengths[np.asarray(indices, dtype=np.int64)], self.counts, self.context)
+
+    def without(self, photos: Collection[int]) -> SampleSet:
+        """The samples that show none of some photos."""
+        bad = set(photos)
+        return self.select([index for index in range(len(self)) if bad.isdisjoint(self.talks.shown(index))])
+
+
+def build_samples(
+    talks: Corpus, renderer: Renderer, context: int | None = None, seed: int = 0, on_samples: Callable[[int], None] = lambda samples: None
+) -> SampleSet:
+    """Samples of talks; the label masks of all are verified, or of a large set those of some, and the others' when they are rendered.
+
+    Args:
+        context: tokens that the LLM reads at most.
+        seed: of which are rendered ahead.
+        on_samples: called with the number of samples just rendered.
+
+    Raises:
+        UserError: naming the talk whose mask or placeholders are not as they must be, or which is too long.
+    """
+    ahead: Sequence[int] = range(len(talks))
+    lengths = np.empty(len(talks), dtype=np.int32)
+    if len(talks) > ALL_AHEAD:
+        ahead = sorted(random.Random(seed).sample(ahead, SOME_AHEAD))
+        lengths[:] = [talks.length(index, renderer.tokens_per_image) for index in range(len(talks))]
+    counts = Counts()
+    for index in ahead:
+        talk = talks[index]
+        sample = render(talk, talks.shown(index), renderer, context)
+        # what is known of all is exact, and what is known of some is about right for all
+        lengths[index] = len(sample.tree) if len(ahead) == len(talks) else lengths[index]
+        counts = counts.plus(talk, sample)
+        on_samples(1)
+    return SampleSet(talks, renderer, lengths, counts, context)
+
+
+def arrange(samples: SampleSet, batch_size: int, seed: int = 0) -> SampleSet:
     """Shuffle, then bring samples of like length together, batch by batch; batches themselves come in random order.
 
     A remainder smaller than a batch is left out, unless it is all there is.
     """
     rng = random.Random(seed)
-    order = list(samples)
+    order = list(range(len(samples)))
     rng.shuffle(order)
     pool = 8 * batch_size
     batches = []
     for start in range(0, len(order), pool):
-        near = sorted(order[start : start + pool], key=lambda sample: len(sample.tree))
+        near = sorted(order[start : start + pool], key=samples.lengths.__getitem__)
         batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
     whole = [batch for batch in batches if len(batch) == batch_size] or batches
     rng.shuffle(whole)
-    return [sample for batch in whole for sample in batch]
+    return samples.select([index for batch in whole for index in batch])
 
 
-def report(talks: Sequence[Talk], samples: Sequence[Sample]) -> dict[str, int | float]:
-    """What a run will learn from, in numbers."""
-    messages = [message for talk in talks for conversation in talk.conversations for message in conversation]
-    answers = [text_of(message) for message in messages if message["role"] == "assistant"]
-    yes, no = answers.count("Yes"), answers.count("No")
+def report(samples: SampleSet) -> dict[str, int | float]:
+    """What a run will learn from, in numbers; those of text are extrapolated where not all samples were rendered ahead."""
+    counts = samples.counts
+    share = len(samples) / max(1, counts.talks)
     return {
-        "photos": len({photo for sample in samples for photo in sample.photos}),
+        "photos": len(samples.talks.wanted()),
         "samples": len(samples),
-        "conversations": sum(len(talk.conversations) for talk in talks),
-        "answers": len(answers),
-        "yes": yes,
-        "no": no,
-        "tokens": sum(len(sample.tree) for sample in samples),
-        "tokens with loss": sum(len(sample.tree.targets) for sample in samples),
-        "tokens per sample": round(sum(len(sample.tree) for sample in samples) / max(1, len(samples)), 1),
+        "conversations": round(counts.conversations * share),
+        "answers": round(counts.answers * share),
+        "yes": round(counts.yes * share),
+        "no": round(counts.no * share),
+        "tokens": round(counts.tokens * share),
+        "tokens with loss": round(counts.targets * share),
+        "tokens per sample": round(counts.tokens / max(1, counts.talks), 1),
     }
 
 
@@ -126,6 +219,7 @@ class TokenBank:
         # as 16-bit integers: numpy has no bfloat16
         self._tokens = self._open("tokens.bf16", np.int16, (len(photos), tower.config.visual_tokens, tower.config.width))
         self._done = self._open("done.u8", np.uint8, (len(photos),))
+        self._blank: dict[int, Tensor] = {}
 
     def _open(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         path = self.folder / name
@@ -138,30 +232,57 @@ class TokenBank:
         """Photos of `wanted` that are not computed yet."""
         return [index for index in sorted(set(wanted)) if not self._done[index]]
 
-    @torch.no_grad()
-    def fill(self, wanted: Sequence[int], on_photos: Callable[[int], None] = lambda photos: None) -> None:
+    def fill(
+        self,
+        wanted: Sequence[int],
+        on_photos: Callable[[int], None] = lambda photos: None,
+        on_bad: Callable[[int, PhotoError], None] | None = None,
+    ) -> None:
         """Compute what is missing; an interrupted fill goes on where it stopped.
 
         Args:
             on_photos: called with the number of photos just finished.
+            on_bad: called with each photo that cannot be used, and why; these stay missing.
+
+        Raises:
+            PhotoError: the first photo that cannot be used, where there is no `on_bad`.
         """
-        config = self.tower.config
         while not self.owner and self.missing(wanted):
             time.sleep(0.5)
         missing = self.missing(wanted)
-        device = next(self.tower.parameters()).device
         for start in range(0, len(missing), BATCH):
-            chosen = missing[start : start + BATCH]
-            images = [self.photos[i].load() for i in chosen]
-            pixels = preprocess(images, config.image_size, config.image_mean, config.image_std).to(device)
-            # at 49 tokens plain attention is faster than the fused kernel
-            with sdpa_kernel(SDPBackend.MATH):
-                tokens = self.tower.visual_tokens(pixels)
-            self._tokens[chosen] = tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy()
-            self._tokens.flush()
-            self._done[chosen] = 1
-            on_photos(len(chosen))
+            images: dict[int, Image.Image] = {}
+            for index in missing[start : start + BATCH]:
+                try:
+                    images[index] = self.photos[index].load()
+                except PhotoError as error:
+                    if on_bad is None:
+                        raise
+                    on_bad(index, error)
+            if images:
+                chosen = list(images)
+                self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
+                self._tokens.flush()
+                self._done[chosen] = 1
+            on_photos(len(missing[start : start + BATCH]))
+
+    def stand_in(self, photos: Collection[int]) -> None:
+        """Give some photos the tokens of a blank picture, in this process alone."""
+        config = self.tower.config
+        tokens = self._look([blank(config.image_size, config.image_mean)])[0] if photos else None
+        self._blank = dict.fromkeys(photos, tokens)
+
+    @torch.no_grad()
+    def _look(self, images: Sequence[Image.Image]) -> Tensor:
+        """(pictures, N, d) bfloat16."""
+        config = self.tower.config
+        pixels = preprocess(images, config.image_size, config.image_mean, config.image_std)
+        # at 49 tokens plain attention is faster than the fused kernel
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.tower.visual_tokens(pixels.to(next(self.tower.parameters()).device)).to("cpu", torch.bfloat16)
 
     def __getitem__(self, index: int) -> Tensor:
         """(N, d) bfloat16."""
+        if index in self._blank:
+            return self._blank[index]
         return torch.from_numpy(np.array(self._tokens[index])).view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Conversations about photos, out of what is known about them: captions, questions, statements, labels, or LLaVA's own json.
+"""Conversations about photos, out of what is known about them: captions, questions, statements and labels.
 
 Notable: a question must not give its answer away. Yes and no are balanced word by word ("is there a person?" is almost always yes in
 photos of people, and a model learns to answer that without looking), and words that occur in captions alone get questions, too: yes
@@ -8,13 +8,11 @@ where a caption names them, no where none of at least five captions does.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sparse_vlm.data.caption_questions import plural, questions_of, with_article
@@ -260,48 +258,3 @@ def _mentions(photos: Sequence[Photo], known: Iterable[str]) -> dict[str, set[in
     if "person" in names:
         names["person"] += _PERSON.split()
     return {thing: set().union(*(phrases.get(name, set()) for name in forms)) for thing, forms in names.items()}
-
-
-def llava_talks(path: Path, image_folder: Path | None) -> list[Talk]:
-    """Conversations of a LLaVA json: a list of {"id", "image" (optional), "conversations": [{"from", "value"}]}.
-
-    Raises:
-        UserError: not such a file, a picture that is not there, or turns that do not alternate; the message names the sample.
-    """
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(samples, list)
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f"{path}: not a LLaVA json, which is a list of samples ({error or 'no list'})") from error
-    return [_llava_talk(sample, f"{path.name}:{number}", image_folder) for number, sample in enumerate(samples)]
-
-
-def _llava_talk(sample: Any, name: str, image_folder: Path | None) -> Talk:
-    try:
-        name = f"{name} (id {sample['id']})" if "id" in sample else name
-        turns = [(turn["from"], turn["value"]) for turn in sample["conversations"]]
-        picture = sample.get("image")
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{name}: not a LLaVA sample; {error} is missing") from error
-    photo = None
-    if picture is not None:
-        if image_folder is None:
-            raise UserError(f"{name}: names the picture {picture}; say where pictures lie with --images")
-        file = image_folder / picture
-        if not file.is_file():
-            raise UserError(f"{name}: {file}: no such picture")
-        photo = Photo(str(picture), file, 0, file.stat().st_size)
-    messages = []
-    for number, (speaker, value) in enumerate(turns):
-        if speaker not in ROLES or ROLES[speaker] is not (user, assistant)[number % 2]:
-            raise UserError(f"{name}: turn {number} is from {speaker!r}; human and gpt must alternate, human first")
-        pictures = value.count("<image>")
-        text = value.replace("<image>", "").strip()
-        messages.append(user(text, pictures) if number % 2 == 0 else assistant(text))
-    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if shown != (photo is not None):
-        raise UserError(f"{name}: {shown} <image> marks for {int(photo is not None)} pictures")
-    return Talk(name, () if photo is None else (photo,), (tuple(messages),))
-
-
-ROLES: dict[str, Callable[..., Message]] = {"human": user, "gpt": assistant}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from sparse_vlm.data.samples import Sample
+from sparse_vlm.data.corpus import Corpus
 from sparse_vlm.data.talks import SHORT_ANSWER, Talk
 from sparse_vlm.vlm.prompts import text_of
 
@@ -19,16 +18,14 @@ _FUNCTION_WORDS = (
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
-def words_by_photo(talks: Sequence[Talk], samples: Sequence[Sample]) -> dict[int, list[set[str]]]:
-    """The words of each sentence about each photo, by the photo's number; what is said about several photos counts for each of them.
-
-    Args:
-        samples: of the same talks, in the same order.
-    """
+def words_by_photo(talks: Corpus) -> dict[int, list[set[str]]]:
+    """The words of each sentence about each photo, by the photo's number; what is said about several photos counts for each of them."""
     sentences: dict[int, list[set[str]]] = {}
-    for talk, sample in zip(talks, samples, strict=True):
-        for photo in sample.photos:
-            sentences.setdefault(photo, []).extend(words_about(talk))
+    for index in range(len(talks)):
+        if photos := talks.shown(index):
+            said = words_about(talks[index])
+            for photo in photos:
+                sentences.setdefault(photo, []).extend(said)
     return sentences
 
 

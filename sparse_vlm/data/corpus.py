@@ -1,0 +1,229 @@
+"""All that a run learns from: talks of several sources, mixed by weight, and the photos that they are about, numbered once.
+
+Notable: talks about the photos of tars are few and kept; those of LLaVA's files may be many and are read when they are asked for
+(`data.llava`). Either way a corpus is a sequence of talks, and an order of them costs eight bytes a talk.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from sparse_vlm.data import records
+from sparse_vlm.data.llava import TURN_CHARACTERS, LlavaFile, picture
+from sparse_vlm.data.talks import Mix, Talk, photo_talks
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo, PhotoSet
+from sparse_vlm.vlm.prompts import text_of
+
+CHARACTERS_PER_TOKEN = 4  # of English, about
+
+
+class Source(Protocol):
+    """Talks of one entry of `--data`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Talk: ...
+
+    def shown(self, index: int) -> tuple[int, ...]:
+        """Numbers of a talk's photos."""
+
+    def characters(self, index: int) -> int:
+        """Length of a talk's text with its markup, about."""
+
+
+class Photos(Sequence[Photo]):
+    """Photos of tars, then pictures of the image folder, which are made when they are asked for.
+
+    Args:
+        known: photos of tars.
+        folder: where the named pictures lie.
+        names: their paths in it.
+    """
+
+    def __init__(self, known: Sequence[Photo], folder: Path | None = None, names: Sequence[str] = ()) -> None:
+        self._known, self._folder, self._names = known, folder, names
+
+    def __len__(self) -> int:
+        return len(self._known) + len(self._names)
+
+    def __getitem__(self, index: int) -> Photo:  # type: ignore[override]
+        if index < len(self._known):
+            return self._known[index]
+        return picture(self._folder or Path(), self._names[index - len(self._known)])
+
+
+class _Kept:
+    """A `Source` in memory."""
+
+    def __init__(self, talks: Sequence[Talk], numbers: dict[Photo, int]) -> None:
+        self._talks = talks
+        self._shown = [tuple(numbers.setdefault(photo, len(numbers)) for photo in talk.photos) for talk in talks]
+
+    def __len__(self) -> int:
+        return len(self._talks)
+
+    def __getitem__(self, index: int) -> Talk:
+        return self._talks[index]
+
+    def shown(self, index: int) -> tuple[int, ...]:
+        """Numbers of a talk's photos."""
+        return self._shown[index]
+
+    def characters(self, index: int) -> int:
+        """Of all conversations together, which share the photo alone."""
+        messages = [message for conversation in self._talks[index].conversations for message in conversation]
+        return sum(len(text_of(message)) + TURN_CHARACTERS for message in messages)
+
+
+class Corpus(Sequence[Talk]):
+    """Talks in the order in which they were drawn.
+
+    Args:
+        sources: what they are drawn from.
+        photos: what the sources' numbers mean.
+        order: (talks, 2) int32: source, and talk in it.
+    """
+
+    def __init__(self, sources: Sequence[Source], photos: Sequence[Photo], order: np.ndarray) -> None:
+        self.sources, self.photos, self.order = sources, photos, order
+
+    @classmethod
+    def of(cls, talks: Sequence[Talk], known: Sequence[Photo] = ()) -> Corpus:
+        """A corpus of talks in memory.
+
+        Args:
+            known: photos to number first, whether talked about or not, so that runs over the same data share the tower's cached tokens.
+        """
+        numbers = {photo: number for number, photo in enumerate(known)}
+        source = _Kept(talks, numbers)
+        return cls([source], Photos(list(numbers)), _order([(0, np.arange(len(talks)))]))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Talk:  # type: ignore[override]
+        source, place = self.order[index].tolist()
+        return self.sources[source][place]
+
+    def shown(self, index: int) -> tuple[int, ...]:
+        """Numbers of a talk's photos, without reading it."""
+        source, place = self.order[index].tolist()
+        return self.sources[source].shown(place)
+
+    def length(self, index: int, tokens_per_image: int) -> int:
+        """Length of a talk in tokens, about, without reading it, as LLaVA's grouping by length does."""
+        source, place = self.order[index].tolist()
+        text = self.sources[source].characters(place) // CHARACTERS_PER_TOKEN
+        return text + len(self.sources[source].shown(place)) * tokens_per_image
+
+    def select(self, indices: Sequence[int]) -> Corpus:
+        """Some of the talks, in this order."""
+        return Corpus(self.sources, self.photos, self.order[np.asarray(indices, dtype=np.int64)])
+
+    def naming(self, photo: int) -> str:
+        """The name of the first talk that shows a photo."""
+        return self[next(index for index in range(len(self)) if photo in self.shown(index))].name
+
+    def wanted(self) -> list[int]:
+        """Numbers of all photos that are talked about, each once."""
+        return sorted({photo for index in range(len(self)) for photo in self.shown(index)})
+
+    def fingerprint(self) -> str:
+        """Changes when talks come, go, change their length or their place; not when their files are moved."""
+        digest = hashlib.sha256(self.order.tobytes())
+        for source in self.sources:
+            digest.update(np.array([source.characters(index) for index in range(len(source))], dtype=np.int32).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _order(parts: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([np.stack([np.full_like(places, source), places], axis=1) for source, places in parts]).astype(np.int32)
+
+
+def weighted(entry: str) -> tuple[str, float]:
+    """An entry of `--data` and its weight, `a.json=0.5`; 1 where none is given.
+
+    Raises:
+        UserError: a weight that is none.
+    """
+    name, mark, number = entry.rpartition("=")
+    # an address may hold = as a part of its own
+    if not mark or Path(entry).exists() or ("://" in name and "?" in name):
+        return entry, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UserError(f"--data {entry}: {number!r} is no weight; write a number above 0 after =, such as {name}=0.5")
+    return name, weight
+
+
+def drawn(count: int, times: float, seed: int) -> np.ndarray:
+    """Which of so many talks are learnt from: all of them as often as `times` is whole, and of the rest that share, without replacement."""
+    if not count:
+        return np.arange(0)
+    total = max(1, round(count * times))
+    rest = np.random.default_rng(seed).permutation(count)[: total % count]
+    return np.concatenate([*[np.arange(count)] * (total // count), np.sort(rest)])
+
+
+def read_corpus(
+    data: Sequence[str],
+    images: Path | None,
+    mix: Mix,
+    epochs: int = 1,
+    seed: int = 0,
+    on_fetched: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_bytes: Callable[[int], None] = lambda size: None,
+    open_file: Callable[..., LlavaFile] = LlavaFile,
+) -> Corpus:
+    """The talks of all entries of `--data`.
+
+    Args:
+        data: tars and all else that `PhotoSet` takes, and LLaVA's json and jsonl files; each may end in `=WEIGHT`.
+        images: folder of the pictures that LLaVA's files name.
+        mix: what is said about the photos of tars.
+        epochs: visits to each photo; how often LLaVA's files are gone through.
+        on_fetched: told what is fetched, as in `PhotoSet`.
+        on_bytes: told how much of LLaVA's files was just read.
+        open_file: makes a `LlavaFile`.
+
+    Raises:
+        UserError: an entry that cannot be used, a sample that is not as it must be.
+    """
+    entries = [weighted(entry) for entry in data]
+    by_weight: dict[float, list[Photo]] = {}
+    for name, weight in entries:
+        if not name.endswith(records.SUFFIXES):
+            by_weight.setdefault(weight, []).extend(PhotoSet(name, on_fetched))
+    known = list(dict.fromkeys(photo for photos in by_weight.values() for photo in photos))
+    # all photos together, as yes and no are balanced over them
+    talks = photo_talks(known, mix, epochs, seed) if known else []
+    numbers = {photo: number for number, photo in enumerate(known)}
+    sources: list[Source] = []
+    parts = []
+    for weight, photos in by_weight.items():
+        own = set(photos)
+        kept = _Kept([talk for talk in talks if talk.photos[0] in own], numbers)
+        parts.append((len(sources), drawn(len(kept), weight, seed)))
+        sources.append(kept)
+    names: dict[str, int] = {}
+    for name, weight in entries:
+        for path in _files(name) if name.endswith(records.SUFFIXES) else []:
+            source = open_file(path, images, names, len(known), on_bytes)
+            parts.append((len(sources), drawn(len(source), weight * epochs, seed)))
+            sources.append(source)
+    return Corpus(sources, Photos(known, images, list(names)), _order(parts))
+
+
+def _files(name: str) -> list[Path]:
+    return [Path(name)] if Path(name).exists() else [Path(found) for found in sorted(glob.glob(name))] or [Path(name)]

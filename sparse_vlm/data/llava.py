@@ -1,0 +1,189 @@
+"""LLaVA's data: json lists or json lines of {"id", "image" (optional), "conversations": [{"from", "value"}]}, as talks.
+
+Source: `preprocess_multimodal` and `preprocess_v1` of LLaVA 1.5 (llava/train/train.py), and what its successors added: several pictures
+a sample, a system turn, and user and assistant for human and gpt. Where LLaVA mends in silence (a leading answer is dropped, a
+picture without a mark is not shown, a mark is moved to the front), a mistake is an error here, and a mark stays where it stands.
+
+Notable: a file is gone through once and kept as offsets; a sample is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_vlm.data.records import Record, read_at, scan
+from sparse_vlm.data.talks import Talk
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo
+from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message
+
+# what a turn's "from" may be, and what that is in a chat template
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TURN_CHARACTERS = 24  # that a chat template puts around a turn, about
+WRITTEN = '{"image": ..., "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}'
+
+# what can be wrong with a sample, and what to do about it
+MISTAKES = {
+    "unreadable line": "repair the line or take it out",
+    "not a sample": f"write {WRITTEN}",
+    "wrong role": "say who speaks as human or gpt (user and assistant will do); system may come first",
+    "turns that do not alternate": "human and gpt must take turns: human first, gpt last",
+    "image marks": f"write {IMAGE_TOKEN} in a human's turn once for each picture of the sample, and nowhere else",
+    "mark in an answer": f"take {IMAGE_TOKEN} out of the gpt's or the system's turn; pictures stand in human turns",
+    "empty answer": "write the answer, or take the question and its answer out",
+}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is wrong with a sample: a key of `MISTAKES` (or of `data.check.KINDS`), and the case at hand."""
+
+    kind: str
+    text: str
+
+
+def mistakes_of(sample: Any) -> list[Mistake]:
+    """Everything that is wrong with a sample, but for its pictures' files; empty where it is as it must be."""
+    if not isinstance(sample, dict):
+        return [Mistake("not a sample", f"a {type(sample).__name__}, not an object")]
+    turns = sample.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return [Mistake("not a sample", "'conversations' is missing" if turns is None else "'conversations' is not a list of turns")]
+    pictures = sample.get("image")
+    if not (pictures is None or isinstance(pictures, str) or (isinstance(pictures, list) and all(isinstance(p, str) for p in pictures))):
+        return [Mistake("not a sample", "'image' is neither a path nor a list of paths")]
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
+            return [Mistake("not a sample", f"turn {number} is not {{'from': ..., 'value': ...}} with two texts")]
+    speakers = [turn["from"] for turn in turns]
+    unknown = [(number, speaker) for number, speaker in enumerate(speakers) if speaker not in ROLES]
+    if unknown:
+        return [Mistake("wrong role", f"turn {number} is from {speaker!r}; known are {', '.join(ROLES)}") for number, speaker in unknown]
+    found = _order(speakers)
+    roles = [ROLES[speaker] for speaker in speakers]
+    for number, (role, turn) in enumerate(zip(roles, turns, strict=True)):
+        if role != "user" and IMAGE_TOKEN in turn["value"]:
+            found.append(Mistake("mark in an answer", f"turn {number}, from {turn['from']!r}, holds {IMAGE_TOKEN}"))
+        if role == "assistant" and not turn["value"].strip():
+            found.append(Mistake("empty answer", f"turn {number}, from {turn['from']!r}, is empty"))
+    marks = sum(turn["value"].count(IMAGE_TOKEN) for role, turn in zip(roles, turns, strict=True) if role == "user")
+    shown = len(pictures_of(sample))
+    if marks != shown:
+        found.append(Mistake("image marks", f"{marks} {IMAGE_TOKEN} marks for {shown} pictures"))
+    return found
+
+
+def _order(speakers: Sequence[str]) -> list[Mistake]:
+    """Human and gpt in turn after an optional system turn, and gpt last."""
+    start = int(ROLES[speakers[0]] == "system")
+    for number, speaker in enumerate(speakers[start:], start):
+        if ROLES[speaker] != ("user", "assistant")[(number - start) % 2]:
+            return [Mistake("turns that do not alternate", f"turn {number} is from {speaker!r}; human and gpt must alternate, human first")]
+    if (len(speakers) - start) % 2 or len(speakers) == start:
+        return [Mistake("turns that do not alternate", f"turn {len(speakers) - 1}, the last, is from {speakers[-1]!r} and has no answer")]
+    return []
+
+
+def pictures_of(sample: dict[str, Any]) -> list[str]:
+    """Paths of a sample's pictures in the order of their marks."""
+    pictures = sample.get("image")
+    return [] if pictures is None else [pictures] if isinstance(pictures, str) else pictures
+
+
+def messages_of(sample: dict[str, Any]) -> tuple[Message, ...]:
+    """The conversation of a sample without mistakes; marks stay where they stand."""
+    return tuple({"role": ROLES[turn["from"]], "content": _content(turn["value"].strip())} for turn in sample["conversations"])
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    first, *rest = text.split(IMAGE_TOKEN)
+    content = [{"type": "text", "text": first}]
+    for piece in rest:
+        # the template puts what follows a picture on a new line
+        content += [{"type": "image"}, {"type": "text", "text": piece.lstrip()}]
+    return [part for part in content if part["type"] == "image" or part["text"]] or content
+
+
+def picture(folder: Path, name: str) -> Photo:
+    """A picture of the image folder; its size is -1 where there is no such file."""
+    file = folder / name
+    try:
+        size = file.stat().st_size if file.is_file() else -1
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        size = -1
+    return Photo(name, file, 0, size)
+
+
+class LlavaFile(Sequence[Talk]):
+    """Talks of one file, each read when it is asked for.
+
+    Args:
+        path: json or jsonl.
+        folder: of the pictures.
+        numbers: picture to its number in the run; those that are new are added.
+        first: the number of the first picture of all.
+        on_bytes: called with the number of bytes just read.
+        on_record: called with each record and the mistakes in it; without it, a mistake that shows at a first look is an error.
+
+    Raises:
+        UserError: not such a file, or without `on_record` a sample that is none, named; without samples, too.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        folder: Path | None,
+        numbers: dict[str, int],
+        first: int = 0,
+        on_bytes: Callable[[int], None] = lambda size: None,
+        on_record: Callable[[str, Record, list[Mistake]], None] | None = None,
+    ) -> None:
+        self.path, self.folder = path, folder
+        self._number, self._offset, self._size, self._characters = array("q"), array("q"), array("l"), array("l")
+        self._shown, self._end = array("l"), array("q")  # numbers of all pictures, and where each talk's end in it
+        for record in scan(path, on_bytes):
+            mistakes = [Mistake("unreadable line", record.error)] if record.error else mistakes_of(record.value)
+            name = self._name(record.number, record.value)
+            if on_record:
+                on_record(name, record, mistakes)
+            elif mistakes:
+                raise UserError(f"{name}: {mistakes[0].text}; {MISTAKES[mistakes[0].kind]}")
+            if mistakes:
+                continue
+            pictures = pictures_of(record.value)
+            if pictures and folder is None:
+                raise UserError(f"{name}: names the picture {pictures[0]}; say where pictures lie with --images")
+            self._number.append(record.number)
+            self._offset.append(record.offset)
+            self._size.append(record.size)
+            turns = record.value["conversations"]
+            self._characters.append(sum(len(turn["value"]) + TURN_CHARACTERS for turn in turns))
+            self._shown.extend(numbers.setdefault(picture, first + len(numbers)) for picture in pictures)
+            self._end.append(len(self._shown))
+        if not self._offset and not on_record:
+            raise UserError(f"{path}: holds no samples")
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def __getitem__(self, index: int) -> Talk:  # type: ignore[override]
+        sample = read_at(self.path, self._offset[index], self._size[index])
+        name = self._name(self._number[index], sample)
+        photos = tuple(picture(self.folder, name) for name in pictures_of(sample)) if self.folder else ()
+        return Talk(name, photos, (messages_of(sample),))
+
+    def shown(self, index: int) -> tuple[int, ...]:
+        """Numbers of a talk's pictures, without reading it."""
+        return tuple(self._shown[self._end[index - 1] if index else 0 : self._end[index]])
+
+    def characters(self, index: int) -> int:
+        """Length of a talk's text with its markup, about, without reading it."""
+        return self._characters[index]
+
+    def _name(self, number: int, sample: Any) -> str:
+        known = isinstance(sample, dict) and "id" in sample
+        return f"{self.path}:{number} (id {sample['id']})" if known else f"{self.path}:{number}"
