@@ -36,6 +36,9 @@ def bootstrap(
         str | None,
         typer.Option(help="Under torchrun: zero1, zero2, zero3, zero2-offload, zero3-offload, or a json file of DeepSpeed's."),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again in the backward pass: less memory, more time.")
+    ] = False,
     mapping_only: Annotated[bool, typer.Option("--mapping-only", help="Print what is inherited, and stop.")] = False,
 ) -> None:
     """Make a tower from a teacher and photos.
@@ -84,6 +87,9 @@ def bootstrap(
     )
     if mapping_only:
         return
+    if gradient_checkpointing:
+        tower.set_grad_checkpointing()
+        console.print("activations are not kept but computed again in the backward pass")
 
     from sparse_vlm.train.bootstrap import bootstrap as run
 
