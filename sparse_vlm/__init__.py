@@ -1,11 +1,13 @@
 """SparseFormer: a vision tower of 49 tokens for multimodal language models.
 
 Notable: the names below are imported when they are first used, so that `import sparse_vlm` costs next to nothing and the tower can be
-used where torch is all there is.
+used where torch is all there is. Hosts such as transformers are told about the tower when they are imported, be it earlier or later.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from sparse_vlm.hosts.after_import import AFTER_IMPORT, AfterImport
 
 if TYPE_CHECKING:
     from sparse_vlm.errors import UserError
@@ -35,3 +37,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+AfterImport(AFTER_IMPORT).install()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from tiny_vlm import ask, picture, save_llm, save_tower, tower_config
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -16,7 +22,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from sparse_vlm.hosts.transformers import SparseFormerHostConfig, SparseFormerHostModel, SparseFormerImageProcessor
+from sparse_vlm.hosts.after_import import AfterImport
+from sparse_vlm.hosts.transformers import SparseFormerBackbone, SparseFormerHostConfig, SparseFormerHostModel, SparseFormerImageProcessor
 from sparse_vlm.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import VLM
@@ -71,8 +78,6 @@ def test_processor_writes_one_placeholder_a_token(tokens, tmp_path):
 
 
 def _one_token(tmp_path) -> str:
-    import dataclasses
-
     config = dataclasses.replace(tower_config(2), num_latent_tokens=1, head="avg", cls_before_unit=None)
     SparseFormer(config).save_pretrained(tmp_path / "one")
     return str(tmp_path / "one")
@@ -108,3 +113,118 @@ def test_image_changes_what_the_model_sees(tmp_path):
 
     assert torch.equal(logits("red"), logits("red"))
     assert not torch.allclose(logits("red"), logits("blue"))
+
+
+# ---- registered by `import sparse_vlm`
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# What a program does that knows transformers and has imported sparse_vlm; it prints the answer and a checksum of every weight.
+STOCK = """
+import json, sys
+import torch
+from PIL import Image
+folder, tower = sys.argv[1:]
+model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+pipe = transformers.pipeline("image-text-to-text", model=folder, dtype=torch.float32)
+red = Image.new("RGB", (48, 40), "red")
+talk = [{"role": "user", "content": [{"type": "image", "image": red}, {"type": "text", "text": "What is it?"}]}]
+said = pipe(text=talk, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+sums = {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}
+alone = {name: tensor.double().sum().item() for name, tensor in transformers.AutoModel.from_pretrained(tower).tower.state_dict().items()}
+processor = transformers.AutoImageProcessor.from_pretrained(tower)
+print(json.dumps([said, sums, alone, type(processor).__name__, transformers.AutoConfig.from_pretrained(tower).model_type]))
+"""
+EARLIER, LATER = "import sparse_vlm, transformers", "import transformers; from transformers import AutoModel, pipeline; import sparse_vlm"
+
+
+def test_import_alone_is_enough_before_or_after_transformers(tmp_path):
+    vlm = VLM.build(save_tower(tmp_path / "native"), save_llm(tmp_path / "llm"), dtype=torch.float32)
+    for part in (vlm.model, vlm.processor):
+        part.save_pretrained(tmp_path / "vlm")
+    SparseFormerHostModel.wrap(vlm.tower).save_pretrained(tmp_path / "tower")
+    SparseFormerImageProcessor.of(vlm.tower.config).save_pretrained(tmp_path / "tower")
+    [answer] = vlm.generate([ask("What is it?", picture("red"))], 8)
+    for order in (EARLIER, LATER):
+        code = f"{order}\nfrom transformers import LlavaForConditionalGeneration\n{STOCK}"
+        said, sums, alone, *names = json.loads(python(code, str(tmp_path / "vlm"), str(tmp_path / "tower")).splitlines()[-1])
+        assert said.strip() == answer
+        assert sums == {name: tensor.double().sum().item() for name, tensor in vlm.model.state_dict().items()}
+        assert alone == {name: tensor.double().sum().item() for name, tensor in vlm.tower.state_dict().items()}
+        assert names == ["SparseFormerImageProcessor", "sparseformer"]
+
+
+def host_of(folder, version: str) -> None:
+    """A package that has the place of transformers and nothing in it."""
+    auto = folder / "transformers" / "models" / "auto"
+    auto.mkdir(parents=True)
+    (folder / "transformers" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    for path in (auto.parent / "__init__.py", auto / "__init__.py", auto / "configuration_auto.py"):
+        path.write_text("")
+
+
+@pytest.mark.parametrize(("version", "imported"), [("4.37.2", False), ("5.3.0", True), ("5.30.1", True)])
+def test_an_old_transformers_is_left_alone(tmp_path, monkeypatch, version, imported):
+    host_of(tmp_path, version)
+    (tmp_path / "plug_in.py").write_text("")
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    AfterImport({"transformers.models.auto.configuration_auto": "plug_in"}).install()
+    assert "plug_in" not in sys.modules
+    import transformers.models.auto.configuration_auto
+
+    assert transformers.__version__ == version
+    assert (sys.modules.pop("plug_in", None) is not None) == imported
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+# ---- backbone
+
+
+def square(tower_tokens: int = 10) -> SparseFormer:
+    torch.manual_seed(0)
+    return SparseFormer(tower_config(tower_tokens)).eval()
+
+
+def test_backbone_returns_the_tokens_as_maps(tmp_path):
+    tower = square()  # 9 latent tokens and CLS
+    SparseFormerHostModel.wrap(tower).save_pretrained(tmp_path)
+    backbone = AutoBackbone.from_pretrained(tmp_path, out_features=["stage1", "stage2"]).eval()
+    assert type(backbone) is SparseFormerBackbone
+    assert backbone.out_features == ["stage1", "stage2"]
+    assert backbone.channels == [64, 64]
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first, last = backbone(pixels).feature_maps
+        tokens = tower(pixels).last_hidden_state[:, 1:]
+        inner = next(iter(tower.run_units(pixels)))[0]
+    assert first.shape == last.shape == (2, 64, 3, 3)
+    for row in range(3):
+        for column in range(3):
+            assert torch.equal(last[:, :, row, column], tokens[:, 3 * row + column])
+            assert torch.equal(first[:, :, row, column], inner[:, 3 * row + column])
+    by_default = AutoBackbone.from_pretrained(str(tmp_path))
+    assert by_default.out_features == ["stage2"]
+    assert torch.equal(by_default(pixels).feature_maps[0], last)
+    backbone.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").out_features == ["stage1", "stage2"]
+
+
+def test_backbone_of_no_square_is_refused(tmp_path):
+    SparseFormerHostModel.wrap(SparseFormer(tower_config(7))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the 6 of this tower are no square; take a tower of 4 or 9, or AutoModel"):
+        AutoBackbone.from_pretrained(tmp_path)
+
+
+def test_backbone_leaves_other_folders_to_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    with pytest.raises(Exception, match="repo|Repo|hub|offline"):
+        AutoBackbone.from_pretrained(tmp_path)
