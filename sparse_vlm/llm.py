@@ -25,7 +25,7 @@ from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CONVERSION = 1  # raise it when `_unpack_gguf` writes something else, and older folders are not used any more
 
@@ -69,12 +69,7 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LLM:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = store.locate(name_or_path, kind="llm")
-    packed = sorted(folder.glob("*.gguf"))
-    if len(packed) > 1:
-        raise UserError(f"{folder}: holds {len(packed)} GGUF files; leave one")
-    if packed:
-        folder = _unpacked(packed[0])
+    folder = _folder(name_or_path)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -84,6 +79,37 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LLM:
     if not tokenizer.chat_template:
         raise UserError(f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model")
     return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
+
+
+def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, LLMSpec]:
+    """A language model's tokenizer, configuration and what else we know of it, without its weights.
+
+    Args:
+        name_or_path: as in `load_llm`.
+
+    Raises:
+        UserError: as `load_llm` does.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = _folder(name_or_path)
+    try:
+        with _quiet():
+            tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name_or_path}: not a language model that transformers can load ({str(error).splitlines()[0]})") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model")
+    return tokenizer, config, LLMS.get(str(name_or_path), LLMSpec())
+
+
+def _folder(name_or_path: str | Path) -> Path:
+    """A folder that transformers reads."""
+    folder = store.locate(name_or_path, kind="llm")
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) > 1:
+        raise UserError(f"{folder}: holds {len(packed)} GGUF files; leave one")
+    return _unpacked(packed[0]) if packed else folder
 
 
 def _unpacked(gguf: Path) -> Path:
