@@ -4,7 +4,8 @@
     python -m sparse_vlm.train.ablation --teacher local-dir:build/teacher --data 'photos/*.tar' --table    # of what is finished
 
 Notable: all rows learn from the same views, as many of them; a row differs from its reference in what its name says. A run that was
-interrupted goes on where it stopped. The table is Markdown: mean over seeds of the held-out centred cosine, its spread, and how far
+interrupted goes on where it stopped. What is finished is kept in one json, which is enough to go on without the runs' folders. The table is
+Markdown: mean over seeds of the held-out centred cosine, its spread, and how far
 it is from the reference of the same seeds.
 """
 
@@ -79,37 +80,70 @@ def command(row: AblationRow, seed: int, teacher: str, data: list[str], views: i
     return [*line, "--set", "views_per_photo=1", "--views", str(views), "--seed", str(seed), "--out", str(out / f"{row.slug}-seed{seed}")]
 
 
-def finished(row: AblationRow, seeds: list[int], out: Path) -> dict[int, tuple[float, float]]:
-    """Held-out centred cosines (embedding, tokens) of the row's finished runs, by seed."""
-    found = {}
-    for seed in seeds:
-        path = out / f"{row.slug}-seed{seed}" / "training.json"
-        if path.exists():
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: held-out centred cosines of embedding and tokens, and what the student costs."""
+
+    cosine: float
+    token_cosine: float
+    gmacs: float
+
+
+class Outcomes:
+    """What is finished, by row and seed: kept in `results.json`, and read from runs' folders.
+
+    Args:
+        out: folder of the runs.
+        views: that each run learns from.
+
+    Raises:
+        UserError: `results.json` is of runs of another length.
+    """
+
+    def __init__(self, out: Path, views: int) -> None:
+        self.out, self.views, self.path = out, views, out / "results.json"
+        self._kept: dict[str, dict[str, float]] = {}
+        if self.path.exists():
+            document = json.loads(self.path.read_text())
+            if document["views"] != views:
+                raise UserError(f"{self.path} is of runs of {document['views']:,} views, these are of {views:,}; choose another --out")
+            self._kept = document["runs"]
+
+    def of(self, row: AblationRow, seed: int) -> Outcome | None:
+        """A run's outcome, or None while it is not finished."""
+        name = f"{row.slug}-seed{seed}"
+        path = self.out / name / "training.json"
+        if name not in self._kept and path.exists():
             last = [entry for entry in json.loads(path.read_text())["history"] if "eval_cosine" in entry][-1]
-            found[seed] = last["eval_cosine"], last["eval_token_cosine"]
-    return found
+            config = SparseFormerConfig.from_dict(json.loads((self.out / name / "config.json").read_text()))
+            self._kept[name] = vars(Outcome(last["eval_cosine"], last["eval_token_cosine"], count_macs(config).total / 1e9))
+        return Outcome(**self._kept[name]) if name in self._kept else None
+
+    def write(self) -> None:
+        """Keep what is known."""
+        write_text(self.path, json.dumps({"views": self.views, "runs": self._kept}, indent=1, sort_keys=True) + "\n")
 
 
-def table(rows: tuple[AblationRow, ...], seeds: list[int], out: Path) -> str:
+def table(rows: tuple[AblationRow, ...], seeds: list[int], outcomes: Outcomes) -> str:
     """Markdown: GMACs of the student, and of the seeds that are finished mean, spread (largest minus smallest) and the mean difference to
     the reference of the same seeds."""
     columns = ["", "row", "changed", "GMACs", "seeds"]
     for side in ("embedding", "tokens"):
         columns += [side, "spread", "to reference"]
     lines = [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
-    reference = finished(rows[0], seeds, out)
     for row in rows:
-        values = finished(row, seeds, out)
+        known = {seed: outcome for seed in seeds if (outcome := outcomes.of(row, seed))}
         cells = [""] * 7
-        if values:
-            config = json.loads((out / f"{row.slug}-seed{next(iter(values))}" / "config.json").read_text())
-            cells = [f"{count_macs(SparseFormerConfig.from_dict(config)).total / 1e9:.2f}"]
-            for side, each in enumerate(zip(*values.values(), strict=True)):
-                paired = [values[seed][side] - reference[seed][side] for seed in values if seed in reference]
+        if known:
+            cells = [f"{next(iter(known.values())).gmacs:.2f}"]
+            for side in ("cosine", "token_cosine"):
+                each = [getattr(outcome, side) for outcome in known.values()]
+                reference = {seed: outcomes.of(rows[0], seed) for seed in known}
+                paired = [getattr(known[seed], side) - getattr(other, side) for seed, other in reference.items() if other]
                 cells += [f"{statistics.fmean(each):.3f}", f"{max(each) - min(each):.3f}"]
                 cells.append(f"{statistics.fmean(paired):+.3f}" if paired and row is not rows[0] else "")
         changed = ", ".join([f"`--recipe {row.recipe}`", *(f"`--set {change}`" for change in row.changes)])
-        lines.append(f"| {row.group} | {row.name} | {changed} | {cells[0]} | {len(values)} | {' | '.join(cells[1:])} |")
+        lines.append(f"| {row.group} | {row.name} | {changed} | {cells[0]} | {len(known)} | {' | '.join(cells[1:])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -119,28 +153,28 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Groups of rows; repeat it. All unless given.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeat it. [default: 0, 1, 2]")] = None,
     views: Annotated[int, typer.Option(help="Views of each run.", min=32)] = 3200,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of table.md.")] = Path("build/ablation"),
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of results.json.")] = Path("build/ablation"),
     threads: Annotated[int, typer.Option(help="CPU threads of a run.", min=1)] = 1,
     show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,
 ) -> None:
-    """Run what is missing of the ablation, row by row, and write its table."""
+    """Run what is missing of the ablation, row by row, and print its table."""
     groups = {row.group for row in ROWS}
     if unknown := set(only or ()) - groups:
         raise UserError(f"--only {sorted(unknown)[0]}: no such group; there are {', '.join(dict.fromkeys(row.group for row in ROWS))}")
     rows = tuple(row for row in ROWS if not only or row.group in {*only, "reference"})
     seeds = seed or [0, 1, 2]
+    outcomes = Outcomes(out, views)
     for number in seeds if not show else ():
         for row in rows:
-            if finished(row, [number], out):
+            if outcomes.of(row, number):
                 continue
             line = command(row, number, teacher, data, views, out)
             print(shlex.join(line), file=sys.stderr, flush=True)
             done = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:], "--threads", str(threads)], stdout=sys.stderr)
             if done.returncode:
                 raise typer.Exit(done.returncode)
-    text = table(rows, seeds, out)
-    if not show:
-        write_text(out / "table.md", text)
+    text = table(rows, seeds, outcomes)
+    outcomes.write()
     print(text, end="")
 
 
