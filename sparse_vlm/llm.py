@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,12 +57,13 @@ class LLM:
     spec: LLMSpec
 
 
-def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LLM:
+def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **options: Any) -> LLM:
     """Load a language model.
 
     Args:
         name_or_path: a name of the zoo, or a folder that holds a transformers model or a single GGUF file.
         dtype: `native_dtype()` by default.
+        options: passed on to transformers' `from_pretrained`, such as how to quantise it.
 
     Raises:
         UserError: unknown name, no source that delivers it, not a language model, or one without a chat template.
@@ -73,7 +74,7 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LLM:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or native_dtype())
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or native_dtype(), **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name_or_path}: not a language model that transformers can load ({str(error).splitlines()[0]})") from error
     if not tokenizer.chat_template:

@@ -31,8 +31,10 @@ from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import adapters
 from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
+from sparse_vlm.vlm.quantize import quantization
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
+from sparse_vlm.vlm.vocabulary import check_head, give_rows
 
 FORMAT = "sparse-vlm/vlm/1"
 TOWER_ADAPTER = "tower_adapter"  # PEFT's folder of the tower's
@@ -95,6 +97,7 @@ class VLM:
         dtype: torch.dtype | None = None,
         seed: int = 0,
         num_tokens: int | None = None,
+        quantize: str | None = None,
     ) -> VLM:
         """A new VLM with an untrained projector.
 
@@ -104,23 +107,24 @@ class VLM:
             dtype: of all weights; bfloat16 where the device multiplies in it, else float32.
             seed: of the projector's weights.
             num_tokens: latent tokens a picture, for a tower that serves several budgets.
+            quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes.
 
         Raises:
-            UserError: either cannot be loaded, or the tower was not made for that number of tokens.
+            UserError: either cannot be loaded, the tower was not made for that number of tokens, or there is no bitsandbytes.
         """
         from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor, processor_counts
 
         dtype = dtype or native_dtype(device)
         host = SparseFormerHostModel.wrap(SparseFormer.from_pretrained(tower, dtype, num_tokens))
-        language = load_llm(llm, dtype=dtype)
+        packed = {} if quantize is None else {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
+        language = load_llm(llm, dtype=dtype, **packed)
         tokenizer, text_model = language.tokenizer, language.model
         config = host.tower.config
-        used = len(tokenizer)
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        check_head(text_model, str(llm))
+        never_said = give_rows(tokenizer, text_model)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        _grow_embeddings(text_model, len(tokenizer), used)
 
         template = extend_template(tokenizer.chat_template, language.spec.system)
         renderer = Renderer(tokenizer, template, config.visual_tokens)
@@ -147,7 +151,7 @@ class VLM:
         ends |= set(generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id])
         generation.eos_token_id = sorted(end for end in ends if end is not None)
         generation.pad_token_id = tokenizer.pad_token_id
-        generation.suppress_tokens = list(range(used, model.config.text_config.vocab_size))
+        generation.suppress_tokens = never_said
         # greedy unless asked otherwise: an answer about a photo should be the same tomorrow
         generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
         model.generation_config = generation
@@ -159,7 +163,11 @@ class VLM:
             **processor_counts(config),
         )
         model.requires_grad_(False).eval().to(device)
-        return cls(model, processor, str(tower), str(llm))
+        vlm = cls(model, processor, str(tower), str(llm))
+        if quantize is not None:
+            vlm.quantized = quantize
+            setattr(model, f"is_loaded_in_{quantize}", True)  # PEFT asks this of the model that it wraps
+        return vlm
 
     @classmethod
     def from_pretrained(
@@ -171,6 +179,7 @@ class VLM:
         new_tower: str | Path | None = None,
         keep_projector: bool = False,
         num_tokens: int | None = None,
+        quantize: str | None = None,
     ) -> VLM:
         """Load a VLM from a folder, or from the zoo by name.
 
@@ -180,10 +189,11 @@ class VLM:
             keep_projector: with a new tower, keep the projector: students of one teacher, whose tokens follow the same patch features,
                 can take each other's place.
             num_tokens: latent tokens a picture, for a tower that serves several budgets; those that it was trained with by default.
+            quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes; its adapters then stay beside them, as they are.
 
         Raises:
-            UserError: no such folder or name, not a VLM, a part that cannot be found, weights that do not fit, or a model to use whose
-                projector has learnt nothing.
+            UserError: no such folder or name, not a VLM, a part that cannot be found, weights that do not fit, a model to use whose
+                projector has learnt nothing, or a model to quantise whose LLM has weights of its own.
         """
         folder = store.locate(path_or_zoo_name, kind="vlm")
         try:
@@ -197,9 +207,11 @@ class VLM:
         keeps = new_tower is None or keep_projector
         if fold and (blank or not keeps):
             raise UserError(f"{path_or_zoo_name}: its projector has learnt nothing yet; `sparse-vlm train --stage align --init` teaches it")
-        vlm = cls.build(
-            new_tower or tower, llm, device, dtype, num_tokens=num_tokens or (None if new_tower else described.get("num_tokens"))
-        )
+        held = described.get("holds", {"tower": "as named", "llm": _llm_of_files(folder)})
+        if quantize is not None and held["llm"] == "tuned":
+            raise UserError(f"{path_or_zoo_name}: its LLM was trained in full, and only one as it is named can be loaded in {quantize}")
+        budget = num_tokens or (None if new_tower else described.get("num_tokens"))
+        vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize)
         if keeps:
             vlm.new_projector = blank
             # a projector serves any number of tokens, if they are asked for
@@ -207,7 +219,6 @@ class VLM:
             if shape != vlm._shape() | others:
                 raise UserError(f"{path_or_zoo_name}: made for {shape}, but tower {new_tower or tower} and LLM {llm} are {vlm._shape()}")
             vlm._load("projector", folder)
-        held = described.get("holds", {"tower": "as named", "llm": _llm_of_files(folder)})
         if held["llm"] == "tuned":
             vlm.llm_changed = True
             vlm._load("llm", folder)
@@ -218,7 +229,7 @@ class VLM:
             vlm._load("tower", folder)
         elif new_tower is None and held["tower"] == "adapters":
             vlm.tower_peft = adapters.read(vlm.tower, folder / TOWER_ADAPTER, trainable=not fold)
-        for peft in (vlm.peft, vlm.tower_peft):
+        for peft in (None if quantize else vlm.peft, vlm.tower_peft):
             if peft is not None and fold:
                 peft.merge_adapter()
         vlm.model.eval()
@@ -348,8 +359,8 @@ class VLM:
         Raises:
             UserError: it is longer than the LLM's context.
         """
-        limit = self.model.config.text_config.max_position_embeddings
-        if tokens > limit:
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)  # an LLM without positions has no limit
+        if limit is not None and tokens > limit:
             raise UserError(f"the conversation is too long: {tokens} tokens with its answer, the model reads {limit}; start a new one")
 
 

@@ -1,0 +1,50 @@
+"""LLMs in 4 or 8 bits: the weights of their linear layers, by bitsandbytes; adapters, embeddings and norms stay as they are.
+
+Sources: QLoRA (arXiv 2305.14314) for 4 bits, as NF4 with its constants quantised again; LLM.int8() (arXiv 2208.07339) for 8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparse_vlm.errors import UserError
+
+# it tells everyone who imports it of kernels that it would rather have, and of every cast
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _nf4(compute: torch.dtype) -> dict[str, Any]:
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+
+
+def _int8(compute: torch.dtype) -> dict[str, Any]:
+    return {"load_in_8bit": True}
+
+
+# what transformers' BitsAndBytesConfig is told, for a model that computes in the given dtype
+FORMATS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {"4bit": _nf4, "8bit": _int8}
+
+
+def quantization(name: str, compute: torch.dtype) -> Any:
+    """transformers' configuration of a format in `FORMATS`.
+
+    Raises:
+        UserError: no such format, or no bitsandbytes.
+    """
+    if name not in FORMATS:
+        raise UserError(f"quantize {name}: no such format; known are {', '.join(FORMATS)}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize {name}: bitsandbytes is not installed; pip install 'sparse-vlm[quantize]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**FORMATS[name](compute))
