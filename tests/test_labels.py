@@ -67,11 +67,37 @@ def test_template_that_changes_the_answer_is_refused(tmp_path):
         r.render(TALK, "photo 7")
 
 
-def test_template_whose_prompt_lacks_a_space_is_refused(tmp_path):
-    # its answers begin with a space that its prompt does not end with, so a model would be trained on what it is never asked
+def test_a_space_that_the_prompt_lacks_is_the_models_to_say(tmp_path):
     r = renderer(tmp_path, LLAMA2)
-    with pytest.raises(UserError, match="changes the assistant's turn 1 or what stands before it"):
-        r.render(TALK)
+    rendered = r.render(TALK)
+    assert supervised_text(r, rendered) == " A cat.<|im_end|> Yes<|im_end|>"
+    assert r.describe(rendered).startswith("<|im_start|>[INST] <3 image tokens>\nWhat is it? [/INST][[ A cat.<|im_end|>]][INST]")
+
+
+def test_only_the_last_answer_carries_loss_if_asked(tmp_path):
+    r = renderer(tmp_path)
+    assert supervised_text(r, r.render(TALK, last_only=True)) == "Yes<|im_end|>"
+
+
+def test_prompt_that_the_tokenizer_joins_with_the_answer_is_refused(tmp_path):
+    # a tokenizer that knows " A", asked with " " and trained on " A"
+    r = renderer(tmp_path, CHATML.replace("assistant\n", "assistant ").replace("message['role'] + '\n'", "message['role'] + ' '"))
+    model = r.tokenizer.backend_tokenizer.model
+    vocabulary = r.tokenizer.get_vocab()
+    r.tokenizer.backend_tokenizer.model = type(model)(vocab={**vocabulary, "ĠA": len(vocabulary)}, merges=[("Ġ", "A")])
+    with pytest.raises(UserError, match=r"photo 7: the LLM's tokenizer joins the end of the prompt, '.*assistant ', with the answer"):
+        r.render(TALK, "photo 7")
+
+
+def test_answer_that_holds_the_end_token_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"photo 7: the assistant's turn 1 contains the text '<\|im_end\|>'"):
+        renderer(tmp_path).render([user("What?"), assistant("A <|im_end|> cat")], "photo 7")
+
+
+def test_conversation_that_the_template_refuses_is_one_line(tmp_path):
+    r = renderer(tmp_path, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML)
+    with pytest.raises(UserError, match="chat template refuses a conversation of system, user: No system role"):
+        r.text([{"role": "system", "content": "Be brief."}, user("What?")])
 
 
 def test_empty_answer_is_refused(tmp_path):

@@ -106,7 +106,7 @@ class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
 def _let_folders_be_backbones() -> None:
     """Folders of ours go to our class, everything else the stock way.
 
-    `AutoBackbone.from_pretrained` asks the hub whether it has a model of that name before it looks at the disk, and the hub's client refuses
+    `AutoBackbone.from_pretrained` asks the hub for a model of that name before it looks at the disk, and the hub's client refuses
     a path (as of transformers 5.24), so that no folder of any model loads.
     """
     stock = AutoBackbone.from_pretrained

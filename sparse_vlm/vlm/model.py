@@ -34,7 +34,7 @@ from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_templa
 from sparse_vlm.vlm.quantize import quantization
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
-from sparse_vlm.vlm.vocabulary import check_head, give_rows
+from sparse_vlm.vlm.vocabulary import check_llm, give_rows
 
 FORMAT = "sparse-vlm/vlm/1"
 TOWER_ADAPTER = "tower_adapter"  # PEFT's folder of the tower's
@@ -120,7 +120,7 @@ class VLM:
         language = load_llm(llm, dtype=dtype, **packed)
         tokenizer, text_model = language.tokenizer, language.model
         config = host.tower.config
-        check_head(text_model, str(llm))
+        check_llm(text_model, str(llm))
         never_said = give_rows(tokenizer, text_model)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -371,11 +371,3 @@ def _held(changed: bool, peft: Any) -> str:
 def _llm_of_files(folder: Path) -> str:
     """What a folder holds of the LLM that does not say so."""
     return _held((folder / "llm.safetensors").is_file(), (folder / "adapter_config.json").is_file() or None)
-
-
-@torch.no_grad()
-def _grow_embeddings(model: Any, tokens: int, used: int) -> None:
-    """Rows for new tokens, up to a multiple of 64; each is the mean of the old ones, so that it is never the likeliest token."""
-    model.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
-    for layer in {id(e): e for e in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
-        layer.weight[used:] = layer.weight[:used].float().mean(0).to(layer.weight.dtype)

@@ -9,7 +9,7 @@ from sparse_vlm import store
 from sparse_vlm.errors import UserError
 from sparse_vlm.llm import load_tokenizer
 from sparse_vlm.tower import SparseFormerConfig
-from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Renderer, extend_template
+from sparse_vlm.vlm.prompts import Renderer, add_image_token, extend_template
 
 
 def renderer_of(tower: str | Path, llm: str | Path, num_tokens: int | None = None) -> tuple[Renderer, int | None]:
@@ -30,7 +30,7 @@ def renderer_of(tower: str | Path, llm: str | Path, num_tokens: int | None = Non
             raise
         raise UserError(f"{tower}: not such a tower ({error})") from error
     tokenizer, llm_config, spec = load_tokenizer(llm)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    add_image_token(tokenizer)
     renderer = Renderer(tokenizer, extend_template(tokenizer.chat_template, spec.system), config.visual_tokens)
     return renderer, getattr(llm_config.get_text_config(), "max_position_embeddings", None)
 

@@ -7,7 +7,7 @@ about a photo have in common is computed once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -97,6 +97,4 @@ def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Messa
 
 def _candidate(vlm: VLM, conversation: Sequence[Message], answer: str, name: str) -> Rendered:
     """The conversation with an answer, which alone counts, not what the assistant said earlier."""
-    rendered = vlm.renderer.render([*conversation, assistant(answer)], name)
-    start = rendered.last_answer()
-    return replace(rendered, supervised=tuple(carries and i >= start for i, carries in enumerate(rendered.supervised)))
+    return vlm.renderer.render([*conversation, assistant(answer)], name, last_only=True)

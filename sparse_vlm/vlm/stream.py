@@ -93,7 +93,7 @@ class Stream:
         self._started = time.perf_counter()
         self._vlm, self._memory = vlm, memory
         self._images = images_of(messages)
-        self._ids, _ = vlm.renderer.tokens(vlm.renderer.text(messages, answer_next=True))
+        self._ids = vlm.renderer.tokens(vlm.renderer.text(messages, answer_next=True))
         vlm.renderer.check_count(self._ids, len(self._images), "the conversation")
         vlm.check_length(len(self._ids) + max_new_tokens)
         self._pieces = self._run(max_new_tokens)
