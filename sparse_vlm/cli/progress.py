@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 30.0
+LARGE_MIB = 50
 
 
 @contextmanager
@@ -29,6 +31,25 @@ def counting(console: Console, label: str, unit: str, total: int, completed: int
             progress.update(task, advance=count, rate=progress.tasks[0].speed or 0.0)
 
         yield advance
+
+
+@contextmanager
+def reading(console: Console, files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+    """Show how far some files are read, where they are large; what is given to the `with` block is called with bytes just read."""
+    total = sum(file.stat().st_size for file in files if file.is_file()) >> 20
+    if total < LARGE_MIB:
+        yield lambda size: None
+        return
+    with counting(console, "reading", "MiB", total) as advance:
+        read = 0
+
+        def count(size: int) -> None:
+            nonlocal read
+            before, read = read >> 20, read + size
+            if read >> 20 > before:
+                advance((read >> 20) - before)
+
+        yield count
 
 
 def _lines(console: Console, label: str, unit: str, total: int, completed: int) -> Callable[[int], None]:

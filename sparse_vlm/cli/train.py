@@ -16,7 +16,7 @@ def train(
             "Repeatable; =0.5 behind one takes half of it, =2 all of it twice."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the model.")] = None,
     stage: Annotated[str, typer.Option(help="read: the LLM, from words; align: the projector; instruct: both.")] = "align",
     tower: Annotated[str | None, typer.Option(help="Tower: a folder or a name of the zoo; tiny, or that of --init, unless given.")] = None,
     llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
@@ -33,6 +33,13 @@ def train(
         str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey picture instead.")
     ] = "raise",
     epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Read all data, name every problem in it and count its tokens; start no model. Exit code 1: problems."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: print one JSON document.")] = False,
     samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos a step, instead of the stage's.", min=1)] = None,
@@ -73,6 +80,14 @@ def train(
         raise UserError(f"--stage {stage}: no such stage; known are {', '.join(training.STAGES)}")
     if on_bad_image not in ON_BAD_IMAGE:
         raise UserError(f"--on-bad-image {on_bad_image}: unknown; known are {', '.join(ON_BAD_IMAGE)}")
+    if check:
+        from sparse_vlm.cli.checking import check_data
+
+        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, threads, as_json))
+    if as_json:
+        raise UserError("--json needs --check")
+    if out is None:
+        raise UserError("--out is missing; name the folder of the model (--check alone needs none)")
     chosen = training.STAGES[stage]
     if lr is not None:
         chosen = dataclasses.replace(chosen, lr_projector=lr)
@@ -152,12 +167,18 @@ def train(
 
 def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> Any:
     """What the data says, as a corpus."""
-    from sparse_vlm.cli.progress import fetching
-    from sparse_vlm.data.corpus import read_corpus
+    from functools import partial
+
+    from sparse_vlm.cli.progress import fetching, reading
+    from sparse_vlm.data.corpus import files_of, photos_of, read_corpus
+    from sparse_vlm.data.llava import LlavaFile
     from sparse_vlm.data.talks import MIXES
 
     with fetching(console) as on_fetched:
-        return read_corpus(data, images, MIXES[stage], epochs, seed, on_fetched)
+        photos = photos_of(data, on_fetched)
+    files = files_of(data)
+    with reading(console, [path for path, _ in files]) as on_bytes:
+        return read_corpus(files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes))
 
 
 def _look(console: Any, samples: Any, bank: Any, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -176,54 +176,68 @@ def drawn(count: int, times: float, seed: int) -> np.ndarray:
     return np.concatenate([*[np.arange(count)] * (total // count), np.sort(rest)])
 
 
+def files_of(data: Sequence[str]) -> list[tuple[Path, float]]:
+    """LLaVA's files among the entries of `--data`, with their weights; glob patterns are resolved."""
+    found = []
+    for name, weight in map(weighted, data):
+        if name.endswith(records.SUFFIXES):
+            matching = [] if Path(name).exists() else sorted(glob.glob(name))
+            found += [(Path(path), weight) for path in matching or [name]]
+    return found
+
+
+def photos_of(
+    data: Sequence[str], on_fetched: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> dict[float, list[Photo]]:
+    """Photos of the other entries of `--data` by their weight.
+
+    Args:
+        on_fetched: told what is fetched, as in `PhotoSet`.
+
+    Raises:
+        UserError: an entry that cannot be used.
+    """
+    found: dict[float, list[Photo]] = {}
+    for name, weight in map(weighted, data):
+        if not name.endswith(records.SUFFIXES):
+            found.setdefault(weight, []).extend(PhotoSet(name, on_fetched))
+    return found
+
+
 def read_corpus(
-    data: Sequence[str],
+    files: Sequence[tuple[Path, float]],
+    photos: Mapping[float, Sequence[Photo]],
     images: Path | None,
     mix: Mix,
     epochs: int = 1,
     seed: int = 0,
-    on_fetched: Callable[[str, int, int], None] = lambda what, done, total: None,
-    on_bytes: Callable[[int], None] = lambda size: None,
-    open_file: Callable[..., LlavaFile] = LlavaFile,
+    open_file: Callable[[Path, Path | None, dict[str, int], int], LlavaFile] = LlavaFile,
 ) -> Corpus:
     """The talks of all entries of `--data`.
 
     Args:
-        data: tars and all else that `PhotoSet` takes, and LLaVA's json and jsonl files; each may end in `=WEIGHT`.
+        files: from `files_of`.
+        photos: from `photos_of`.
         images: folder of the pictures that LLaVA's files name.
         mix: what is said about the photos of tars.
         epochs: visits to each photo; how often LLaVA's files are gone through.
-        on_fetched: told what is fetched, as in `PhotoSet`.
-        on_bytes: told how much of LLaVA's files was just read.
         open_file: makes a `LlavaFile`.
 
     Raises:
-        UserError: an entry that cannot be used, a sample that is not as it must be.
+        UserError: a file that cannot be used, or a sample that is not as it must be.
     """
-    entries = [weighted(entry) for entry in data]
-    by_weight: dict[float, list[Photo]] = {}
-    for name, weight in entries:
-        if not name.endswith(records.SUFFIXES):
-            by_weight.setdefault(weight, []).extend(PhotoSet(name, on_fetched))
-    known = list(dict.fromkeys(photo for photos in by_weight.values() for photo in photos))
-    # all photos together, as yes and no are balanced over them
+    known = list(dict.fromkeys(photo for some in photos.values() for photo in some))
+    # over all photos together, as yes and no are balanced word by word
     talks = photo_talks(known, mix, epochs, seed) if known else []
     numbers = {photo: number for number, photo in enumerate(known)}
     sources: list[Source] = []
     parts = []
-    for weight, photos in by_weight.items():
-        own = set(photos)
-        kept = _Kept([talk for talk in talks if talk.photos[0] in own], numbers)
-        parts.append((len(sources), drawn(len(kept), weight, seed)))
-        sources.append(kept)
+    for weight, some in photos.items():
+        own = set(some)
+        sources.append(_Kept([talk for talk in talks if talk.photos[0] in own], numbers))
+        parts.append((len(parts), drawn(len(sources[-1]), weight, seed)))
     names: dict[str, int] = {}
-    for name, weight in entries:
-        for path in _files(name) if name.endswith(records.SUFFIXES) else []:
-            source = open_file(path, images, names, len(known), on_bytes)
-            parts.append((len(sources), drawn(len(source), weight * epochs, seed)))
-            sources.append(source)
+    for path, weight in files:
+        sources.append(open_file(path, images, names, len(known)))
+        parts.append((len(parts), drawn(len(sources[-1]), weight * epochs, seed)))
     return Corpus(sources, Photos(known, images, list(names)), _order(parts))
-
-
-def _files(name: str) -> list[Path]:
-    return [Path(name)] if Path(name).exists() else [Path(found) for found in sorted(glob.glob(name))] or [Path(name)]

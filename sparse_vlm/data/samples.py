@@ -65,13 +65,19 @@ def render(talk: Talk, photos: tuple[int, ...], renderer: Renderer, context: int
     Raises:
         UserError: naming the talk, whose mask or placeholders are not as they must be, or which is too long.
     """
-    rendered = [renderer.render(conversation, talk.name) for conversation in talk.conversations]
-    longest = max(len(one.ids) for one in rendered)
-    if context is not None and longest > context:
-        raise UserError(f"{talk.name}: {longest} tokens, but the LLM reads {context}; shorten it or leave it out")
-    tree = merge(rendered)
+    tree = merge([renderer.render(conversation, talk.name) for conversation in talk.conversations])
+    if context is not None and longest_of(tree) > context:
+        raise UserError(f"{talk.name}: {longest_of(tree)} tokens, but the LLM reads {context}; shorten it or leave it out")
     renderer.check_count(tree.ids, len(photos), talk.name)
     return Sample(talk.name, photos, tree)
+
+
+def longest_of(tree: TokenTree) -> int:
+    """Tokens of a tree's longest conversation, with the last, which is only predicted and no part of the tree."""
+    depths: list[int] = []
+    for parent in tree.parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 1)
+    return max(depths) + 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""`sparse-vlm train --check`: what is wrong with a data set, and how long its samples are, as a page for people or one JSON document.
+
+Notable: stdout holds the report alone; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparse_vlm.data.check import Problem, Report
+
+SHOWN = 5  # cases of each kind
+BAR = 40  # characters
+
+
+def check_data(
+    data: list[str],
+    images: Path | None,
+    stage: str,
+    tower: str | None,
+    llm: str,
+    init: str | None,
+    tokens: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> int:
+    """Check a data set and print the report; arguments as `sparse-vlm train` takes them.
+
+    Returns:
+        The exit code: 0 where nothing is wrong, 1 where something is.
+
+    Raises:
+        UserError: data, tower or LLM that cannot be read at all.
+    """
+    from rich.console import Console
+
+    from sparse_vlm.cli.progress import counting, fetching, reading
+    from sparse_vlm.data.check import Checker
+    from sparse_vlm.data.corpus import files_of, photos_of
+    from sparse_vlm.data.talks import MIXES
+    from sparse_vlm.vlm.reader import parts_of, renderer_of
+
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    if init:
+        own_tower, llm, own_tokens = parts_of(init)
+        tokens = tokens or (None if tower else own_tokens)
+        tower = tower or own_tower
+    renderer, context = renderer_of(tower or "tiny", llm, tokens)
+    with fetching(progress) as on_fetched:
+        photos = [photo for some in photos_of(data, on_fetched).values() for photo in some]
+    files = [path for path, _ in files_of(data)]
+    checker = Checker(files, photos, images, MIXES[stage])
+    with reading(progress, files) as on_bytes:
+        checker.read(on_bytes)
+    with counting(progress, "decoding", "pictures", checker.report.pictures) as advance:
+        checker.look(advance, threads or os.cpu_count() or 1)
+    with counting(progress, "rendering", "samples", len(checker.talks)) as advance:
+        checker.render(renderer, context, advance)
+    report = checker.report
+    if as_json:
+        print(json.dumps(report.document(), ensure_ascii=False, indent=1))
+    else:
+        _print(Console(highlight=False, soft_wrap=True), report, context)
+    return int(bool(report.problems))
+
+
+def _print(console: Console, report: Report, context: int | None) -> None:
+    from rich.table import Table
+
+    from sparse_vlm.data.check import KINDS, NOTES, PERCENTILES, histogram_of, summary
+
+    console.print(
+        f"data: {report.samples:,} samples ({report.text_only:,} of text alone, {report.several_pictures:,} of several pictures), "
+        f"{report.conversations:,} conversations, {report.pictures:,} pictures"
+    )
+    if report.problems:
+        samples = len({problem.sample for problem in report.problems})
+        console.print(f"\n{len(report.problems):,} problems, in {samples:,} samples:")
+        _print_grouped(console, report.problems, KINDS)
+    else:
+        console.print("no problems")
+    if report.notes:
+        console.print("\nworth knowing:")
+        _print_grouped(console, report.notes, NOTES)
+
+    lengths = report.lengths
+    if not len(lengths["all"]):
+        return
+    columns = ("min", *(f"{p} %" for p in PERCENTILES), "max", "mean", "sum")
+    table = Table(box=None)
+    table.add_column("tokens")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, values in lengths.items():
+        row = summary(values)
+        table.add_row(name, *(f"{row[column]:,.{int(column == 'mean')}f}" for column in columns))
+    console.print()
+    console.print(table)
+    reads = "" if context is None else f"; the LLM reads {context:,}"
+    console.print(f"\nsamples by their tokens{reads}:")
+    bins = histogram_of(lengths["all"])
+    most = max(count for *_, count in bins)
+    width = len(f"{bins[-1][1]:,}")
+    for low, high, count in bins:
+        bar = "#" * max(int(count > 0), round(BAR * count / most))
+        console.print(f"  {low:>{width},} - {high:>{width},}  {bar:<{BAR}}  {count:,}")
+
+
+def _print_grouped(console: Console, problems: list[Problem], kinds: dict[str, str]) -> None:
+    """By kind, with counts, what to do, and the first few."""
+    for kind, advice in kinds.items():
+        found = [problem for problem in problems if problem.kind == kind]
+        if found:
+            console.print(f"\n  {kind}: {len(found):,}; {advice}", markup=False)
+            for problem in found[:SHOWN]:
+                console.print(f"    {problem.sample}: {problem.text}", markup=False)
+            if len(found) > SHOWN:
+                console.print(f"    and {len(found) - SHOWN:,} more; --json lists all")

@@ -1,0 +1,215 @@
+"""Reading a whole data set before any step: every problem in it, by kind, and how long its samples are.
+
+Notable: nothing stops at the first problem, and no model is started. Samples are read as training reads them (`data.llava`,
+`data.samples.render`), so that what passes here passes there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_vlm.data.corpus import Corpus, read_corpus
+from sparse_vlm.data.llava import MISTAKES, LlavaFile, Mistake
+from sparse_vlm.data.pictures import absent, broken
+from sparse_vlm.data.records import Record
+from sparse_vlm.data.samples import longest_of, render
+from sparse_vlm.data.talks import Mix
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo, PhotoError
+from sparse_vlm.vlm.prompts import Renderer
+
+_BAD_IMAGE = "or train with --on-bad-image skip or blank"
+# kinds of problems, and what to do about each
+KINDS = MISTAKES | {
+    "missing image": f"put the picture there, correct its path or --images, {_BAD_IMAGE}",
+    "broken image": f"replace the picture, {_BAD_IMAGE}",
+    "repeated sample": "take all but one out; to learn from a file more often, write --data FILE=2",
+    "label mask": "change the text that the message names; what carries loss must be the answers and nothing else",
+    "too long": "shorten the conversation or split it",
+}
+# what is worth knowing and does no harm
+NOTES = {"repeated id": "samples of other content share an id, as they do in LLaVA's own files; look for a sample by its number"}
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+BINS = 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: a key of `KINDS` or `NOTES`, in which sample, and the case at hand."""
+
+    kind: str
+    sample: str
+    text: str
+
+
+@dataclass
+class Report:
+    """What is in a data set.
+
+    Attributes:
+        samples: all that were read, those with problems too.
+        text_only, several_pictures: of those without mistakes in their text.
+        pictures: different ones, that samples without mistakes name.
+        conversations: of the same samples.
+        lengths: for each of the samples that could be rendered its tokens: `all`, `image`, `text` and `with loss`, each (samples,).
+    """
+
+    samples: int = 0
+    text_only: int = 0
+    several_pictures: int = 0
+    pictures: int = 0
+    conversations: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """All of it for programs."""
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        histogram = histogram_of(self.lengths["all"])
+        return {
+            **counts,
+            "problems": _grouped(self.problems, KINDS),
+            "notes": _grouped(self.notes, NOTES),
+            "tokens": {name: summary(values) for name, values in self.lengths.items()},
+            "histogram": [{"from": low, "to": high, "samples": count} for low, high, count in histogram],
+        }
+
+
+def _grouped(problems: Sequence[Problem], kinds: dict[str, str]) -> dict[str, Any]:
+    return {
+        kind: {"count": len(found), "what to do": advice, "cases": [asdict(problem) for problem in found]}
+        for kind, advice in kinds.items()
+        if (found := [problem for problem in problems if problem.kind == kind])
+    }
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Sum, mean, extremes and percentiles of token counts; nothing where there are none."""
+    if not len(values):
+        return {}
+    percentiles = {f"{p} %": float(value) for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+    return {
+        "sum": int(values.sum()),
+        "mean": round(float(values.mean()), 1),
+        "min": int(values.min()),
+        **percentiles,
+        "max": int(values.max()),
+    }
+
+
+def histogram_of(values: np.ndarray) -> list[tuple[int, int, int]]:
+    """(from, to, samples) of bins of one width, the last of which holds all that is longer than nearly all."""
+    if not len(values):
+        return []
+    # one very long sample must not push all others into the first bin
+    usual = values[values <= np.percentile(values, 99)]
+    low, high = int(usual.min()), int(usual.max()) + 1
+    width = max(1, -(-(high - low) // BINS))
+    edges = list(range(low, high, width))
+    counts, _ = np.histogram(values, [*edges, int(values.max()) + 1])
+    tops = [edge - 1 for edge in edges[1:]] + [int(values.max())]
+    return list(zip(edges, tops, counts.tolist(), strict=True))
+
+
+class Checker:
+    """Checks a data set in three steps, in this order: `read`, `look`, `render`; then `report` is whole.
+
+    Args:
+        files: LLaVA's; every sample is read, whatever the weight.
+        photos: of tars.
+        images: folder of the pictures that the files name.
+        mix: what a stage says about the photos.
+    """
+
+    def __init__(self, files: Sequence[Path], photos: Sequence[Photo], images: Path | None, mix: Mix) -> None:
+        self.files, self.photos, self.images, self.mix = files, photos, images, mix
+        self.report = Report()
+        self.talks: Corpus
+        self._names: dict[str, str] = {}  # the first sample of an id
+        self._contents: dict[int, str] = {}  # the first sample of a content
+
+    def read(self, on_bytes: Callable[[int], None]) -> None:
+        """Read all text.
+
+        Raises:
+            UserError: a file that cannot be read at all, or pictures without `images`.
+        """
+        open_file = functools.partial(LlavaFile, on_bytes=on_bytes, on_record=self._record)
+        photos = {1.0: self.photos} if self.photos else {}
+        self.talks = read_corpus([(path, 1.0) for path in self.files], photos, self.images, self.mix, open_file=open_file)
+        report = self.report
+        if not len(self.talks) and not report.problems:
+            raise UserError(f"{', '.join(map(str, self.files))}: no samples")
+        report.samples += len(self.talks)
+        shown = np.array([len(self.talks.shown(index)) for index in range(len(self.talks))], dtype=np.int64)
+        report.text_only, report.several_pictures = int((shown == 0).sum()), int((shown > 1).sum())
+        report.pictures = len(self.talks.wanted())
+
+    def _record(self, name: str, record: Record, mistakes: list[Mistake]) -> None:
+        self.report.problems += [Problem(mistake.kind, name, mistake.text) for mistake in mistakes]
+        self.report.samples += bool(mistakes)
+        if not isinstance(record.value, dict):
+            return
+        content = hash(json.dumps(record.value, sort_keys=True))
+        first = self._contents.setdefault(content, name)
+        if first is not name:
+            self.report.problems.append(Problem("repeated sample", name, f"is {first} once more"))
+        elif "id" in record.value:
+            first = self._names.setdefault(str(record.value["id"]), name)
+            if first is not name:
+                self.report.notes.append(Problem("repeated id", name, f"has the id of {first}"))
+
+    def look(self, on_photos: Callable[[int], None], threads: int = 1) -> None:
+        """Decode every picture in full.
+
+        Args:
+            threads: that decode.
+        """
+        photos, wanted = self.talks.photos, self.talks.wanted()
+        users: dict[int, list[int]] = {}
+        missing = absent(photos, wanted)
+        bad: dict[int, tuple[str, str]] = {number: ("missing image", why) for number, why in missing.items()}
+
+        def on_bad(number: int, error: PhotoError) -> None:
+            bad[number] = ("broken image", str(error))
+
+        broken(photos, [number for number in wanted if number not in missing], on_bad, on_photos, threads)
+        for index in range(len(self.talks)) if bad else ():
+            for number in bad.keys() & set(self.talks.shown(index)):
+                users.setdefault(number, []).append(index)
+        for number, (kind, why) in sorted(bad.items()):
+            first, *others = users[number]
+            more = f" (and {len(others):,} more samples show it)" if others else ""
+            self.report.problems.append(Problem(kind, self.talks[first].name, why + more))
+
+    def render(self, renderer: Renderer, context: int | None, on_samples: Callable[[int], None]) -> None:
+        """Render every sample that has no mistakes, and check its label mask.
+
+        Args:
+            context: tokens that the LLM reads at most.
+        """
+        lengths: dict[str, list[int]] = {"all": [], "image": [], "text": [], "with loss": []}
+        for index in range(len(self.talks)):
+            talk = self.talks[index]
+            self.report.conversations += len(talk.conversations)
+            on_samples(1)
+            try:
+                tree = render(talk, self.talks.shown(index), renderer).tree
+            except UserError as error:
+                self.report.problems.append(Problem("label mask", talk.name, str(error).removeprefix(f"{talk.name}: ")))
+                continue
+            longest = longest_of(tree)
+            if context is not None and longest > context:
+                self.report.problems.append(Problem("too long", talk.name, f"{longest} tokens, but the LLM reads {context}"))
+            shown = len(talk.photos) * renderer.tokens_per_image
+            for name, value in (("all", len(tree)), ("image", shown), ("text", len(tree) - shown), ("with loss", len(tree.targets))):
+                lengths[name].append(value)
+        self.report.lengths = {name: np.array(values, dtype=np.int64) for name, values in lengths.items()}
