@@ -118,7 +118,7 @@ class SparseFormerClassifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns of parameter names from the picture to the head, for rates that fall with depth."""
         return {
-            "stem": r"^tower\.(feat_extractor|initial_|glance|cls_embedding)",
+            "stem": r"^tower\.(?:feat_extractor|initial_|glance|cls_embedding)",
             "blocks": [(r"^tower\.layers\.(\d+)", None), (r"^tower\.norm", (99999,))],
         }
 
