@@ -30,7 +30,7 @@ class Recipe:
         dropped: of the teacher's first blocks, that the student does without.
         frozen: of the teacher's last blocks, that are inherited and not trained.
         resolution: side of the student's pictures in pixels; 0 is the teacher's.
-        views: views of photos to learn from.
+        views: views of photos to learn from; 0 leaves the student as it begins.
         views_per_photo: distinct views of a photo, cached with the teacher's answers; 0 shows a new view every time, and the teacher
             answers at every step.
         lr: peak learning rate, as a share of a tensor's root mean square a step.
@@ -138,6 +138,12 @@ def _elastic(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     return replace(config, budgets=(9, 64), glance=GlanceConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
 
 
+def _whole(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
+    """The teacher itself as a tower: a token a patch, which is where it begins."""
+    config = _warm_start(pooled=True)(spec, recipe)
+    return replace(config, num_latent_tokens=spec.grid**2, glance=GlanceConfig(spec.patch_size, spec.grid, 1, spec.norm_pre))
+
+
 def _as_published(name: str) -> Callable[[TeacherSpec, Recipe], SparseFormerConfig]:
     """A published configuration, with the teacher's own activation."""
 
@@ -238,6 +244,13 @@ RECIPES: dict[str, Recipe] = {
         student=_warm_start(pooled=False),
         blocks=_each_block,
         looks=0,
+    ),
+    "vit": Recipe(
+        summary="the teacher itself as a tower, a token a patch: what others reduce to fewer; nothing is trained",
+        student=_whole,
+        blocks=_each_block,
+        looks=0,
+        views=0,
     ),
     "paper-clip-base": _paper("sparseformer_btsp_openai_clip_base", "as in the paper, of a CLIP ViT-B: 49 tokens, 8 of 12 blocks", 12),
     "paper-clip-large": _paper("sparseformer_btsp_openai_clip_large", "as in the paper, of a CLIP ViT-L: 64 tokens, 16 of 24 blocks", 24),

@@ -17,11 +17,11 @@ def bootstrap(
         ),
     ],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Photos: webdataset tars, image folders, globs and {000..099} of them, URLs, or hf:ORG/NAME:SPLIT; may be repeated."
         ),
-    ],
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "tiny",
     out: Annotated[Path | None, typer.Option(help="Folder of the student; build/RECIPE by default.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached answers, shared by all runs.")] = Path("build/teacher-cache"),
@@ -55,6 +55,7 @@ def bootstrap(
     from sparse_vlm.devices import own_device, rank
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.distill.views import ViewSet
+    from sparse_vlm.errors import UserError
     from sparse_vlm.inherit import inherit
     from sparse_vlm.photos import PhotoSet
     from sparse_vlm.recipes import changed, get_recipe
@@ -71,8 +72,8 @@ def bootstrap(
         chosen = dataclasses.replace(chosen, views=views)
     engine = find_config(deepspeed) if deepspeed else None
     out = out or Path("build") / recipe
-    with fetching(console) as on_progress:
-        photos = PhotoSet(data, on_progress)
+    if chosen.views and not data and not mapping_only:
+        raise UserError(f"--recipe {recipe}: learns from photos; give --data")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -87,6 +88,12 @@ def bootstrap(
     )
     if mapping_only:
         return
+    if not chosen.views:
+        tower.save_pretrained(out)
+        console.print(f"tower written to {out}; nothing was to be trained")
+        return
+    with fetching(console) as on_progress:
+        photos = PhotoSet(data, on_progress)
     if gradient_checkpointing:
         tower.set_grad_checkpointing()
         console.print("activations are not kept but computed again in the backward pass")
