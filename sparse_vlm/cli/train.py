@@ -232,6 +232,6 @@ def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any) -> None:
         table.add_row(group.name, str(len(group.parameters)), f"{group.size:,}", "frozen" if group.lr is None else f"{group.lr:g}")
     console.print(table)
     talk = samples.talks[0]
-    shown = vlm.renderer.render(talk.conversations[-1], talk.name)
+    shown = vlm.renderer.renderings(talk.conversations[-1], talk.name)[-1]
     console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):", markup=False)
     console.print(escape(vlm.renderer.describe(shown)))
