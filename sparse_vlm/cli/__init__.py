@@ -33,6 +33,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "Measure a tower or a vision-language model.",
         "sparse-vlm eval --model tiny --teacher local-dir:teacher --tasks imagenet,cosine --data data",
     ),
+    "export": (
+        "Write a model in a format that others load: transformers, ONNX, torch.export.",
+        "sparse-vlm export --model tiny --format onnx --out build/tiny-onnx",
+    ),
     "zoo": ("List, show and fetch models.", "sparse-vlm zoo list"),
 }
 

@@ -1,0 +1,94 @@
+"""What is exported: a tower or a VLM, of the zoo or in a folder, and the parts that go into its export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_vlm import store
+from sparse_vlm.errors import UserError
+from sparse_vlm.export.formats import KINDS
+from sparse_vlm.store import Entry
+from sparse_vlm.zoo import card
+
+TOWER_FORMAT = "sparse-vlm/tower/"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model whose weights go into an export.
+
+    Attributes:
+        name: of the zoo, else the last part of its folder's path: where it lies is no business of whoever loads the export.
+        entry: None for a folder.
+        card: the text of its card; None where a folder has none.
+    """
+
+    name: str
+    entry: Entry | None
+    card: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        given: what the user gave: a folder, or a name of the zoo.
+        kind: a key of `KINDS`.
+        parts: the model itself first; the parts that a VLM names after it.
+        tower: what its tower is called; its own name where it is one.
+    """
+
+    given: str
+    kind: str
+    parts: tuple[Part, ...]
+    tower: str
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.parts[0].name
+
+
+def find(model: str) -> Source:
+    """A tower or a VLM by its folder or its name in the zoo.
+
+    Raises:
+        UserError: no such model, or one of another kind.
+    """
+    if not Path(model).expanduser().is_dir():
+        kind = store.entry(model).kind
+        if kind not in KINDS:
+            fitting = [entry.name for entry in store.entries().values() if entry.kind in KINDS]
+            raise UserError(f"{model}: is {store.KINDS[kind]}; what can be exported is a tower or a VLM, as {' or '.join(fitting)}")
+    folder = store.locate(model)
+    described = _described(folder)
+    kind = "vlm" if "vlm.json" in described else "tower"
+    if kind == "tower" and not str(described.get("config.json", {}).get("format", "")).startswith(TOWER_FORMAT):
+        raise UserError(f"{model}: holds neither a tower nor a VLM of ours; give a folder of bootstrap's or train's, or a name of the zoo")
+    names = [described["vlm.json"].get(part) for part in ("tower", "llm")] if kind == "vlm" else []
+    parts = (_part(model, folder), *(_part(name, Path(name)) for name in names if name))
+    return Source(model, kind, parts, names[0] if names and names[0] else model)
+
+
+def _described(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in ("vlm.json", "config.json"):
+        try:
+            found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name}: cannot be read ({error})") from None
+    return found
+
+
+def _part(name: str, folder: Path) -> Part:
+    known = store.entries()
+    if not Path(name).expanduser().is_dir() and name in known:
+        return Part(name, known[name], card(name))
+    written = folder.expanduser() / "card.md"
+    return Part(folder.expanduser().resolve().name, None, written.read_text(encoding="utf-8") if written.is_file() else None)
