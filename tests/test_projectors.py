@@ -1,0 +1,57 @@
+"""Projectors that reduce tokens: each against what it is said to do, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.projectors import PROJECTORS, make_projector
+
+WIDTH, LLM, SIDE = 64, 48, 4
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, SIDE**2, WIDTH)
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_each_makes_fewer_tokens_and_learns(kind: str, tokens: torch.Tensor) -> None:
+    if kind == "abstractor":
+        pytest.importorskip("timm", reason="its convolution blocks are timm's")
+    projector = make_projector(kind, WIDTH, LLM, SIDE**2, 9)
+    out = projector(tokens.requires_grad_())
+    assert out.shape == (2, 9, LLM)
+    out.square().sum().backward()
+    assert tokens.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
+
+
+def test_reductions_by_hand(tokens: torch.Tensor) -> None:
+    grid = tokens.unflatten(1, (SIDE, SIDE))
+    upper_right = grid[:, :2, 2:]
+    assert torch.allclose(make_projector("pool", WIDTH, LLM, 16, 4).reduce(tokens)[:, 1], upper_right.mean((1, 2)), atol=1e-6)
+    assert torch.equal(make_projector("stride", WIDTH, LLM, 16, 4).reduce(tokens)[:, 1], grid[:, 1, 3])
+    shuffled = make_projector("shuffle", WIDTH, LLM, 16, 4).reduce(tokens)[:, 1].sort().values
+    assert torch.equal(shuffled, upper_right.flatten(1).sort().values), "all numbers of the cell, and no others"
+    chosen = make_projector("random", WIDTH, LLM, 16, 4).reduce(tokens)
+    assert all((chosen[0, i] == tokens[0]).all(-1).sum() == 1 for i in range(4))
+    assert torch.equal(chosen, make_projector("random", WIDTH, LLM, 16, 4).reduce(tokens)), "the same tokens in every run"
+
+
+def test_a_resampler_knows_where_a_token_stands(tokens: torch.Tensor) -> None:
+    resampler = make_projector("resampler", WIDTH, LLM, 16, 4)
+    assert not torch.allclose(resampler(tokens), resampler(tokens.flip(1)), atol=1e-4)
+    resampler.places_in.zero_()
+    assert torch.allclose(resampler(tokens), resampler(tokens.flip(1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "message"),
+    [("pool", 5, "both must be squares"), ("pool", 25, "the tower has 16"), ("average", 9, "no such kind; known are mlp, pool")],
+)
+def test_what_cannot_be_is_said(kind: str, count: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_projector(kind, WIDTH, LLM, 16, count)
