@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_house import python
 from tiny_vlm import picture, tower_config
 
 from sparse_vlm import store
@@ -53,6 +54,11 @@ def test_every_tower_is_listed_and_registering_again_says_nothing():
         warnings.simplefilter("error")
         host.register()
     assert len(timm.list_models("sparseformer*")) == len(towers) + len(PUBLISHED)
+
+
+@pytest.mark.parametrize("order", ["sparse_vlm, timm", "timm, sparse_vlm"])
+def test_importing_both_registers_whichever_comes_first(order):
+    assert python(f"import {order}; print(timm.is_model('sparseformer_tiny'))") == "True\n"
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -272,6 +278,10 @@ def test_tokens_in_no_square_grid_are_a_list():
     with pytest.raises(UserError, match="6 tokens of a picture of 32 x 32 pixels begin in no square grid; take them as a list"):
         model.forward_intermediates(pixels)
     assert model.forward_intermediates(pixels, indices=1, output_fmt="NLC", intermediates_only=True)[0].shape == (1, 6, 64)
+    with pytest.raises(
+        UserError, match="sparseformer_btsp_augreg_base: its 48 tokens begin in no square grid, so there are no feature maps"
+    ):
+        timm.create_model("sparseformer_btsp_augreg_base", features_only=True)
     # a tower of several budgets lays its cells over the picture's own shape
     _, elastic = both(dataclasses.replace(tower_config(), budgets=(2, 9)))
     assert elastic.forward_intermediates(pixels, intermediates_only=True)[0].shape == (1, 64, 2, 2)

@@ -20,9 +20,10 @@ AFTER_IMPORT: dict[str, str] = {
     "transformers.models.auto.configuration_auto": "sparse_vlm.hosts.transformers_config",
     "transformers.models.auto.modeling_auto": "sparse_vlm.hosts.transformers",
     "transformers.models.auto.image_processing_auto": "sparse_vlm.hosts.transformers_image",
+    "timm": "sparse_vlm.hosts.timm",
 }
 # Older releases of a host are left alone: they cannot take the tower, and must go on working beside us.
-OLDEST: dict[str, tuple[int, int]] = {"transformers": (5, 3)}
+OLDEST: dict[str, tuple[int, int]] = {"transformers": (5, 3), "timm": (1, 0)}
 
 
 class AfterImport(MetaPathFinder):

@@ -1,12 +1,12 @@
 """SparseFormers as timm knows models: `timm.create_model("sparseformer_tiny", pretrained=True)`.
 
-    import sparse_vlm.hosts.timm
+    import sparse_vlm, timm
 
 Shape legend: B batch, n latent tokens, N tokens with CLS, d width, K classes, h x w pixels.
 
-Notable: importing this module registers every published configuration and every tower of the zoo, where timm is installed. The classifier
-stands outside the tower, as `head`; what a tower's file calls `proj` is the head of that many classes. Features follow timm's
-`VisionTransformer` (timm/models/vision_transformer.py): normalised tokens, except that an average is taken before the norm.
+Notable: importing this module, which follows from importing both packages, registers every published configuration and every tower of
+the zoo. The classifier stands outside the tower, as `head`; what a tower's file calls `proj` is the head of that many classes. Features
+follow timm's `VisionTransformer` (timm/models/vision_transformer.py): normalised tokens, except that an average is taken before the norm.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ default_cfgs: dict[str, Any] = {}
 """timm's `DefaultCfg` by model; `register_model` looks for a variable of this name in the module of the function."""
 
 
+def initial_grid(config: SparseFormerConfig) -> int | None:
+    """Tokens a side of the grid that the initial RoIs are, row by row; None where their number is no square and they are none."""
+    side = math.isqrt(config.num_latent_tokens)
+    return side if side**2 == config.num_latent_tokens else None
+
+
 class SparseFormerClassifier(nn.Module):
     """A tower with timm's interface.
 
@@ -62,9 +68,8 @@ class SparseFormerClassifier(nn.Module):
         self.tower = SparseFormer(config)
         self.num_features = self.head_hidden_size = self.embed_dim = config.width
         self.num_prefix_tokens = config.num_tokens - config.num_latent_tokens
-        side = math.isqrt(config.num_latent_tokens)
-        self.grid = side if side**2 == config.num_latent_tokens else None  # of the initial RoIs, row by row
-        reduction = config.image_size // side
+        self.grid = initial_grid(config)
+        reduction = config.image_size // math.isqrt(config.num_latent_tokens)
         indices = [index for index, layer in enumerate(self.tower.layers) if isinstance(layer, Unit)]
         self.feature_info = [
             {"num_chs": unit.width, "reduction": reduction, "module": f"tower.layers.{index}"}
@@ -173,7 +178,7 @@ class SparseFormerClassifier(nn.Module):
         bent = self.tower.config.budgets is not None and x.shape[-2] != x.shape[-1]  # such a tower lays square cells over any picture
         if output_fmt == "NCHW" and (self.grid is None or bent):
             what = f"{self.tower.config.num_latent_tokens} tokens of a picture of {x.shape[-1]} x {x.shape[-2]} pixels"
-            raise UserError(f"{what} begin in no square grid; take them as a list, with output_fmt='NLC'")
+            raise UserError(f"{what} begin in no square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
         take = self._take(indices)
         found: list[Any] = []
         for index, (tokens, _) in enumerate(self.tower.run_units(x)):
@@ -288,6 +293,11 @@ def _entrypoint(name: str, entry: Entry) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from timm.models import build_model_with_cfg
 
+        if kwargs.get("features_only") and initial_grid(entry.config) is None:
+            raise UserError(
+                f"{name}: its {entry.config.num_latent_tokens} tokens begin in no square grid, so there are no feature maps; "
+                "take tokens with create_model(...).forward_intermediates(..., output_fmt='NLC')"
+            )
         given = kwargs.get("pretrained_cfg")
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
         # weights of a cfg or an overlay of the caller's come before the zoo's
