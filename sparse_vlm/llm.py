@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +69,12 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
     Raises:
         UserError: unknown name, no source that delivers it, not a language model, or one without a chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = _folder(name_or_path)
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or native_dtype(), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name_or_path}: not a language model that transformers can load ({str(error).splitlines()[0]})") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model")
+    tokenizer = _tokenizer(name_or_path, folder)
+    with _as_user_error(name_or_path), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or native_dtype(), **options)
     return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
 
 
@@ -91,17 +87,38 @@ def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, P
     Raises:
         UserError: as `load_llm` does.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = _folder(name_or_path)
+    tokenizer = _tokenizer(name_or_path, folder)
+    with _as_user_error(name_or_path), _quiet():
+        config = AutoConfig.from_pretrained(folder)
+    return tokenizer, config, LLMS.get(str(name_or_path), LLMSpec())
+
+
+def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template."""
+    from transformers import AutoTokenizer
+
+    plain = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if plain and find_spec("sentencepiece") is None:  # transformers would ask for tiktoken
+        raise UserError(f"{name_or_path}: reading tokenizer.model needs the package sentencepiece; pip install 'sparse-vlm[sentencepiece]'")
+    with _as_user_error(name_or_path), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model, or write the template that this one was "
+            f"tuned with to {folder / 'chat_template.jinja'}"
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _as_user_error(name_or_path: str | Path) -> Iterator[None]:
     try:
-        with _quiet():
-            tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        yield
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name_or_path}: not a language model that transformers can load ({str(error).splitlines()[0]})") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model")
-    return tokenizer, config, LLMS.get(str(name_or_path), LLMSpec())
 
 
 def _folder(name_or_path: str | Path) -> Path:
