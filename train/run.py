@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
 import sys
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import world_size
+from sparse_vlm.devices import rank, world_size
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.zero import processes_without_gpu
@@ -61,6 +63,46 @@ def arguments(
             dataloader_num_workers=0 if device == "cpu" else min(16, (os.cpu_count() or 1) // world_size()),
             **more,
         )
+
+
+def _tensorboard(out: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(out / "tensorboard")))
+
+
+def _wandb(out: Path) -> TrainerCallback:
+    from transformers.integrations import WandbCallback
+
+    os.environ.setdefault("WANDB_PROJECT", "sparse-vlm")
+    os.environ.setdefault("WANDB_NAME", out.name)
+    return WandbCallback()
+
+
+# who else is told of a run's curve, and the package it needs
+REPORTERS: dict[str, tuple[str, Callable[[Path], TrainerCallback]]] = {
+    "tensorboard": ("tensorboard", _tensorboard),
+    "wandb": ("wandb", _wandb),
+}
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Make sure that all who are to be told of a run are there.
+
+    Raises:
+        UserError: an unknown one, or one whose package is not installed.
+    """
+    for name in names:
+        if name not in REPORTERS:
+            raise UserError(f"--report-to {name}: unknown; known are {', '.join(REPORTERS)}")
+        if importlib.util.find_spec(REPORTERS[name][0]) is None:
+            raise UserError(f"--report-to {name}: {REPORTERS[name][0]} is not installed; pip install {REPORTERS[name][0]}")
+
+
+def reporters(names: Sequence[str], out: Path) -> list[TrainerCallback]:
+    """Callbacks that tell others of a run's curve; the first of several processes does."""
+    return [REPORTERS[name][1](out) for name in names] if rank() == 0 else []
 
 
 class StopOnSignal(TrainerCallback):

@@ -14,14 +14,14 @@ import copy
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_vlm.devices import native_dtype, own_device
+from sparse_vlm.devices import native_dtype, own_device, rank
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower.modules import Glance
 
@@ -55,9 +55,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def find_config(name: str) -> dict[str, Any]:
+def find_config(name: str, verb: str = "bootstrap") -> dict[str, Any]:
     """A configuration by its name in `CONFIGS`, or from a json file of DeepSpeed's format; where it does not say what to multiply in, it is
     what the machine multiplies in.
+
+    Args:
+        verb: of ours, that is to be started by torchrun.
 
     Raises:
         UserError: no DeepSpeed, no such configuration, or not started by torchrun.
@@ -65,7 +68,7 @@ def find_config(name: str) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--deepspeed {name}: DeepSpeed is not installed; pip install 'sparse-vlm[deepspeed]'")
     if "LOCAL_RANK" not in os.environ:
-        raise UserError(f"--deepspeed {name}: start it with torchrun, as torchrun --nproc-per-node 8 --no-python sparse-vlm bootstrap ...")
+        raise UserError(f"--deepspeed {name}: start it with torchrun, as torchrun --nproc-per-node 8 --no-python sparse-vlm {verb} ...")
     if name in CONFIGS:
         config = copy.deepcopy(CONFIGS[name])
     else:
@@ -98,6 +101,16 @@ def whole(tensors: Iterable[Tensor], change: bool = False) -> Any:
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if change else None):
         yield
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whole and on the CPU, one after another, in the first process; nothing in the others, which must call it as well."""
+    kept = {}
+    for name, tensor in tensors.items():
+        with whole([tensor]):
+            if rank() == 0:
+                kept[name] = tensor.detach().to("cpu", copy=True)
+    return kept
 
 
 def announce(model: nn.Module) -> None:

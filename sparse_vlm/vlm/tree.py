@@ -83,6 +83,11 @@ def merge(sequences: Sequence[Rendered]) -> TokenTree:
     )
 
 
+def is_chain(tree: TokenTree) -> bool:
+    """Whether a tree is one conversation: every token follows the one before it."""
+    return all(parent == i - 1 for i, parent in enumerate(tree.parents))
+
+
 @dataclass
 class TreeBatch:
     """Padded trees.
@@ -130,12 +135,15 @@ def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
     )
 
 
-def target_log_probs(model: LlavaForConditionalGeneration, batch: TreeBatch, image_features: Tensor | None) -> Tensor:
+def target_log_probs(
+    model: LlavaForConditionalGeneration, batch: TreeBatch, image_features: Tensor | None, plain_causal: bool = False
+) -> Tensor:
     """Log-probability of every target.
 
     Args:
         model: its LLM sees the trees; PEFT's layers may be inside.
         image_features: (pictures, N, width of the LLM), projected, in the order of the placeholders; None without pictures.
+        plain_causal: every tree is one conversation (`is_chain`), so that the LLM's own causal mask will do, which flash-attention needs.
 
     Returns:
         (T,) float32.
@@ -146,8 +154,11 @@ def target_log_probs(model: LlavaForConditionalGeneration, batch: TreeBatch, ima
         if int(here.sum()) != image_features.shape[0] * image_features.shape[1]:
             raise ValueError(f"{int(here.sum())} image placeholders for {image_features.shape[0]} x {image_features.shape[1]} image tokens")
         embeds = embeds.masked_scatter(here.unsqueeze(-1), image_features.to(embeds.dtype))
-    # added to the scores rather than boolean, which plain and fused attention both take
-    mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
+    if plain_causal:
+        mask = batch.attention_mask[:, 0, :, 0]  # (B, L): what sees the first token is no padding
+    else:
+        # added to the scores rather than boolean, which plain and fused attention both take
+        mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
     out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
     states = out.last_hidden_state.flatten(0, 1)
     positions, index = batch.target_positions.unique(return_inverse=True)

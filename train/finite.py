@@ -1,0 +1,103 @@
+"""Steps whose loss or gradient is not finite: no update, counted, named; several in a row end the run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+
+from sparse_vlm.devices import rank
+from sparse_vlm.errors import UserError
+
+NAMED = 8  # samples a line names at most
+
+
+class NotFinite(Exception):
+    """The loss of a step is not finite."""
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+class FiniteSteps(TrainerCallback):
+    """Watches the steps of a run.
+
+    Args:
+        at_most: bad steps in a row that end the run.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most = at_most
+        self.names: list[str] = []
+        self.what = ""  # that is not finite in this step
+        self.row: list[list[str]] = []
+        self.count = 0
+
+    def check(self, loss: Tensor, names: Sequence[str]) -> None:
+        """Called with each step's loss and samples.
+
+        Raises:
+            NotFinite: in every process when it is not finite in one.
+        """
+        self.names = list(names)
+        bad = (~torch.isfinite(loss.detach())).float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad.item():
+            self.what = f"loss is {loss.item()}"
+            raise NotFinite(loss.detach())
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """A finite loss may still have a gradient that is not: then there is no update either. All processes hold the same gradient."""
+        gradients = [p.grad for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
+        if gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            self.what = "gradient is not finite"
+            kwargs["optimizer"].zero_grad(set_to_none=True)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count.
+
+        Raises:
+            UserError: naming the samples of the last steps, when as many in a row as are allowed were bad.
+        """
+        if not self.what:
+            self.row.clear()
+            return
+        names = self._of_all_processes()
+        self.row.append(names)
+        self.count += 1
+        state.log_history.append({"step": state.global_step, "not_finite": self.what, "samples": names})
+        if rank() == 0:
+            print(f"step {state.global_step}: the {self.what}, no update ({_listed(names)})", file=sys.stderr)
+        self.what = ""
+        if len(self.row) >= self.at_most:
+            samples = "; ".join(f"step {state.global_step - len(self.row) + i + 1}: {_listed(each)}" for i, each in enumerate(self.row))
+            raise UserError(
+                f"{len(self.row)} steps in a row were not finite; nothing was learnt from them, and the last checkpoint is as it was. "
+                f"Look at their samples ({samples}), or lower the rates"
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how many there were."""
+        if self.count and rank() == 0:
+            print(
+                f"{self.count} of {state.global_step} steps were not finite and taught nothing; training.json names them", file=sys.stderr
+            )
+
+    def _of_all_processes(self) -> list[str]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.names
+        each: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(each, self.names)
+        return [name for names in each for name in names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

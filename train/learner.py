@@ -1,0 +1,204 @@
+"""What the Trainer trains: token trees and pictures in, the loss out; and the Trainer itself.
+
+Shape legend: N tokens a picture, d width of the tower, D width of the LLM, S side of a picture in pixels.
+Pictures come as the tower's cached tokens (N, d), as pixels (3, S, S) where the tower learns, or as embeddings (N, D) that stand in a
+picture's place (`train.reading`).
+
+Notable: a batch without pictures runs projector and tower all the same, on zeros whose output counts nothing: several processes wait for
+each other at every module whose weights they share, and for every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from sparse_vlm.data.pictures import blank, broken
+from sparse_vlm.data.samples import Sample, TokenBank
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo
+from sparse_vlm.preprocess import preprocess
+from sparse_vlm.tower import SparseFormerConfig
+from sparse_vlm.train.finite import FiniteSteps, NotFinite
+from sparse_vlm.train.parts import FLASH, Group
+from sparse_vlm.train.reading import WordPictures
+from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, target_log_probs
+
+
+class LivePictures:
+    """Pixels of photos, for a tower that learns: (3, S, S). Stands where a `TokenBank` would.
+
+    Args:
+        config: of the tower.
+        photos: in a fixed order.
+        owner: whether this process makes sure beforehand that they can be read.
+        threads: that decode them then.
+    """
+
+    def __init__(self, config: SparseFormerConfig, photos: Sequence[Photo], owner: bool = True, threads: int = 1) -> None:
+        self.config, self.photos, self.owner, self.threads = config, photos, owner, threads
+        self._read: set[int] = set()
+        self._blank: frozenset[int] = frozenset()
+
+    def missing(self, wanted: Sequence[int]) -> list[int]:
+        """Photos of `wanted` that nobody has tried to read yet."""
+        return [index for index in wanted if index not in self._read] if self.owner else []
+
+    def fill(self, wanted: Sequence[int], on_photos: Any = lambda photos: None, on_bad: Any = None) -> None:
+        """Decode what nobody has tried yet, for those that cannot be read; the arguments are `TokenBank.fill`'s."""
+        missing = self.missing(wanted)
+        if missing and on_bad is not None:
+            broken(self.photos, missing, on_bad, on_photos, self.threads)
+        self._read.update(missing)
+
+    def stand_in(self, photos: Collection[int]) -> None:
+        """Show a blank picture in the place of some photos."""
+        self._blank = frozenset(photos)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(3, S, S), normalised."""
+        size, mean = self.config.image_size, self.config.image_mean
+        picture = blank(size, mean) if index in self._blank else self.photos[index].load()
+        return preprocess([picture], size, mean, self.config.image_std)[0]
+
+
+class Learner(nn.Module):
+    """What the Trainer sees; its state dict is what is trained.
+
+    Args:
+        project: whether pictures go through the projector; else they are in the LLM's width already.
+    """
+
+    def __init__(self, vlm: VLM, project: bool = True) -> None:
+        super().__init__()
+        self.model, self.project = vlm.model, project
+        self.live = any(parameter.requires_grad for parameter in vlm.tower.parameters())
+        self.flash = vlm.model.model.language_model.config._attn_implementation == FLASH
+        side = vlm.tower.config.image_size
+        # what a batch without pictures shows
+        self.nothing = (1, 3, side, side) if self.live else (1, vlm.tokens_per_image, vlm.tower.config.width)
+
+    def forward(self, trees: TreeBatch, pictures: Tensor | None, chains: bool = False) -> dict[str, Tensor]:
+        """Mean negative log-likelihood of the targets.
+
+        Args:
+            pictures: (pictures, N, d) of the tower, (pictures, 3, S, S) where it learns, or (pictures, N, D); None without pictures.
+            chains: whether every tree is one conversation, which needs no mask of its own.
+        """
+        shown = self.features(pictures) if pictures is not None and self.project else pictures
+        said = target_log_probs(self.model, trees, shown, plain_causal=self._attend(chains))
+        count = torch.tensor(float(len(said)), device=said.device)
+        if dist.is_available() and dist.is_initialized():
+            # of several processes each counts its targets as the whole batch would, not as its part
+            dist.all_reduce(count)
+            count /= dist.get_world_size()
+        loss = -said.sum() / count
+        if pictures is None and self.project:
+            loss = loss + 0.0 * self.features(torch.zeros(self.nothing, device=said.device)).sum()
+        return {"loss": loss}
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures to tokens in the LLM's width: (pictures, N, D)."""
+        if self.live:
+            pictures = self.model.model.vision_tower.tower.visual_tokens(pictures)
+        return self.model.model.multi_modal_projector(pictures.float())
+
+    def _attend(self, chains: bool) -> bool:
+        """Whether this batch goes through flash-attention, where the LLM has it."""
+        if self.flash:
+            self.model.model.language_model.config._attn_implementation = FLASH if chains else "sdpa"
+        return self.flash and chains
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Trained tensors alone."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse of `state_dict`; always strict."""
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            raise UserError(f"the checkpoint holds other tensors than this run trains ({sorted(own.keys() ^ state_dict.keys())[0]})")
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])
+
+
+class Samples(Dataset):
+    """Samples in the order in which they are learnt from, each with its pictures as the bank holds them."""
+
+    def __init__(self, samples: Sequence[Sample], bank: TokenBank | LivePictures | WordPictures) -> None:
+        self.samples, self.bank = samples, bank
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor | None]:
+        sample = self.samples[index]
+        return sample, torch.stack([self.bank[photo] for photo in sample.photos]) if sample.photos else None
+
+
+class Gather:
+    """Samples and their pictures to a batch: what `Learner` takes, and the samples' names."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id
+
+    def __call__(self, items: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Any]:
+        """A batch."""
+        for sample, found in items:
+            self.renderer.check_count(sample.tree.ids, 0 if found is None else len(found), sample.name)
+        trees = [sample.tree for sample, _ in items]
+        pictures = [shown for _, shown in items if shown is not None]
+        return {
+            "trees": collate(trees, self.pad_id),
+            "pictures": torch.cat(pictures) if pictures else None,
+            "chains": all(map(is_chain, trees)),
+            "names": [sample.name for sample, _ in items],
+        }
+
+
+class LearnerTrainer(Trainer):
+    """The Trainer with our groups, keeping the samples' order, and leaving out steps that are not finite."""
+
+    groups: list[Group]
+    finite: FiniteSteps
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, a group a learning rate."""
+        if self.optimizer is None:
+            groups = [{"params": list(group.parameters), "lr": group.lr} for group in self.groups if group.lr is not None]
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay, fused=True)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The loss as the learner computes it; one that is not finite in some process raises in all."""
+        names = inputs.pop("names")
+        out = model(**inputs)
+        self.finite.check(out["loss"], names)
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A step without an update where the loss is not finite."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except NotFinite as error:
+            return error.loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing where DeepSpeed is the engine: its own checkpoint holds what is trained, and would hold all that is frozen besides."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self.args.device) if hasattr(value, "to") else value for name, value in inputs.items()}
