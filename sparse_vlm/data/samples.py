@@ -65,7 +65,12 @@ def render(talk: Talk, photos: tuple[int, ...], renderer: Renderer, context: int
     Raises:
         UserError: naming the talk, whose mask or placeholders are not as they must be, or which is too long.
     """
-    tree = merge([one for conversation in talk.conversations for one in renderer.renderings(conversation, talk.name)])
+    try:
+        tree = merge([one for conversation in talk.conversations for one in renderer.renderings(conversation, talk.name)])
+    except UserError as error:
+        if talk.name in str(error):
+            raise
+        raise UserError(f"{talk.name}: {error}") from error
     if context is not None and longest_of(tree) > context:
         raise UserError(f"{talk.name}: {longest_of(tree)} tokens, but the LLM reads {context}; shorten it or leave it out")
     renderer.check_count(tree.ids, len(photos), talk.name)
