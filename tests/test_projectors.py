@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_vlm import ask, picture, save_llm, save_tower
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.projectors import PROJECTORS, make_projector
+from sparse_vlm.vlm import VLM
 
 WIDTH, LLM, SIDE = 64, 48, 4
 
@@ -55,3 +59,20 @@ def test_a_resampler_knows_where_a_token_stands(tokens: torch.Tensor) -> None:
 def test_what_cannot_be_is_said(kind: str, count: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_projector(kind, WIDTH, LLM, 16, count)
+
+
+def test_a_model_with_one_shows_its_llm_fewer_tokens_and_comes_back_from_disk(tmp_path: Path) -> None:
+    tower, llm = save_tower(tmp_path / "tower", tokens=16), save_llm(tmp_path / "llm")
+    vlm = VLM.build(tower, llm, num_tokens=4, projector="resampler")
+    vlm.new_projector = False
+    assert vlm.tokens_per_image == 4 and vlm.image_features([picture("red")]).shape == (1, 4, 32)
+    rendered = vlm.renderer.text(ask("What is it?", picture("red")), answer_next=True)
+    inputs = vlm.processor(text=[rendered], images=[picture("red")], return_tensors="pt")
+    assert int((inputs["input_ids"] == vlm.renderer.image_id).sum()) == 4
+    said = vlm.generate([ask("What is it?", picture("red"))], max_new_tokens=8)
+    vlm.save_pretrained(tmp_path / "vlm")
+    again = VLM.from_pretrained(tmp_path / "vlm")
+    assert again.projector_kind == "resampler" and again.tokens_per_image == 4
+    assert again.generate([ask("What is it?", picture("red"))], max_new_tokens=8) == said
+    with pytest.raises(UserError, match="tensor queries is"):
+        VLM.from_pretrained(tmp_path / "vlm", num_tokens=9, new_tower=save_tower(tmp_path / "other", tokens=9), keep_projector=True)

@@ -74,14 +74,17 @@ class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
         return side
 
 
-def processor_counts(config: SparseFormerConfig) -> dict[str, Any]:
+def processor_counts(config: SparseFormerConfig, tokens: int | None = None) -> dict[str, Any]:
     """What `LlavaProcessor` must be told so that it writes exactly N placeholders for every picture.
 
     It counts (S // patch_size)**2 + num_additional_image_tokens; with patch_size = S the first term is 1 for every N.
+
+    Args:
+        tokens: N, where a projector makes another number of the tower's tokens.
     """
     return {
         "patch_size": config.image_size,
-        "num_additional_image_tokens": config.visual_tokens - 1,
+        "num_additional_image_tokens": (tokens or config.visual_tokens) - 1,
         "vision_feature_select_strategy": "full",
     }
 

@@ -1,6 +1,7 @@
 """`VLM`: a tower, a projector and an LLM that talk about pictures.
 
-Shape legend: B pictures, N tokens a picture, d width of the tower, D width of the LLM.
+Shape legend: B pictures, M tokens of the tower, N tokens a picture in the LLM (M unless a projector reduces them), d width of the tower, D
+width of the LLM.
 On disk it is `vlm.json`, `projector.safetensors`, and what training changed in the LLM: PEFT's `adapter_config.json` and
 `adapter_model.safetensors`, or `llm.safetensors` after full training; in the tower: a folder `tower_adapter` of the same two files, or
 `tower.safetensors`. Tower and LLM are named, not copied. `vlm.json` says under `holds` which of these there are.
@@ -27,6 +28,7 @@ from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.llm import load_llm
+from sparse_vlm.projectors import MLP, Projector, make_projector
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import adapters
 from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
@@ -53,6 +55,7 @@ class VLM:
         tower_name, llm_name: what tower and LLM were loaded by.
         peft, tower_peft: PEFT's wrapper around `model` when the LLM has adapters, and around `tower` when that has; else None.
         llm_changed, tower_changed: whether its own weights were trained and are saved with the model.
+        projector_kind: `mlp`, or which of `sparse_vlm.projectors`.
         quantized: `4bit` or `8bit` when the LLM's weights are held so, else None.
         new_projector: whether the projector has learnt nothing yet; whoever trains it by other means than ours sets it to False.
     """
@@ -64,8 +67,9 @@ class VLM:
         self.tower_peft: Any = None
         self.llm_changed = self.tower_changed = False
         self.quantized: str | None = None
+        self.projector_kind = MLP
         self.new_projector = True
-        self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tower.config.visual_tokens)
+        self.renderer = Renderer(processor.tokenizer, processor.chat_template, self.tokens_per_image)
         self._memory = Memory()
 
     @property
@@ -74,14 +78,14 @@ class VLM:
         return self.model.model.vision_tower.tower
 
     @property
-    def projector(self) -> LlavaMultiModalProjector:
-        """The two-layer MLP from d to D."""
+    def projector(self) -> LlavaMultiModalProjector | Projector:
+        """From (B, M, d) to (B, N, D): LLaVA's two-layer MLP, or one of `sparse_vlm.projectors`."""
         return self.model.model.multi_modal_projector
 
     @property
     def tokens_per_image(self) -> int:
         """Tokens that a picture takes in the LLM (N)."""
-        return self.tower.config.visual_tokens
+        return self.model.config.image_seq_length
 
     @property
     def tokenizer(self) -> Any:
@@ -98,6 +102,7 @@ class VLM:
         seed: int = 0,
         num_tokens: int | None = None,
         quantize: str | None = None,
+        projector: str = MLP,
     ) -> VLM:
         """A new VLM with an untrained projector.
 
@@ -106,8 +111,10 @@ class VLM:
             llm: a folder or zoo name.
             dtype: of all weights; bfloat16 where the device multiplies in it, else float32.
             seed: of the projector's weights.
-            num_tokens: latent tokens a picture, for a tower that serves several budgets.
+            num_tokens: tokens a picture: latent tokens of a tower that serves several budgets, or what a projector reduces the tower's to
+                (49 by default).
             quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes.
+            projector: `mlp`, LLaVA's own, or a kind of `sparse_vlm.projectors` that reduces the tower's tokens.
 
         Raises:
             UserError: either cannot be loaded, the tower was not made for that number of tokens, or there is no bitsandbytes.
@@ -115,11 +122,13 @@ class VLM:
         from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor, processor_counts
 
         dtype = dtype or native_dtype(device)
-        host = SparseFormerHostModel.wrap(SparseFormer.from_pretrained(tower, dtype, num_tokens))
+        plain = projector == MLP
+        host = SparseFormerHostModel.wrap(SparseFormer.from_pretrained(tower, dtype, num_tokens if plain else None))
         packed = {} if quantize is None else {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
         language = load_llm(llm, dtype=dtype, **packed)
         tokenizer, text_model = language.tokenizer, language.model
         config = host.tower.config
+        tokens = config.visual_tokens if plain else num_tokens or 49
         check_llm(text_model, str(llm))
         never_said = give_rows(tokenizer, text_model)
         tokenizer.padding_side = "left"
@@ -127,12 +136,12 @@ class VLM:
             tokenizer.pad_token = tokenizer.eos_token
 
         template = extend_template(tokenizer.chat_template, language.spec.system)
-        renderer = Renderer(tokenizer, template, config.visual_tokens)
+        renderer = Renderer(tokenizer, template, tokens)
         llava_config = LlavaConfig(
             vision_config=host.config,
             text_config=text_model.config,
             image_token_index=renderer.image_id,
-            image_seq_length=config.visual_tokens,
+            image_seq_length=tokens,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
             projector_hidden_act="gelu",
@@ -141,7 +150,9 @@ class VLM:
             model = LlavaForConditionalGeneration(llava_config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model.model.multi_modal_projector = LlavaMultiModalProjector(model.config).to(dtype)
+            sizes = config.width, text_model.config.hidden_size, config.visual_tokens, tokens
+            made = LlavaMultiModalProjector(model.config) if plain else make_projector(projector, *sizes)
+            model.model.multi_modal_projector = made.to(dtype)
         model.model.vision_tower = host
         model.model.language_model = text_model.base_model
         model.lm_head = text_model.get_output_embeddings()
@@ -160,10 +171,11 @@ class VLM:
             tokenizer=tokenizer,
             chat_template=template,
             image_token=IMAGE_TOKEN,
-            **processor_counts(config),
+            **processor_counts(config, tokens),
         )
         model.requires_grad_(False).eval().to(device)
         vlm = cls(model, processor, str(tower), str(llm))
+        vlm.projector_kind = projector
         if quantize is not None:
             vlm.quantized = quantize
             setattr(model, f"is_loaded_in_{quantize}", True)  # PEFT asks this of the model that it wraps
@@ -210,8 +222,9 @@ class VLM:
         held = described.get("holds", {"tower": "as named", "llm": _llm_of_files(folder)})
         if quantize is not None and held["llm"] == "tuned":
             raise UserError(f"{path_or_zoo_name}: its LLM was trained in full, and only one as it is named can be loaded in {quantize}")
+        kind = shape.get("kind", MLP) if keeps else MLP
         budget = num_tokens or (None if new_tower else described.get("num_tokens"))
-        vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize)
+        vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize, projector=kind)
         if keeps:
             vlm.new_projector = blank
             # a projector serves any number of tokens, if they are asked for
@@ -262,14 +275,15 @@ class VLM:
             "projector": "new" if self.new_projector else "trained",
             "llm": _held(self.llm_changed, self.peft),
         }
-        if self.tower.config.budgets is not None:
-            described["num_tokens"] = self.tower.config.num_latent_tokens
+        if self.tower.config.budgets is not None or self.projector_kind != MLP:
+            described["num_tokens"] = self.tokens_per_image
         if self.new_projector:
             described["new_projector"] = True
         write_text(folder / "vlm.json", json.dumps(described, indent=1) + "\n")
 
-    def _shape(self) -> dict[str, int]:
+    def _shape(self) -> dict[str, int | str]:
         return {
+            **({} if self.projector_kind == MLP else {"kind": self.projector_kind}),
             "tokens": self.tokens_per_image,
             "tower_width": self.tower.config.width,
             "llm_width": self.model.config.text_config.hidden_size,
