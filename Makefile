@@ -1,16 +1,20 @@
 # make chat    environment, installation, and a conversation about a photo (without a terminal: one question)
 # make test    environment, installation, lint and all tests
+# make matrix  the tests that meet transformers, with the oldest release that we declare and with the newest of 5
 #
-# PYTHON is the interpreter that the environment is made with; IMAGE and QUESTION are what `make chat` talks about.
+# PYTHON is the interpreter that the environment is made with; IMAGE and QUESTION are what `make chat` talks about; TESTS is what
+# `make matrix` runs (TESTS=tests: all).
 
 PYTHON ?= python3
 IMAGE ?= examples/chelsea.jpg
 QUESTION ?= What is in this picture?
 
+TESTS ?= $(addprefix tests/test_,$(addsuffix .py,hosts_transformers llm_families labels vlm))
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help chat test lint clean
+.PHONY: help chat test lint matrix clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,6 +29,20 @@ chat: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# An environment of the matrix is the main one with another transformers, and what that pins, laid over it.
+oldest := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+newest := 5.*
+
+matrix: matrix-oldest matrix-newest
+
+matrix-%: .venv/installed-dev
+	@$(BIN)/python -m venv --without-pip build/matrix/$*
+	@$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> "$$(build/matrix/$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+	@$(PIP) --python build/matrix/$*/bin/python install --upgrade 'transformers==$($*)'
+	@build/matrix/$*/bin/python -c "import transformers; print('$* transformers:', transformers.__version__)"
+	build/matrix/$*/bin/python -m pytest $(TESTS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
