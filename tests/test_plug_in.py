@@ -1,0 +1,40 @@
+"""docs/plug-in.md: what it shows is run, and says what is printed there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "plug-in.md"
+# Section and what it takes beside the package that it is named after.
+SECTIONS = {"open_clip": ROOT / "build" / "teacher" / "open_clip_config.json", "timm": None}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_ten_lines_print_what_the_page_says(section, monkeypatch):
+    needs = SECTIONS[section]
+    if importlib.util.find_spec(section) is None:
+        pytest.skip(f"{section} is not installed")
+    if needs is not None and not needs.is_file():
+        pytest.skip(f"{needs.relative_to(ROOT)} is not there; README says how it is assembled")
+    body = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
+    code, said = re.search(r"```python\n(.*?)```\n```\n(.*?)```", body, re.DOTALL).groups()
+    assert len(code.splitlines()) <= 10
+    monkeypatch.chdir(ROOT)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, f"{PAGE.name}, {section}", "exec"), {})
+    assert rounded(printed.getvalue()) == rounded(said)
+
+
+def rounded(text: str) -> list[str]:
+    """Words, with numbers as they are whatever the machine's rounding."""
+    return [f"{float(word):.2f}" for word in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)] + re.findall(r"[a-z]{2,}", text)
