@@ -13,7 +13,6 @@ from sparse_vlm.export.source import Part, Source
 
 # Licences of the zoo that the hub knows by a name; every other one is its `other`, with our words and LICENSE.md.
 HUB_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
-UNSTATED = "not stated"
 
 
 def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Sequence[Comparison]) -> str:
@@ -34,8 +33,8 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
         "",
         f"{what}.",
         "",
-        f"This folder holds {exporter.holds}. {config.visual_tokens} tokens a picture of {side} x {side} pixels; weights in {dtype}. "
-        f"`sparse-vlm export --model {source.name} --format {name}` made it.",
+        f"This folder holds {exporter.holds}: {config.visual_tokens} tokens a picture of {side} x {side} pixels, weights in {dtype}. "
+        f"`sparse-vlm export --format {name}` made it of `{source.name}`.",
         "",
         "```python",
         exporter.example(),
@@ -88,7 +87,9 @@ def _metadata(source: Source, name: str, exporter: Exporter) -> ModelCardData:
 
 
 def _licence(part: Part) -> str:
-    return part.entry.license if part.entry else UNSTATED + ("" if part.card else "; say what it is before you publish this")
+    if part.entry:
+        return part.entry.license
+    return "as its card says" if part.card else "not stated; say what it is before you publish this"
 
 
 def _section(card: str, title: str) -> str:

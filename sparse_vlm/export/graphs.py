@@ -21,6 +21,7 @@ from sparse_vlm.tower import SparseFormer
 
 # protobuf, which ONNX is, holds 2 GB; above it the weights lie beside the graph
 ONNX_BYTES = 1_900_000_000
+OPSET = 20  # what torch's exporter writes itself; onnxruntime reads it from 1.17 on
 
 
 class TowerGraph(nn.Module):
@@ -89,7 +90,7 @@ class OnnxTower(TowerExporter):
         graph = TowerGraph(self.tower)
         size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
         names = {"input_names": ["pixel_values"], "output_names": list(OUTPUTS)}
-        program = torch.onnx.export(graph, dynamo=True, verbose=False, **names, **graph.trace_arguments())
+        program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False, **names, **graph.trace_arguments())
         for node in program.model.graph.all_nodes():
             node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
         program.save(folder / "model.onnx", external_data=size > ONNX_BYTES)

@@ -58,7 +58,7 @@ class HostedTower(TowerExporter):
 
     def example(self) -> str:
         return """\
-import sparse_vlm.hosts.transformers  # makes the tower known to the Auto classes
+import sparse_vlm  # makes the tower known to the Auto classes
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import load_image
 
@@ -112,7 +112,7 @@ class HostedVLM(Exporter):
 
     def example(self) -> str:
         return f"""\
-import sparse_vlm.hosts.transformers  # makes the tower known to the Auto classes
+import sparse_vlm  # makes the tower known to the Auto classes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 path = "."  # this folder, or its name on the hub

@@ -63,7 +63,10 @@ def export(
     while len(pictures) < FEWEST_PICTURES:
         pictures.append(pictures[len(pictures) % len(images)])
     exporter = chosen.exporter(source.kind)(source.given, dtype, tokens, pictures)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {out.parent} cannot be made ({error.strerror}); name another folder") from None
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         staging = Path(aside) / "export"
         staging.mkdir()

@@ -69,9 +69,9 @@ def find(model: str) -> Source:
     kind = "vlm" if "vlm.json" in described else "tower"
     if kind == "tower" and not str(described.get("config.json", {}).get("format", "")).startswith(TOWER_FORMAT):
         raise UserError(f"{model}: holds neither a tower nor a VLM of ours; give a folder of bootstrap's or train's, or a name of the zoo")
-    names = [described["vlm.json"].get(part) for part in ("tower", "llm")] if kind == "vlm" else []
-    parts = (_part(model, folder), *(_part(name, Path(name)) for name in names if name))
-    return Source(model, kind, parts, names[0] if names and names[0] else model)
+    names = [described["vlm.json"][part] for part in ("tower", "llm") if part in described["vlm.json"]] if kind == "vlm" else []
+    parts = (_part(model, folder), *(_part(name, Path(name)) for name in names))
+    return Source(model, kind, parts, names[0] if names else model)
 
 
 def _described(folder: Path) -> dict[str, dict[str, Any]]:
