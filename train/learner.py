@@ -83,7 +83,7 @@ class Learner(nn.Module):
         self.flash = vlm.model.model.language_model.config._attn_implementation == FLASH
         side = vlm.tower.config.image_size
         # what a batch without pictures shows
-        self.nothing = (1, 3, side, side) if self.live else (1, vlm.tokens_per_image, vlm.tower.config.width)
+        self.nothing = (1, 3, side, side) if self.live else (1, vlm.tower.config.visual_tokens, vlm.tower.config.width)
 
     def forward(self, trees: TreeBatch, pictures: Tensor | None, chains: bool = False) -> dict[str, Tensor]:
         """Mean negative log-likelihood of the targets.

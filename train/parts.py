@@ -143,7 +143,8 @@ def read_by_llm(tower: SparseFormer) -> list[nn.Parameter]:
         tower.initial_roi.requires_grad_(False)
     parameters = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     device, size = parameters[0].device, tower.config.image_size
-    with torch.enable_grad():
+    half = tower.norm.weight.dtype == torch.bfloat16  # under adapters in float32
+    with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         said = tower.visual_tokens(torch.zeros(1, 3, size, size, device=device)).float().sum()
         gradients = torch.autograd.grad(said, parameters, allow_unused=True)
     for name, parameter in tower.named_parameters():

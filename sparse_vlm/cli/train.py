@@ -47,6 +47,23 @@ def train(
     lr_llm: Annotated[float | None, typer.Option(help="Learning rate of the LLM, instead of the stage's.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the LLM's adapters.", min=1)] = 32,
     full: Annotated[bool, typer.Option("--full", help="Train the LLM itself instead of adapters.")] = False,
+    tune_tower: Annotated[bool, typer.Option("--tune-tower", help="Train the tower as well; it then looks at every step.")] = False,
+    tower_lora: Annotated[int | None, typer.Option(help="Train adapters of this rank on the tower instead.", min=1)] = None,
+    lr_tower: Annotated[float | None, typer.Option(help="Learning rate of the tower or its adapters, instead of the stage's.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Hold the LLM in 4bit or 8bit (bitsandbytes) under its adapters, as QLoRA does.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them: less memory, more time.")
+    ] = False,
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(help="Under torchrun: zero1, zero2, zero3, zero2-offload, zero3-offload, or a json file of DeepSpeed's."),
+    ] = None,
+    report_to: Annotated[list[str] | None, typer.Option(help="Tell tensorboard or wandb of the run's curve, too; repeatable.")] = None,
+    max_bad_steps: Annotated[
+        int, typer.Option(help="End the run when so many steps in a row have a loss that is not finite; no step learns from one.", min=1)
+    ] = 3,
     cache: Annotated[Path, typer.Option(help="Folder of the tower's cached tokens, shared by all runs.")] = Path("build/token-cache"),
     seed: Annotated[int, typer.Option(help="Seed of data, order and new weights.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
@@ -69,9 +86,12 @@ def train(
     from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
+    from sparse_vlm.train.learner import LivePictures
+    from sparse_vlm.train.parts import choose_attention
     from sparse_vlm.train.reading import WordPictures
-    from sparse_vlm.train.run import marked_checkpoints
+    from sparse_vlm.train.run import check_reporters, marked_checkpoints
     from sparse_vlm.train.words import say_words, words_of
+    from sparse_vlm.train.zero import find_config
     from sparse_vlm.vlm import VLM
 
     if keep_projector and not (init and tower):
@@ -95,8 +115,21 @@ def train(
         if chosen.lr_lora is None:
             raise UserError(f"--lr-llm: stage {stage} leaves the LLM frozen")
         chosen = dataclasses.replace(chosen, lr_lora=lr_llm, lr_full=lr_llm)
+    live = tune_tower or tower_lora is not None
+    if tune_tower and tower_lora is not None:
+        raise UserError("--tune-tower and --tower-lora: train the tower itself or adapters on it, not both")
+    if live and chosen.pictures_of_words:
+        raise UserError(f"--tune-tower, --tower-lora: in stage {stage} words stand in a picture's place and the tower takes no part")
+    if lr_tower is not None:
+        if not live:
+            raise UserError("--lr-tower: the tower is frozen; give --tune-tower or --tower-lora")
+        chosen = dataclasses.replace(chosen, lr_tower_lora=lr_tower, lr_tower_full=lr_tower)
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
+    check_reporters(report_to or [])
+    engine = training.Engine(
+        find_config(deepspeed, "train") if deepspeed else None, gradient_checkpointing, tuple(report_to or ()), max_bad_steps
+    )
     if threads:
         torch.set_num_threads(threads)
     # of the processes that torchrun starts, one looks, teaches words and speaks
@@ -114,17 +147,24 @@ def train(
         talks = talks.select(random.Random(seed).sample(range(len(talks)), samples))
     device = own_device()
     if init:
-        vlm = VLM.from_pretrained(init, device, fold=False, new_tower=tower, keep_projector=keep_projector, num_tokens=tokens)
+        more = {"new_tower": tower, "keep_projector": keep_projector}
+        vlm = VLM.from_pretrained(init, device, fold=False, num_tokens=tokens, quantize=quantize, **more)
     else:
-        vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens)
+        vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens, quantize=quantize)
     with console.status("rendering conversations and checking their label masks"):
         context = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
         built = build_samples(talks, vlm.renderer, context, seed)
-    groups = training.prepare(vlm, chosen, None if full else rank, seed)
-    _describe(console, built, groups, vlm)
+    groups = training.prepare(vlm, chosen, None if full else rank, seed, tune_tower, tower_lora)
+    _describe(console, built, groups, vlm, min(chosen.batch_size, len(built)), seed)
+    console.print(f"attention of the LLM: {choose_attention(vlm)}")
 
-    bank = None if chosen.pictures_of_words else TokenBank(cache, vlm.tower, talks.photos, owner=first)
-    built, bad = _look(console, built, bank, on_bad_image, out, first)
+    if chosen.pictures_of_words:
+        bank = None
+    elif live:
+        bank = LivePictures(vlm.tower.config, talks.photos, owner=first, threads=threads or 1)
+    else:
+        bank = TokenBank(cache, vlm.tower, talks.photos, owner=first)
+    built, bad = _look(console, built, bank, "reading" if live else "looking", on_bad_image, out, first)
     talks = built.talks
     if bank is None:
         bank = WordPictures(vlm, talks, seed)
@@ -145,18 +185,34 @@ def train(
         "epochs": epochs,
         "max_steps": max_steps,
         "seed": seed,
-        **({"keep_projector": True} if keep_projector else {}),
+        **{
+            name: value
+            for name, value in {
+                "keep_projector": keep_projector,
+                "tune_tower": tune_tower,
+                "tower_rank": tower_lora,
+                "quantize": quantize,
+                "deepspeed": engine.deepspeed,
+            }.items()
+            if value
+        },
     }
     fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints")
     if chosen.word_epochs and fresh and (words := words_of(talks, vlm.tokenizer)).names:
+        heard = bank
+        if live:  # the tower as it begins
+            heard = TokenBank(cache, vlm.tower, talks.photos)
+            heard.stand_in(bad)
+            with counting(console, "looking", "photos", len(heard.missing(words.photos))) as advance:
+                heard.fill([photo for photo in words.photos if photo not in bad], advance)
         with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
-            learnt = say_words(vlm, words, bank, chosen.word_epochs, seed, advance)
+            learnt = say_words(vlm, words, heard, chosen.word_epochs, seed, advance)
         if learnt:
             console.print(
                 f"the word that a new photo's tokens say most is said of it in {learnt['first']:.0%} of the cases "
                 f"(the most common word in {learnt['commonest']:.0%})"
             )
-    if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed):
+    if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed, engine):
         console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
         if bad:
             console.print(f"of the pictures {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
@@ -181,8 +237,12 @@ def _talks(console: Any, data: list[str], images: Path | None, stage: str, epoch
         return read_corpus(files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes))
 
 
-def _look(console: Any, samples: Any, bank: Any, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:
-    """Let the tower look at what it has not seen yet; the samples that remain, and the pictures that cannot be used."""
+def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:
+    """Let the tower look at what it has not seen yet, or, where it learns, make sure that all can be read.
+
+    Returns:
+        The samples that remain, and the pictures that cannot be used.
+    """
     from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.pictures import DECISIONS, settle
     from sparse_vlm.errors import UserError
@@ -191,10 +251,10 @@ def _look(console: Any, samples: Any, bank: Any, on_bad_image: str, out: Path, f
         if bank is None:
             return
         if missing := len(bank.missing(wanted)):
-            with counting(console, "looking", "photos", missing) as advance:
+            with counting(console, label, "photos", missing) as advance:
                 bank.fill(wanted, advance, on_bad)
         else:
-            console.print(f"tower's tokens: {len(wanted)} photos, all cached")
+            console.print(f"{label}: {len(wanted)} photos, all done before")
 
     bad = settle(samples.talks, on_bad_image, out, first, look)
     kept = samples.without(bad) if on_bad_image == "skip" else samples
@@ -211,12 +271,13 @@ def _look(console: Any, samples: Any, bank: Any, on_bad_image: str, out: Path, f
     return kept, bad
 
 
-def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any) -> None:
-    """What is learnt from, what learns, and one sample with its label mask."""
+def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_size: int, seed: int) -> None:
+    """What is learnt from and what it costs in tokens, what learns, and one sample with its label mask."""
     from rich.markup import escape
     from rich.table import Table
 
-    from sparse_vlm.data.samples import report
+    from sparse_vlm.data.samples import arrange, report
+    from sparse_vlm.train.cost import token_cost
 
     known = samples.counts.talks
     about = (
@@ -225,6 +286,9 @@ def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any) -> None:
         else f", of the text by {known:,} samples (the others are rendered and checked when they are learnt from)"
     )
     console.print("data: " + ", ".join(f"{number:,} {name}" for name, number in report(samples).items()) + about)
+    ordered = arrange(samples, batch_size, seed)
+    for line in token_cost(ordered, ordered.lengths, batch_size, vlm.tokens_per_image).lines():
+        console.print(line)
     table = Table(box=None)
     for column in ("part", "tensors", "parameters", "learning rate"):
         table.add_column(column, justify="left" if column == "part" else "right")

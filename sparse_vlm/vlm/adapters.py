@@ -5,6 +5,7 @@ Source: LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ def language_layers(model: nn.Module) -> str:
 
 def tower_layers(tower: nn.Module) -> str:
     """A pattern for PEFT: every linear layer of the tower's units and transitions, and none of its head, which no LLM reads."""
-    names = {name.rpartition(".")[2] for name, module in tower.layers.named_modules() if isinstance(module, nn.Linear)}
-    return rf"layers\..*\.({'|'.join(sorted(names))})"
+    names = [f"layers.{name}" for name, module in tower.layers.named_modules() if isinstance(module, nn.Linear)]
+    return "|".join(map(re.escape, names))
 
 
 def fresh(model: nn.Module, layers: str, rank: int, seed: int, task: str | None = None) -> Any:
