@@ -26,9 +26,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="Of the weights: float32 or bfloat16; onnx has float32 alone. [default: bfloat16 for transformers, else float32]"
-        ),
+        typer.Option(help="Of the weights: float32 or bfloat16, which is the default for transformers; onnx has float32 alone."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Latent tokens a picture, for a model that serves several budgets.", min=1)] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A photo to compare on; repeat it. Made-up pictures unless given.")] = None,
