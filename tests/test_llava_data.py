@@ -15,7 +15,7 @@ from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data import records, samples
 from sparse_vlm.data.corpus import Corpus, drawn, files_of, photos_of, read_corpus, weighted
 from sparse_vlm.data.llava import LlavaFile
-from sparse_vlm.data.pictures import blank
+from sparse_vlm.data.pictures import blank, settle
 from sparse_vlm.data.samples import TokenBank, arrange, build_samples, report
 from sparse_vlm.data.talks import MIXES
 from sparse_vlm.errors import UserError
@@ -392,6 +392,21 @@ def test_a_blank_picture_stands_in_for_a_bad_one(parts, vlm, damaged, tmp_path):
         expected = vlm.tower.visual_tokens(pixels)[0]
     assert pixels.abs().max() < 0.01  # half a step of 255, over a deviation of 0.2
     torch.testing.assert_close(bank[0].float(), expected, atol=0.01, rtol=0.01)
+
+
+def test_a_decision_is_of_one_run(tmp_path):
+    picture("red").save(tmp_path / "red.png")
+    talks = corpus_of(tmp_path, sample("<image>", image="red.png"), sample("<image>", image="gone.png"))
+    bad = settle(talks, "skip", tmp_path / "run")
+    assert list(bad) == [1]
+    # other processes take over what the first one found, and find nothing themselves
+    (tmp_path / "red.png").unlink()
+    assert settle(talks, "skip", tmp_path / "run", decides=False) == bad
+    with pytest.raises(UserError, match="data.json:0: .*red.png: no such picture; this run began with it"):
+        settle(talks, "skip", tmp_path / "run")
+    for other, policy in ((talks, "blank"), (talks.select([1]), "skip")):
+        with pytest.raises(UserError, match="bad-images.json: was decided for other data or another --on-bad-image"):
+            settle(other, policy, tmp_path / "run")
 
 
 def test_nothing_left_is_an_error(parts, damaged, tmp_path):

@@ -84,13 +84,21 @@ def settle(
         Numbers of the photos that cannot be used, with the line that says why; empty where `policy` is `raise`.
 
     Raises:
-        UserError: a picture that cannot be used, named with its sample, where `policy` is `raise` or the run had it before.
+        UserError: a picture that cannot be used, named with its sample, where `policy` is `raise` or the run had it before; or a folder
+            that holds the decision of another run.
     """
     path = out / DECISIONS
     while not (decides or path.exists()):
         time.sleep(0.2)
-    began = path.exists()
-    bad = {int(number): why for number, why in json.loads(path.read_text())["images"].items()} if began else {}
+    began, bad = path.exists(), {}
+    belongs = {"on_bad_image": policy, "data": talks.fingerprint()}
+    if began:
+        decided = json.loads(path.read_text())
+        if {name: decided.get(name) for name in belongs} != belongs:
+            raise UserError(
+                f"{path}: was decided for other data or another --on-bad-image; choose another --out, or remove it to start over"
+            )
+        bad = {int(number): why for number, why in decided["images"].items()}
     if not decides:
         return bad
 
@@ -108,5 +116,5 @@ def settle(
         on_bad(number, why, len(missing) - 1)
     look([photo for photo in wanted if photo not in missing], on_bad)
     if not began:
-        write_text(path, json.dumps({"on_bad_image": policy, "images": bad}, indent=1) + "\n")
+        write_text(path, json.dumps({**belongs, "images": bad}, indent=1) + "\n")
     return bad
