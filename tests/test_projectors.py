@@ -76,3 +76,5 @@ def test_a_model_with_one_shows_its_llm_fewer_tokens_and_comes_back_from_disk(tm
     assert again.generate([ask("What is it?", picture("red"))], max_new_tokens=8) == said
     with pytest.raises(UserError, match="tensor queries is"):
         VLM.from_pretrained(tmp_path / "vlm", num_tokens=9, new_tower=save_tower(tmp_path / "other", tokens=9), keep_projector=True)
+    under_another = VLM.from_pretrained(tmp_path / "vlm", new_tower=tower, fold=False, num_tokens=9, projector="pool")
+    assert under_another.new_projector and under_another.image_features([picture("red")]).shape == (1, 9, 32)

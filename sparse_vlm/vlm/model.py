@@ -192,6 +192,7 @@ class VLM:
         keep_projector: bool = False,
         num_tokens: int | None = None,
         quantize: str | None = None,
+        projector: str = MLP,
     ) -> VLM:
         """Load a VLM from a folder, or from the zoo by name.
 
@@ -201,6 +202,7 @@ class VLM:
             keep_projector: with a new tower, keep the projector: students of one teacher, whose tokens follow the same patch features,
                 can take each other's place.
             num_tokens: latent tokens a picture, for a tower that serves several budgets; those that it was trained with by default.
+            projector: kind of the new projector under a new tower.
             quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes; its adapters then stay beside them, as they are.
 
         Raises:
@@ -222,7 +224,7 @@ class VLM:
         held = described.get("holds", {"tower": "as named", "llm": _llm_of_files(folder)})
         if quantize is not None and held["llm"] == "tuned":
             raise UserError(f"{path_or_zoo_name}: its LLM was trained in full, and only one as it is named can be loaded in {quantize}")
-        kind = shape.get("kind", MLP) if keeps else MLP
+        kind = shape.get("kind", MLP) if keeps else projector
         budget = num_tokens or (None if new_tower else described.get("num_tokens"))
         vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize, projector=kind)
         if keeps:
