@@ -188,7 +188,8 @@ class Checker:
         for number, (kind, why) in sorted(bad.items()):
             first, *others = users[number]
             more = f" (and {len(others):,} more samples show it)" if others else ""
-            self.report.problems.append(Problem(kind, self.talks[first].name, why + more))
+            name = self.talks[first].name
+            self.report.problems.append(Problem(kind, name, why.removeprefix(f"{name}: ") + more))
 
     def render(self, renderer: Renderer, context: int | None, on_samples: Callable[[int], None]) -> None:
         """Render every sample that has no mistakes, and check its label mask.

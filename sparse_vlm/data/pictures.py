@@ -103,7 +103,8 @@ def settle(
         return bad
 
     def on_bad(number: int, why: PhotoError | str, others: int = 0) -> None:
-        line = f"{talks.naming(number)}: {why}" + (f" (and {others:,} more)" if others else "")
+        name = talks.naming(number)
+        line = f"{name}: {str(why).removeprefix(f'{name}: ')}" + (f" (and {others:,} more)" if others else "")
         if policy == "raise":
             raise UserError(f"{line}; --check finds all that are bad, --on-bad-image skip or blank goes on without them")
         if began:
