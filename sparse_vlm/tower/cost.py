@@ -1,15 +1,20 @@
-"""What a tower costs, counted: multiply-accumulates by part, for one picture.
+"""What a tower costs, counted: multiply-accumulates and numbers moved through memory, by part, for one picture.
 
 Shape legend: N tokens, n latent tokens, P sampling points, O points after mixing, C channels, d width, g generator, G x G patch grid.
-Counted as in the papers: convolutions, linear layers, attention products and mixing; norms, activations and sampling are left out.
+
+MACs are counted as in the papers: convolutions, linear layers, attention products and mixing; norms, activations and sampling are left out.
+Numbers moved are those that have to be: each weight once a use, whatever the batch, and what each of these operations reads and writes.
+Attention reads queries, keys and values and writes its output (no implementation of today writes the scores); a look reads four neighbours
+of each point. Norms, activations and additions are left out here as well, because they can be fused with what stands before them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_vlm.tower.config import SparseFormerConfig
+from sparse_vlm.tower.config import SparseFormerConfig, UnitConfig
 
 
 @dataclass(frozen=True)
@@ -28,59 +33,132 @@ class Macs:
         return self.map + self.glance + self.looking + self.blocks + self.head
 
 
-def count_macs(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> Macs:
-    """MACs of a tower for a picture of the given size in pixels (the configuration's `image_size` by default)."""
+@dataclass(frozen=True)
+class Work:
+    """What an operation, or several, take.
+
+    Attributes:
+        macs: multiply-accumulates for one picture.
+        weights: numbers read once, however many pictures are in the batch.
+        activations: numbers read and written for one picture.
+    """
+
+    macs: int = 0
+    weights: int = 0
+    activations: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.macs + other.macs, self.weights + other.weights, self.activations + other.activations)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.macs * times, self.weights * times, self.activations * times)
+
+    def bytes(self, batch: int, itemsize: int) -> int:
+        """Bytes moved for a batch of pictures.
+
+        Args:
+            itemsize: bytes of a number: 4 of float32, 2 of bfloat16.
+        """
+        return itemsize * (self.weights + batch * self.activations)
+
+
+def linear(rows: int, inner: int, outer: int) -> Work:
+    """A linear layer (or a convolution, seen as one) from `inner` to `outer` numbers, for so many rows."""
+    return Work(rows * inner * outer, inner * outer, rows * (inner + outer))
+
+
+def product(rows: int, inner: int, outer: int) -> Work:
+    """A matrix product of two things that the picture makes."""
+    return Work(rows * inner * outer, 0, rows * inner + inner * outer + rows * outer)
+
+
+def attention(queries: int, keys: int, width: int, key_width: int | None = None, pairs: int | None = None) -> Work:
+    """Both products of attention.
+
+    Args:
+        width: of queries and output, over all heads.
+        key_width: of keys and of values; that of queries unless heads share them.
+        pairs: of a query and a key that it sees; all of them unless told otherwise, as of causal attention.
+    """
+    pairs = queries * keys if pairs is None else pairs
+    return Work(2 * pairs * width, 0, 2 * queries * width + 2 * keys * (key_width or width))
+
+
+def count_work(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
+    """What a tower does for a picture of the given size in pixels (the configuration's `image_size` by default), by the parts of `Macs`."""
     height, width = height or config.image_size, width or config.image_size
-    n, points, out_points, channels = config.num_latent_tokens, config.num_points, config.mixing_out_points, config.conv_dim
-    looks = any("SAMPLING_M" in unit.ops for unit in config.units)
-    feature_map = 49 * 3 * channels * -(-height // 2) * -(-width // 2) if looks else 0
-    first = config.units[0].width
-    glance = 0
+    n, first = config.num_latent_tokens, config.units[0].width
+    work = dict.fromkeys(("map", "glance", "looking", "blocks", "head"), Work())
+    if any("SAMPLING_M" in unit.ops for unit in config.units):
+        work["map"] = linear(-(-height // 2) * -(-width // 2), 49 * 3, config.conv_dim)
     if config.glance is not None:
         positions = config.glance.grid**2
         patches = n if config.glance.kind == "crop" else positions
-        glance = patches * 3 * config.glance.patch_size**2 * first + n * positions * first
-    looking = blocks = 0
+        work["glance"] = linear(patches, 3 * config.glance.patch_size**2, first) + product(n, positions, first)
     tokens, previous = n, first
     for index, unit in enumerate(config.units):
-        d = unit.width
-        if d != previous:
-            blocks += tokens * previous * d
-            previous = d
+        if unit.width != previous:
+            work["blocks"] += linear(tokens, previous, unit.width)
+            previous = unit.width
         if index == config.cls_before_unit:
             tokens += 1
-        generated = channels**2 + points * out_points
-        g = config.generator_width(d)
-        per_op = {
-            "SAMPLING_M": n
-            * (d * points * 2 + d * g + g * generated + points * channels**2 + out_points * points * channels + out_points * channels * d),
-            "PE_INJECT": n * d * d,
-            "ROI_ADJ": n * ((d * d if config.adjust_hidden else 0) + 4 * d),
-            "ATTN": tokens * 4 * d * d + 2 * tokens * tokens * d,
-            "MLP": tokens * 8 * d * d,
-        }
-        for op in unit.ops:
-            if op in ("ATTN", "MLP"):
-                blocks += unit.repeats * per_op[op]
-            else:
-                looking += unit.repeats * per_op[op]
-    head = config.width * config.embed_dim
+        for op, taken in _unit(config, unit, tokens):
+            work["blocks" if op in ("ATTN", "MLP") else "looking"] += taken * unit.repeats
+    work["head"] = linear(1, config.width, config.embed_dim)
     if config.head == "map":
-        head += tokens * (2 * config.width**2 + 2 * config.width) + 10 * config.width**2
-    return Macs(feature_map, glance, looking, blocks, head)
+        d = config.width
+        work["head"] += linear(1, d, d) + linear(tokens, d, 2 * d) + attention(1, tokens, d) + linear(1, d, d) + _mlp(1, d)
+    return work
+
+
+def _unit(config: SparseFormerConfig, unit: UnitConfig, tokens: int) -> Iterator[tuple[str, Work]]:
+    """(operation, what it takes once) of a unit."""
+    n, d, points, out_points, channels = config.num_latent_tokens, unit.width, config.num_points, config.mixing_out_points, config.conv_dim
+    g = config.generator_width(d)
+    for op in unit.ops:
+        if op == "ATTN":
+            yield op, _attending(tokens, d)
+        elif op == "MLP":
+            yield op, _mlp(tokens, d)
+        elif op == "PE_INJECT":
+            yield op, linear(n, d, d)
+        elif op == "ROI_ADJ":
+            yield op, (linear(n, d, d) if config.adjust_hidden else Work()) + linear(n, d, 4)
+        else:
+            sampling = Work(activations=n * points * channels * (4 + 1))
+            generator = linear(n, d, g) + linear(n, g, channels**2 + points * out_points)
+            mixing = (product(points, channels, channels) + product(out_points, points, channels)) * n
+            yield op, linear(n, d, points * 2) + sampling + generator + mixing + linear(n, out_points * channels, d)
+
+
+def count_macs(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> Macs:
+    """MACs of a tower for a picture of the given size in pixels (the configuration's `image_size` by default)."""
+    return Macs(**{part: work.macs for part, work in count_work(config, height, width).items()})
+
+
+def _attending(tokens: int, width: int) -> Work:
+    return linear(tokens, width, 3 * width) + attention(tokens, tokens, width) + linear(tokens, width, width)
+
+
+def _mlp(tokens: int, width: int) -> Work:
+    return linear(tokens, width, 4 * width) + linear(tokens, 4 * width, width)
 
 
 def block_macs(tokens: int, width: int) -> int:
     """MACs of a transformer block with an MLP four times as wide."""
-    return tokens * 12 * width**2 + 2 * tokens**2 * width
+    return (_attending(tokens, width) + _mlp(tokens, width)).macs
 
 
-def vit_macs(spec: Any) -> int:
-    """MACs of a plain ViT for one picture of its own size.
+def vit_work(spec: Any) -> Work:
+    """What a plain ViT does for one picture of its own size, up to its last block.
 
     Args:
         spec: anything with `width`, `num_blocks`, `patch_size`, `grid`, `embed_dim` and `has_cls`, such as a `TeacherSpec`.
     """
-    d, patches = spec.width, spec.grid**2
-    blocks = spec.num_blocks * block_macs(patches + spec.has_cls, d)
-    return patches * 3 * spec.patch_size**2 * d + blocks + d * spec.embed_dim
+    d, tokens = spec.width, spec.grid**2 + spec.has_cls
+    return linear(spec.grid**2, 3 * spec.patch_size**2, d) + (_attending(tokens, d) + _mlp(tokens, d)) * spec.num_blocks
+
+
+def vit_macs(spec: Any) -> int:
+    """MACs of a plain ViT and its head for one picture of its own size; as `vit_work`."""
+    return vit_work(spec).macs + spec.width * spec.embed_dim
