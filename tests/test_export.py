@@ -341,9 +341,11 @@ def test_card_and_licences_of_the_zoo_travel_with_the_export(tmp_path, command, 
     assert capsys.readouterr().out == "torch.Size([1, 49, 384]) torch.Size([1, 512])\n"
     # the push that docs/export.md shows, as far as it goes without a hub
     line = re.search(r"^    (hf upload .*)$", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE)[1].split()
-    hf = [str(Path(sys.executable).with_name("hf")), *line[1:]]
-    hf[hf.index("build/tiny-chat-hf")] = str(out)
-    done = subprocess.run(hf, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    line[line.index("build/tiny-chat-hf")] = str(out)
+    hf = "from importlib.metadata import entry_points; entry_points(group='console_scripts', name='hf')['hf'].load()()"
+    done = subprocess.run(
+        [sys.executable, "-c", hf, *line[1:]], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
     assert "api/repos/create" in done.stderr
     assert "offline mode is enabled" in done.stderr
 

@@ -114,10 +114,11 @@ class HostedVLM(Exporter):
         return f"""\
 import sparse_vlm  # makes the tower known to the Auto classes
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import load_image
 
 path = "."  # this folder, or its name on the hub
 model, processor = AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)
-content = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "{QUESTION}"}}]
+content = [{{"type": "image", "image": load_image("photo.jpg")}}, {{"type": "text", "text": "{QUESTION}"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
