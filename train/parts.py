@@ -67,9 +67,10 @@ def prepare(
         UserError: adapters and full training of the same part at once, or full training of a quantised LLM.
     """
     vlm.model.requires_grad_(False)
-    vlm.projector.float().requires_grad_(rates.lr_projector is not None)
-    tower_lr = _prepare_tower(vlm, rates, seed, tune_tower, tower_rank)
+    # PEFT freezes all of a model that it puts adapters on, so the LLM comes first
     llm_lr = _prepare_llm(vlm, rates, lora_rank, seed)
+    tower_lr = _prepare_tower(vlm, rates, seed, tune_tower, tower_rank)
+    vlm.projector.float().requires_grad_(rates.lr_projector is not None)
     tower, llm = tuple(vlm.tower.parameters()), _llm_parameters(vlm)
     learns = "tower" if tune_tower else "tower adapters"
     groups = [
@@ -195,5 +196,8 @@ def choose_attention(vlm: VLM) -> str:
 
 def save_memory(vlm: VLM) -> None:
     """Compute activations of the LLM, and of a tower that learns, again in the backward pass instead of keeping them."""
-    vlm.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    language = vlm.model.model.language_model
+    # its name before transformers 6
+    enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     vlm.tower.set_grad_checkpointing()

@@ -49,10 +49,11 @@ def fresh(model: nn.Module, layers: str, rank: int, seed: int, task: str | None 
 
 
 def wrapped(model: nn.Module, config: Any) -> Any:
-    """PEFT's wrapper, without its warning about a property that transformers has renamed since."""
+    """PEFT's wrapper, without its warnings about a property that transformers has renamed since, and about the tower's own adapters."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config)
 

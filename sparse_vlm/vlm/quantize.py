@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparse_vlm.errors import UserError
 
@@ -48,3 +49,10 @@ def quantization(name: str, compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**FORMATS[name](compute))
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first answer on a processor: nothing learns through what it packs so."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
