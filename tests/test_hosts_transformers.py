@@ -22,6 +22,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from sparse_vlm.errors import UserError
 from sparse_vlm.hosts.after_import import AfterImport
 from sparse_vlm.hosts.transformers import SparseFormerBackbone, SparseFormerHostConfig, SparseFormerHostModel, SparseFormerImageProcessor
 from sparse_vlm.preprocess import preprocess
@@ -102,6 +103,29 @@ def test_stock_llava_saves_loads_and_answers_bit_for_bit(tmp_path):
     )
     answer = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
     assert [processor.decode(answer, skip_special_tokens=True).strip()] == vlm.generate([ask("What is it?", picture("red"))], 8)
+
+
+def test_merged_adapters_are_saved_as_plain_weights(tmp_path):
+    vlm = VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
+    vlm.add_adapters(rank=2)
+    vlm.add_tower_adapters(rank=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    with pytest.raises(UserError, match="adapters stand beside its weights, and transformers' save_pretrained would lose them"):
+        vlm.model.save_pretrained(tmp_path / "stock")
+    vlm.new_projector = False
+    vlm.save_pretrained(tmp_path / "vlm")
+    folded = VLM.from_pretrained(tmp_path / "vlm", dtype=torch.float32)
+    folded.model.save_pretrained(tmp_path / "stock")
+    model, found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype=torch.float32, output_loading_info=True)
+    assert not any(found.values()), found
+    inputs = folded.processor(text=["<image> What is it?"], images=[picture("red")], return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, folded.model(**inputs).logits)
+    plain = VLM.build(tmp_path / "tower", tmp_path / "llm", dtype=torch.float32)
+    assert not torch.allclose(model(**inputs).logits, plain.model(**inputs).logits, atol=1e-3)
 
 
 def test_image_changes_what_the_model_sees(tmp_path):

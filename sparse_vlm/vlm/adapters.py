@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_vlm.errors import UserError
 from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -93,3 +94,20 @@ def write(peft: Any, folder: Path, tensors: Mapping[str, Tensor], base: str, dty
     config.save_pretrained(str(folder))
     named = {f"{INNER}{name}": tensor for name, tensor in tensors.items()}
     write_tensors(get_peft_model_state_dict(peft, state_dict=named, save_embedding_layers=False), folder / WEIGHTS, dtype)
+
+
+def save_plainly(model: nn.Module, folder: str | Path, **options: Any) -> None:
+    """transformers' `save_pretrained`, which alone would write PEFT's names of layers, and its `from_pretrained` would begin those anew.
+
+    Raises:
+        UserError: adapters that are not merged into the weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) and not module.merged for module in model.modules()):
+        raise UserError(
+            "the model's adapters stand beside its weights, and transformers' save_pretrained would lose them; load it for use with "
+            "VLM.from_pretrained(FOLDER), which merges them, or keep them apart with VLM.save_pretrained"
+        )
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    type(model).save_pretrained(model, folder, **{"state_dict": state, **options})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class VLM:
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tower_name: str, llm_name: str) -> None:
         self.model, self.processor = model, processor
+        model.save_pretrained = partial(adapters.save_plainly, model)
         self.tower_name, self.llm_name = tower_name, llm_name
         self.peft: Any = None
         self.tower_peft: Any = None
