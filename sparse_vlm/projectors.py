@@ -163,6 +163,7 @@ PROJECTORS: dict[str, Callable[[int, int, int, int], Projector]] = {
     "abstractor": Abstractor,
 }
 MLP = "mlp"  # LLaVA's own, a token for a token
+DEFAULT_TOKENS = 49  # that the others make of a tower's
 
 
 def make_projector(kind: str, width: int, llm_width: int, tokens_in: int, tokens: int) -> Projector:

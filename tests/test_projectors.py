@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tiny_vlm import ask, picture, save_llm, save_tower
 
+from sparse_vlm.cli.train import train
 from sparse_vlm.errors import UserError
 from sparse_vlm.projectors import PROJECTORS, make_projector
 from sparse_vlm.vlm import VLM
@@ -78,3 +81,22 @@ def test_a_model_with_one_shows_its_llm_fewer_tokens_and_comes_back_from_disk(tm
         VLM.from_pretrained(tmp_path / "vlm", num_tokens=9, new_tower=save_tower(tmp_path / "other", tokens=9), keep_projector=True)
     under_another = VLM.from_pretrained(tmp_path / "vlm", new_tower=tower, fold=False, num_tokens=9, projector="pool")
     assert under_another.new_projector and under_another.image_features([picture("red")]).shape == (1, 9, 32)
+
+
+def test_one_is_trained_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower, llm = save_tower(tmp_path / "tower", tokens=16), save_llm(tmp_path / "llm")
+    samples = [
+        {"image": "red.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": said}]}
+        for said in ("A wall.", "A door.", "A roof.", "A gate.")
+    ]
+    picture("red").save(tmp_path / "red.png")
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    shared = {"data": [str(tmp_path / "data.json")], "images": tmp_path, "cache": tmp_path / "cache", "batch_size": 2}
+    with pytest.raises(typer.Exit) as checked:
+        train(**shared, tower=tower, llm=llm, tokens=4, projector="pool", check=True)
+    assert checked.value.exit_code == 0 and "4 " in capsys.readouterr().out
+    train(**shared, tower=tower, llm=llm, tokens=4, projector="pool", out=tmp_path / "align")
+    made = VLM.from_pretrained(tmp_path / "align")
+    assert (made.projector_kind, made.tokens_per_image) == ("pool", 4)
+    with pytest.raises(UserError, match="--projector pool: is for a new projector"):
+        train(**shared, init=str(tmp_path / "align"), projector="pool", out=tmp_path / "again")

@@ -27,6 +27,7 @@ def check_data(
     llm: str,
     init: str | None,
     tokens: int | None,
+    projector: str,
     threads: int | None,
     as_json: bool,
 ) -> int:
@@ -48,10 +49,10 @@ def check_data(
 
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     if init:
-        own_tower, llm, own_tokens = parts_of(init)
-        tokens = tokens or (None if tower else own_tokens)
+        own_tower, llm, own_tokens, own_projector = parts_of(init)
+        tokens, projector = tokens or (None if tower else own_tokens), projector if tower else own_projector
         tower = tower or own_tower
-    renderer, context = renderer_of(tower or "tiny", llm, tokens)
+    renderer, context = renderer_of(tower or "tiny", llm, tokens, projector)
     with fetching(progress) as on_fetched:
         photos = [photo for some in photos_of(data, on_fetched).values() for photo in some]
     files = [path for path, _ in files_of(data)]

@@ -28,6 +28,13 @@ def train(
     keep_projector: Annotated[
         bool, typer.Option("--keep-projector", help="With --init and --tower: keep the projector, for a tower of the same teacher.")
     ] = False,
+    projector: Annotated[
+        str,
+        typer.Option(
+            help="A new projector's kind: mlp, or one that reduces a ViT's tokens to --tokens of them: pool, stride, random, shuffle, "
+            "resampler, abstractor."
+        ),
+    ] = "mlp",
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
     on_bad_image: Annotated[
         str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey picture instead.")
@@ -85,6 +92,7 @@ def train(
     from sparse_vlm.devices import own_device
     from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
+    from sparse_vlm.projectors import MLP
     from sparse_vlm.train import vlm as training
     from sparse_vlm.train.learner import LivePictures
     from sparse_vlm.train.parts import choose_attention
@@ -96,6 +104,8 @@ def train(
 
     if keep_projector and not (init and tower):
         raise UserError("--keep-projector: says what becomes of the model's projector under another tower; give --init and --tower")
+    if projector != MLP and (keep_projector or (init and not tower)):
+        raise UserError(f"--projector {projector}: is for a new projector, which comes with a new tower; give --tower")
     if stage not in training.STAGES:
         raise UserError(f"--stage {stage}: no such stage; known are {', '.join(training.STAGES)}")
     if on_bad_image not in ON_BAD_IMAGE:
@@ -103,7 +113,7 @@ def train(
     if check:
         from sparse_vlm.cli.checking import check_data
 
-        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, threads, as_json))
+        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, projector, threads, as_json))
     if as_json:
         raise UserError("--json needs --check")
     if out is None:
@@ -147,10 +157,10 @@ def train(
         talks = talks.select(random.Random(seed).sample(range(len(talks)), samples))
     device = own_device()
     if init:
-        more = {"new_tower": tower, "keep_projector": keep_projector}
+        more = {"new_tower": tower, "keep_projector": keep_projector, "projector": projector}
         vlm = VLM.from_pretrained(init, device, fold=False, num_tokens=tokens, quantize=quantize, **more)
     else:
-        vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens, quantize=quantize)
+        vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens, quantize=quantize, projector=projector)
     with console.status("rendering conversations and checking their label masks"):
         context = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
         built = build_samples(talks, vlm.renderer, context, seed)
@@ -189,6 +199,7 @@ def train(
             name: value
             for name, value in {
                 "keep_projector": keep_projector,
+                "projector": None if vlm.projector_kind == MLP else vlm.projector_kind,
                 "tune_tower": tune_tower,
                 "tower_rank": tower_lora,
                 "quantize": quantize,

@@ -29,12 +29,12 @@ from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.llm import load_llm
-from sparse_vlm.projectors import MLP, Projector, make_projector
+from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, Projector, make_projector
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import adapters
 from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
-from sparse_vlm.vlm.quantize import quantization
+from sparse_vlm.vlm.quantize import keep_differentiable, quantization
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
 from sparse_vlm.vlm.vocabulary import check_llm, give_rows
@@ -114,7 +114,7 @@ class VLM:
             dtype: of all weights; bfloat16 where the device multiplies in it, else float32.
             seed: of the projector's weights.
             num_tokens: tokens a picture: latent tokens of a tower that serves several budgets, or what a projector reduces the tower's to
-                (49 by default).
+                (`DEFAULT_TOKENS` unless given).
             quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes.
             projector: `mlp`, LLaVA's own, or a kind of `sparse_vlm.projectors` that reduces the tower's tokens.
 
@@ -129,8 +129,10 @@ class VLM:
         packed = {} if quantize is None else {"quantization_config": quantization(quantize, dtype), "device_map": {"": device}}
         language = load_llm(llm, dtype=dtype, **packed)
         tokenizer, text_model = language.tokenizer, language.model
+        if quantize is not None:
+            keep_differentiable(text_model)
         config = host.tower.config
-        tokens = config.visual_tokens if plain else num_tokens or 49
+        tokens = config.visual_tokens if plain else num_tokens or DEFAULT_TOKENS
         check_llm(text_model, str(llm))
         never_said = give_rows(tokenizer, text_model)
         tokenizer.padding_side = "left"
@@ -241,14 +243,15 @@ class VLM:
             vlm._load("llm", folder)
         elif held["llm"] == "adapters":
             vlm.peft = adapters.read(vlm.model, folder, trainable=not fold)
+            if fold and quantize is None:  # before the tower has its own, which would be folded with them
+                vlm.peft.merge_adapter()
         if new_tower is None and held["tower"] == "tuned":
             vlm.tower_changed = True
             vlm._load("tower", folder)
         elif new_tower is None and held["tower"] == "adapters":
             vlm.tower_peft = adapters.read(vlm.tower, folder / TOWER_ADAPTER, trainable=not fold)
-        for peft in (None if quantize else vlm.peft, vlm.tower_peft):
-            if peft is not None and fold:
-                peft.merge_adapter()
+            if fold:
+                vlm.tower_peft.merge_adapter()
         vlm.model.eval()
         return vlm
 
@@ -268,7 +271,8 @@ class VLM:
         for part in ("projector", *["llm"] * self.llm_changed, *["tower"] * self.tower_changed):
             write_tensors(self._part(part, tensors), folder / f"{part}.safetensors", dtype)
         if self.peft is not None:
-            adapters.write(self.peft, folder, tensors, self.llm_name, dtype)
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(TENSORS["tower"])}
+            adapters.write(self.peft, folder, own, self.llm_name, dtype)
         if self.tower_peft is not None:
             prefix = TENSORS["tower"]
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

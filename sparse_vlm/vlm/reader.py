@@ -8,35 +8,38 @@ from pathlib import Path
 from sparse_vlm import store
 from sparse_vlm.errors import UserError
 from sparse_vlm.llm import load_tokenizer
+from sparse_vlm.projectors import DEFAULT_TOKENS, MLP
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.vlm.prompts import Renderer, add_image_token, extend_template
 
 
-def renderer_of(tower: str | Path, llm: str | Path, num_tokens: int | None = None) -> tuple[Renderer, int | None]:
+def renderer_of(tower: str | Path, llm: str | Path, num_tokens: int | None = None, projector: str = MLP) -> tuple[Renderer, int | None]:
     """The renderer of the VLM that `VLM.build` makes of the same parts, and how many tokens its LLM reads; None where that is not said.
 
     Args:
-        num_tokens: latent tokens a picture, for a tower that serves several budgets.
+        num_tokens: latent tokens a picture, for a tower that serves several budgets, or what a projector reduces the tower's to.
+        projector: as of `VLM.build`.
 
     Raises:
         UserError: either cannot be found or read, or the tower was not made for that number of tokens.
     """
     try:
         config = SparseFormerConfig.from_dict(json.loads((store.locate(tower) / "config.json").read_text()))
-        if num_tokens is not None:
+        if num_tokens is not None and projector == MLP:
             config = config.at_budget(num_tokens)
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{tower}: not such a tower ({error})") from error
+    tokens = config.visual_tokens if projector == MLP else num_tokens or DEFAULT_TOKENS
     tokenizer, llm_config, spec = load_tokenizer(llm)
     add_image_token(tokenizer)
-    renderer = Renderer(tokenizer, extend_template(tokenizer.chat_template, spec.system), config.visual_tokens)
+    renderer = Renderer(tokenizer, extend_template(tokenizer.chat_template, spec.system), tokens)
     return renderer, getattr(llm_config.get_text_config(), "max_position_embeddings", None)
 
 
-def parts_of(vlm: str | Path) -> tuple[str, str, int | None]:
-    """Tower, LLM and latent tokens that a VLM's folder names.
+def parts_of(vlm: str | Path) -> tuple[str, str, int | None, str]:
+    """Tower, LLM, tokens where their number was chosen, and kind of projector that a VLM's folder names.
 
     Raises:
         UserError: no such folder or name, or not a VLM.
@@ -44,6 +47,6 @@ def parts_of(vlm: str | Path) -> tuple[str, str, int | None]:
     folder = store.locate(vlm, kind="vlm")
     try:
         described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
-        return described["tower"], described["llm"], described.get("num_tokens")
+        return described["tower"], described["llm"], described.get("num_tokens"), described["projector"].get("kind", MLP)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{vlm}: not a VLM folder ({error})") from error

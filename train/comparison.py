@@ -1,0 +1,163 @@
+"""A tower against what others do to a ViT's tokens, at equal token count, LLM, data and seeds: each row is two stages and an evaluation.
+
+    sparse-vlm bootstrap --recipe vit --teacher local-dir:build/teacher --out build/vit
+    python -m sparse_vlm.train.comparison --vit build/vit --init build/read --data 'photos/*.tar' --eval-data ../shared/data
+
+Notable: every row starts from the same LLM (`--init`, what the stage `read` made), sees the same samples in the same order, and answers
+the same questions; it differs in tower and projector alone. A run that was interrupted goes on where it stopped, and what is finished
+is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
+
+TASKS = "captions,pope,aokvqa"
+METRICS = {("captions", "CIDEr"): 100.0, ("pope", "accuracy"): 100.0, ("aokvqa", "accuracy"): 100.0}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One row: how a picture becomes tokens. `tower` None stands for the whole ViT."""
+
+    name: str
+    what: str
+    tower: str | None = None
+    projector: str = "mlp"
+
+
+RIVALS = (
+    Rival("tiny", "our tower", tower="tiny"),
+    Rival("pool", "the whole ViT, tokens averaged", projector="pool"),
+    Rival("stride", "the whole ViT, every so many tokens", projector="stride"),
+    Rival("shuffle", "the whole ViT, 2 x 2 tokens side by side", projector="shuffle"),
+    Rival("resampler", "the whole ViT, learned queries", projector="resampler"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all rows share."""
+
+    vit: str
+    init: str
+    data: tuple[str, ...]
+    eval_data: str
+    out: Path
+    tokens: int
+    align_steps: int
+    samples: int
+    threads: int
+
+    def commands(self, rival: Rival, seed: int) -> list[list[str]]:
+        """The commands of a row, in order; the last one evaluates."""
+        folder = self.out / f"{rival.name}-seed{seed}"
+        data = [part for pattern in self.data for part in ("--data", pattern)]
+        same = ["--seed", str(seed), "--threads", str(self.threads)]
+        kind = [] if rival.projector == "mlp" else ["--projector", rival.projector]
+        # the stage before has no projector worth keeping
+        tower = ["--tower", rival.tower or self.vit, "--tokens", str(self.tokens), *kind]
+        align = ["train", "--stage", "align", "--init", self.init, *tower, *data, "--max-steps", str(self.align_steps)]
+        learn = ["train", "--stage", "instruct", "--init", str(folder / "align"), *data, "--samples", str(self.samples)]
+        judge = ["eval", "--model", str(folder / "chat"), "--tasks", TASKS, "--control", "none", "--data", self.eval_data]
+        return [
+            ["sparse-vlm", *align, *same, "--out", str(folder / "align")],
+            ["sparse-vlm", *learn, *same, "--out", str(folder / "chat")],
+            ["sparse-vlm", *judge, "--threads", str(self.threads), "--out", str(folder / "eval")],
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs comparable."""
+        return {"tokens": self.tokens, "align_steps": self.align_steps, "samples": self.samples, "data": list(self.data)}
+
+
+class Scores:
+    """What is finished, by row and seed; kept in `results.json`.
+
+    Raises:
+        UserError: the file is of another plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.path = plan, plan.out / "results.json"
+        self.runs: dict[str, dict[str, float]] = {}
+        if self.path.exists():
+            document = json.loads(self.path.read_text())
+            if document["settings"] != plan.settings():
+                raise UserError(f"{self.path} is of {document['settings']}, this is {plan.settings()}; choose another --out")
+            self.runs = document["runs"]
+
+    def take(self, rival: Rival, seed: int) -> None:
+        """Read what an evaluation wrote."""
+        report = json.loads((self.plan.out / f"{rival.name}-seed{seed}" / "eval" / "report.json").read_text())
+        rows = {row["task"]: row["metrics"] for row in report["results"] if row["control"] == "none"}
+        self.runs[f"{rival.name}-seed{seed}"] = {f"{task} {name}": rows[task][name]["value"] for task, name in METRICS}
+        document = {"settings": self.plan.settings(), "runs": self.runs}
+        write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+    def table(self, rivals: tuple[Rival, ...], seeds: list[int]) -> str:
+        """Markdown: mean over the finished seeds, and spread (largest minus smallest)."""
+        names = [f"{task} {name}" for task, name in METRICS]
+        lines = [f"| | what | seeds | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
+        for rival in rivals:
+            known = [self.runs[key] for seed in seeds if (key := f"{rival.name}-seed{seed}") in self.runs]
+            cells = []
+            for name, scale in zip(names, METRICS.values(), strict=True):
+                each = [scale * run[name] for run in known]
+                cells.append(f"{statistics.fmean(each):.1f} ({max(each) - min(each):.1f})" if each else "")
+            lines.append(f"| {rival.name} | {rival.what} | {len(known)} | {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+def main(
+    vit: Annotated[str, typer.Option(help="The whole ViT as a tower: what the recipe vit made.")],
+    init: Annotated[str, typer.Option(help="A VLM whose LLM every row starts from: what the stage read made.")],
+    data: Annotated[list[str], typer.Option(help="As of sparse-vlm train.")],
+    eval_data: Annotated[str, typer.Option(help="As --data of sparse-vlm eval.")],
+    only: Annotated[list[str] | None, typer.Option(help="Rows; repeat it. All unless given.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeat it. [default: 0, 1, 2]")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens a picture, of every row.", min=1)] = 49,
+    align_steps: Annotated[int, typer.Option(help="Steps of the stage align.", min=1)] = 30,
+    samples: Annotated[int, typer.Option(help="Photos of the stage instruct.", min=1)] = 960,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of results.json.")] = Path("build/comparison"),
+    threads: Annotated[int, typer.Option(help="CPU threads of a run.", min=1)] = 1,
+    show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,
+) -> None:
+    """Run what is missing of the comparison, and print its table."""
+    if unknown := set(only or ()) - {rival.name for rival in RIVALS}:
+        raise UserError(f"--only {sorted(unknown)[0]}: no such row; there are {', '.join(rival.name for rival in RIVALS)}")
+    rivals = tuple(rival for rival in RIVALS if not only or rival.name in only)
+    seeds = seed or [0, 1, 2]
+    plan = Plan(vit, init, tuple(data), eval_data, out, tokens, align_steps, samples, threads)
+    scores = Scores(plan)
+    for number in seeds if not show else ():
+        for rival in rivals:
+            if f"{rival.name}-seed{number}" in scores.runs:
+                continue
+            for line in plan.commands(rival, number):
+                print(shlex.join(line), file=sys.stderr, flush=True)
+                done = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:]], stdout=sys.stderr)
+                if done.returncode:
+                    raise typer.Exit(done.returncode)
+            scores.take(rival, number)
+    print(scores.table(rivals, seeds), end="")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(f"comparison: {error}", file=sys.stderr)
+        sys.exit(2)
