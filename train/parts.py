@@ -194,10 +194,18 @@ def choose_attention(vlm: VLM) -> str:
     return "SDPA (flash-attention 2 is used where flash-attn is installed and the LLM computes in bfloat16)"
 
 
-def save_memory(vlm: VLM) -> None:
-    """Compute activations of the LLM, and of a tower that learns, again in the backward pass instead of keeping them."""
+def save_memory(vlm: VLM, shared_weights: bool = False) -> None:
+    """Compute activations of the LLM, and of a tower that learns, again in the backward pass instead of keeping them.
+
+    Args:
+        shared_weights: processes share the weights themselves (ZeRO-3). DeepSpeed has them whole in the backward pass only where the older,
+            reentrant way computes again; the tower, which knows the newer one alone, then keeps its activations: they are few.
+    """
     language = vlm.model.model.language_model
     # its name before transformers 6
     enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    vlm.tower.set_grad_checkpointing()
+    enable({"use_reentrant": shared_weights})
+    if shared_weights:
+        language.enable_input_require_grads()  # or nothing before the first trained input would learn
+    else:
+        vlm.tower.set_grad_checkpointing()

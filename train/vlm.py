@@ -84,6 +84,11 @@ class Engine:
     report_to: tuple[str, ...] = ()
     max_bad_steps: int = 3
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each process holds a part of the weights alone (ZeRO-3)."""
+        return self.deepspeed is not None and self.deepspeed.get("zero_optimization", {}).get("stage") == 3
+
 
 ENGINE = Engine()
 
@@ -125,7 +130,7 @@ def train(
     Raises:
         UserError: `out` holds a run of other settings, or too many steps in a row were not finite.
     """
-    if engine.deepspeed is not None and vlm.quantized is not None and engine.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    if engine.shares_weights and vlm.quantized is not None:
         raise UserError(f"--deepspeed: ZeRO-3 cannot share weights in {vlm.quantized}; take zero1 or zero2, or leave --quantize out")
     if rank() == 0:
         claim(out, settings)
@@ -133,7 +138,7 @@ def train(
     steps = len(samples) // batch if max_steps is None else min(max_steps, len(samples) // batch)
     device = vlm.model.device.type
     if engine.gradient_checkpointing:
-        save_memory(vlm)
+        save_memory(vlm, engine.shares_weights)
     if engine.deepspeed is not None:
         announce(vlm.tower)
     args = arguments(
