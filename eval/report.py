@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sparse_vlm import __version__
 from sparse_vlm.eval.curves import draw, has_budgets
+from sparse_vlm.eval.metrics import Metric
 from sparse_vlm.eval.run import Column, Report
 from sparse_vlm.files import write_text
 
@@ -34,6 +35,13 @@ def as_json(report: Report) -> dict[str, Any]:
             row = {"task": task, "model": column.model, "control": column.control, "metrics": metrics, "notes": result.notes}
             rows.append(row | {"details": {name: metric.as_json() for name, metric in result.details.items()}})
     summaries = {column.model: report.summary(column) for column in report.columns if column.control is None}
+    paired = []
+    for task, of_task in report.results.items():
+        for over, column in report.pairs():
+            for name in next(iter(of_task.values())).metrics:
+                if (more := report.paired(task, name, column, over)) is not None:
+                    about = {"task": task, "metric": name, "model": column.model, "over": over.model, "control": column.control}
+                    paired.append(about | {"value": more.value, "low": more.low, "high": more.high})
     return {
         "format": FORMAT,
         "models": report.models,
@@ -43,6 +51,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "dtype": report.dtype,
         "tasks": {name: {"files": list(task.files), "protocol": task.protocol} for name, task in report.tasks.items()},
         "results": rows,
+        "paired": paired,
         "of_teacher": {model: summary for model, summary in summaries.items() if summary is not None},
         "seconds": round(report.seconds, 1),
         "versions": {"sparse_vlm": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -77,6 +86,28 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["task", "metric", *(column.title for column in columns)], rows
 
 
+def _paired_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of what each model is worth more than the first one; no rows where there is but one model.
+
+    The differences of all other pairs stand in the JSON alone: with ten models there are 45.
+    """
+    columns = report.columns
+    pairs = [(over, column) for over, column in report.pairs() if over.model == columns[0].model]
+    rows: list[list[str]] = []
+    for task, of_task in report.results.items() if pairs else ():
+        for i, (name, metric) in enumerate(next(iter(of_task.values())).metrics.items()):
+            found = [report.paired(task, name, column, over) for over, column in pairs]
+            rows.append([task if i == 0 else "", name, *("" if more is None else _signed(more, metric.unit) for more in found)])
+    return ["task", "metric", *(f"{column.title} − {over.model}" for over, column in pairs)], rows
+
+
+def _signed(more: Metric, unit: str) -> str:
+    """A difference with its interval, in the unit of its metric."""
+    scale, digits = (1, 3) if unit == "" else (100, 1)
+    value, low, high = (f"{scale * number:+.{digits}f}" for number in (more.value, more.low, more.high))
+    return f"{value} [{low}, {high}]"
+
+
 def _cell(report: Report, task: str, column: Column, name: str) -> str:
     result = report.results[task].get(column)
     if result is None:
@@ -86,8 +117,7 @@ def _cell(report: Report, task: str, column: Column, name: str) -> str:
     digits = 3 if metric.unit == "" else 1
     cell = f"{metric.shown()} [{scale * metric.low:.{digits}f}, {scale * metric.high:.{digits}f}]"
     if (more := report.over_control(task, column, name)) is not None:
-        value, low, high = (f"{scale * number:+.{digits}f}" for number in (more.value, more.low, more.high))
-        return f"{cell}, photo {value} [{low}, {high}]"
+        return f"{cell}, photo {_signed(more, metric.unit)}"
     kept = report.of_teacher(task, column, name)
     return cell if kept is None or kept.value != kept.value else f"{cell} = {100 * kept.value:.1f} %"
 
@@ -107,10 +137,18 @@ def caption(report: Report) -> str:
     return "; ".join(parts)
 
 
-def as_table(report: Report) -> Table:
-    """For the terminal."""
-    heads, rows = _cells(report)
-    table = Table(caption=caption(report).replace("[", r"\["), caption_justify="left")
+PAIRED = "paired: the same photos are resampled for both models; 0 outside the interval is a difference"
+
+
+def as_tables(report: Report) -> list[Table]:
+    """For the terminal: what was measured, and the paired differences where there are several models."""
+    tables = [_table(*_cells(report), caption(report))]
+    heads, rows = _paired_cells(report)
+    return [*tables, _table(heads, rows, PAIRED)] if rows else tables
+
+
+def _table(heads: list[str], rows: list[list[str]], below: str) -> Table:
+    table = Table(caption=below.replace("[", r"\["), caption_justify="left")
     for i, head in enumerate(heads):
         table.add_column(head, justify="left" if i < 2 else "right")
     for number, row in enumerate(rows):
@@ -122,19 +160,24 @@ def as_table(report: Report) -> Table:
 
 def as_markdown(report: Report) -> str:
     """For documents: the table, then protocols and notes as a list."""
-    heads, rows = _cells(report)
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", caption(report), ""]
+    lines = [*_markdown_table(*_cells(report)), "", caption(report), ""]
+    heads, rows = _paired_cells(report)
+    if rows:
+        lines += [*_markdown_table(heads, rows), "", PAIRED, ""]
     lines += [f"* {name}: {task.protocol}." for name, task in report.tasks.items()]
     for task, of_task in report.results.items():
         lines += [f"* {task}, {column.title}: {note}." for column, result in of_task.items() for note in result.notes]
     return "\n".join(lines) + "\n"
 
 
+def _markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def save(report: Report, folder: Path) -> None:
-    """Write `report.json`, `table.md`, a file of predictions (a JSON object a line) for each task and column, and `tokens.png` where a
-    model was measured with several numbers of tokens."""
+    """Write `report.json`, `table.md`, a file of predictions (a JSON object a line) for each task and column, beside it the answers as
+    whoever scores them takes them where that is not here, and `tokens.png` where a model was measured with several numbers of tokens."""
     write_text(folder / "report.json", json.dumps(as_json(report), indent=1) + "\n")
     write_text(folder / "table.md", as_markdown(report))
     if has_budgets(report):
@@ -142,5 +185,7 @@ def save(report: Report, folder: Path) -> None:
     for task, of_task in report.results.items():
         for column, result in of_task.items():
             name = re.sub(r"[^\w.-]+", "-", ".".join([task, column.model, *([column.control] if column.control else [])])).strip("-")
+            if result.submission is not None:
+                write_text(folder / f"{name}.json", json.dumps(result.submission, ensure_ascii=False, indent=1) + "\n")
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.predictions)
             write_text(folder / f"{name}.jsonl", lines)

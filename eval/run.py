@@ -88,6 +88,18 @@ class Report:
             return None
         return difference(with_photo.metrics[name], self.results[task][column].metrics[name])
 
+    def pairs(self) -> list[tuple[Column, Column]]:
+        """Every two models under the same control, in the order of the run."""
+        return [(one, other) for one, other in itertools.combinations(self.columns, 2) if one.control == other.control]
+
+    def paired(self, task: str, name: str, column: Column, over: Column) -> Metric | None:
+        """How much more one model is worth than another in a metric, from the same resamples of the same photos; None where either was not
+        measured."""
+        of_task = self.results[task]
+        if column not in of_task or over not in of_task:
+            return None
+        return difference(of_task[column].metrics[name], of_task[over].metrics[name])
+
     def summary(self, column: Column) -> dict[str, Any] | None:
         """The share of the teacher that a model keeps: the mean over tasks of each task's mean, and the lowest metric.
 
@@ -143,8 +155,7 @@ def evaluate(
         raise UserError(f"--limit is {limit}; it must be at least 2")
     files = Data(data, limit)
     for task in chosen.values():
-        for file in task.files:
-            files.everything(file)
+        task.look_up(files)
     image_tasks = {name: task for name, task in chosen.items() if isinstance(task, ImageTask)}
     vlm_tasks = {name: task for name, task in chosen.items() if isinstance(task, VLMTask)}
     if image_tasks and vlm_tasks:

@@ -5,6 +5,7 @@ Notable: to add a task, write one class and enter it in `sparse_vlm.eval.tasks.T
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,25 +40,62 @@ class Result:
         predictions: one record for each answer.
         notes: what a reader of the metrics must know.
         details: further metrics, for the JSON.
+        submission: the answers in the form in which whoever scores them takes them; None where they are scored here.
     """
 
     metrics: dict[str, Metric]
     predictions: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     details: dict[str, Metric] = field(default_factory=dict)
+    submission: dict[str, Any] | None = None
 
 
 class Data:
     """The photos of the data folder, cut to `limit` a set.
 
     Args:
-        root: the folder that holds `eval/` and `train/`.
+        root: the folder that holds `eval/` and `train/`, and benchmarks in folders of their own.
         limit: photos a set, spread evenly over it; all by default.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.root, self.limit = root, limit
         self._sets: dict[str, list[Photo]] = {}
+        self._made: dict[str, Any] = {}
+
+    def check(self, file: str) -> Path:
+        """The path of a file or folder of the data folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        path = self.root / file
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such file; --data names the folder that holds {Path(file).parts[0]}/, as docs/evaluation.md shows it"
+            )
+        return path
+
+    def document(self, file: str) -> Any:
+        """What a json file holds; read once.
+
+        Raises:
+            UserError: no such file, or no json in it.
+        """
+
+        def read() -> Any:
+            try:
+                return json.loads(self.check(file).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.root / file}: not a readable json file ({error})") from None
+
+        return self.once(f"document {file}", read)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made when it is first asked for by this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def everything(self, file: str) -> list[Photo]:
         """The photos of one tar, in its order.
@@ -87,12 +125,21 @@ class Task(ABC):
     """One thing that is measured.
 
     Attributes:
-        files: tars that it reads, below the data folder.
+        files: what it reads below the data folder.
         protocol: one sentence that says how it is measured.
     """
 
     files: ClassVar[tuple[str, ...]]
     protocol: ClassVar[str]
+
+    def look_up(self, data: Data) -> None:
+        """Make sure that what it reads is there, before any model is loaded; here, that its files are tars of photos.
+
+        Raises:
+            UserError: a file that is not there or cannot be read.
+        """
+        for file in self.files:
+            data.everything(file)
 
 
 class ImageTask(Task):

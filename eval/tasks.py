@@ -5,10 +5,14 @@ from __future__ import annotations
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.agreement import Agreement
 from sparse_vlm.eval.captions import Captions
+from sparse_vlm.eval.mmvet import MMVet
+from sparse_vlm.eval.multiple_choice import MMBench, ScienceQA
+from sparse_vlm.eval.pairs import LikelierCaption, NearerSentence
 from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
 from sparse_vlm.eval.retrieval import Retrieval
+from sparse_vlm.eval.short_answers import GQA, TextVQA, VQAv2
 from sparse_vlm.eval.task import Task
-from sparse_vlm.eval.vqa import AOKVQA, Counting, Existence, Pope
+from sparse_vlm.eval.vqa import AOKVQA, VSR, Counting, Existence, Pope
 from sparse_vlm.eval.zero_shot import ZeroShot
 from sparse_vlm.eval.zoom import Zoom
 
@@ -21,11 +25,22 @@ TASKS: dict[str, Task] = {
     "knn": NearestNeighbours(),
     "probe": LinearProbe(),
     "zoom": Zoom(),
+    "sugarcrepe": NearerSentence("sugarcrepe"),
+    "valse": NearerSentence("valse"),
     "captions": Captions(),
     "pope": Pope(),
     "aokvqa": AOKVQA(),
     "existence": Existence(),
     "counting": Counting(),
+    "vsr": VSR(),
+    "sugarcrepe-captions": LikelierCaption("sugarcrepe"),
+    "valse-captions": LikelierCaption("valse"),
+    "vqav2": VQAv2(),
+    "gqa": GQA(),
+    "textvqa": TextVQA(),
+    "scienceqa": ScienceQA(),
+    "mmbench": MMBench(),
+    "mmvet": MMVet(),
 }
 
 

@@ -1,4 +1,4 @@
-"""Questions with one right answer: POPE and existence (yes or no), A-OKVQA (multiple choice), counting (a number).
+"""Questions with one right answer: POPE, existence and VSR (yes or no), A-OKVQA (multiple choice), counting (a number).
 
 Notable: yes/no and multiple choice are answered by comparing the likelihoods of the possible answers, which is deterministic, never
 ambiguous and one forward pass a photo; POPE's own protocol generates and looks for "no" among the words. Questions end as LLaVA's do.
@@ -44,9 +44,14 @@ def records_of(data: Data, field: str, source: str | None = None) -> tuple[list[
     return photos, [(i, record) for i, photo in enumerate(photos) for record in asked(photo)]
 
 
+def short_answer_prompt(question: str) -> str:
+    """The question, and that its answer be short."""
+    return f"{question.strip()}\n{SHORT_ANSWER}"
+
+
 def asking(photo: int, question: str, choices: tuple[str, ...] = ()) -> Question:
     """A question that asks for a short answer."""
-    return Question(photo, f"{question.strip()}\n{SHORT_ANSWER}", choices)
+    return Question(photo, short_answer_prompt(question), choices)
 
 
 def says_yes(answer: str, where: str) -> bool:
@@ -67,17 +72,23 @@ class _YesNo(VLMTask):
     files = (FILE,)
     field: ClassVar[str]
     source: ClassVar[str | None] = None
+    has_splits: ClassVar[bool] = False
+
+    def as_question(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record as question `q`, answer `a` and split `s`, which most are already."""
+        return record
 
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
         """Ask every question."""
-        photos, records = records_of(data, self.field, self.source)
+        photos, found = records_of(data, self.field, self.source)
+        records = [(i, self.as_question(record)) for i, record in found]
         truth = [says_yes(record["a"], f"{FILE}: {photos[i].key}") for i, record in records]
         likelihoods = scored(model, photos, [asking(i, record["q"], YES_NO) for i, record in records], control, on_answers)
         said = [yes.total > no.total for yes, no in likelihoods]
         splits = np.array([record["s"] for _, record in records])
         owner = np.array([i for i, _ in records])
         details = {}
-        for split in dict.fromkeys(splits.tolist()) if self.source is None else ():
+        for split in dict.fromkeys(splits.tolist()) if self.has_splits else ():
             of = splits == split
             scores = yes_no(np.array(said)[of], np.array(truth)[of], owner[of])
             details |= {f"{split.removeprefix('pope_').replace('_', ' ')} {name}": metric for name, metric in scores.items()}
@@ -98,7 +109,7 @@ class _YesNo(VLMTask):
 class Pope(_YesNo):
     """POPE over COCO and A-OKVQA objects: random, popular and adversarial absent objects."""
 
-    field = "pope"
+    field, has_splits = "pope", True
     protocol: ClassVar[str] = (
         f"question, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'; all splits together, each split in the details"
     )
@@ -109,6 +120,18 @@ class Existence(_YesNo):
 
     field, source = "qa", "gvt_mci"
     protocol: ClassVar[str] = f"question, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'"
+
+
+class VSR(_YesNo):
+    """Statements of Visual Spatial Reasoning (Liu et al. 2023) about where two things are; a prediction's split is the relation."""
+
+    field = "vsr"
+    ASKED: ClassVar[str] = "Is this statement true?"  # as the stage `instruct` asks
+    protocol: ClassVar[str] = f"'{ASKED}', statement, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'; chance is 50 %"
+
+    def as_question(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A statement as a question."""
+        return {"q": f"{self.ASKED} {record['statement']}", "a": YES_NO[not record["label"]], "s": record["relation"]}
 
 
 class AOKVQA(VLMTask):

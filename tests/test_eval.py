@@ -20,7 +20,7 @@ from sparse_vlm.eval.answers import Question, conversation, generated, scored, s
 from sparse_vlm.eval.captions import PROMPT
 from sparse_vlm.eval.embedders import Features, tower_embedder
 from sparse_vlm.eval.probes import FOLDS, fold_of
-from sparse_vlm.eval.report import as_json, as_markdown, as_table, save
+from sparse_vlm.eval.report import as_json, as_markdown, as_tables, save
 from sparse_vlm.eval.task import CONTROLS, Data
 from sparse_vlm.eval.tasks import TASKS
 from sparse_vlm.eval.vqa import SHORT_ANSWER, first_number
@@ -105,7 +105,7 @@ def check_outputs(report: run.Report, folder: Path, titles: list[str]) -> None:
     for row in document["results"]:
         for metric in row["metrics"].values():
             assert metric["low"] <= metric["value"] + 1e-9 and metric["value"] <= metric["high"] + 1e-9
-    assert [column.header for column in as_table(report).columns][2:] == titles
+    assert [column.header for column in as_tables(report)[0].columns][2:] == titles
     markdown = as_markdown(report)
     assert f"| task | metric | {' | '.join(titles)} |" in markdown
     assert all(f"* {name}: {task.protocol}." in markdown for name, task in report.tasks.items())

@@ -20,7 +20,10 @@ from rich.text import Text
 from sparse_vlm.errors import UserError
 
 LINE_EVERY_S = 10.0
-TASK_NAMES = "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom for towers; captions, pope, aokvqa, existence, counting for VLMs"
+TASK_NAMES = (
+    "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom, sugarcrepe, valse for towers; captions, pope, aokvqa, existence, "
+    "counting, vsr, sugarcrepe-captions, valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
+)
 
 
 def eval(
@@ -52,7 +55,7 @@ def eval(
         raise UserError("--tasks is empty; name at least one task")
     import torch
 
-    from sparse_vlm.eval.report import as_json, as_table, save
+    from sparse_vlm.eval.report import as_json, as_tables, save
     from sparse_vlm.eval.run import evaluate
     from sparse_vlm.files import write_text
 
@@ -70,7 +73,8 @@ def eval(
     if json_file is not None:
         write_text(Path(json_file), document)
     console = Console() if sys.stdout.isatty() else Console(width=240)
-    console.print(as_table(report))
+    for table in as_tables(report):
+        console.print(table)
 
 
 class _Rate(ProgressColumn):

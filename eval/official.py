@@ -1,0 +1,132 @@
+"""Benchmarks in the layout of their own files: entries with the pictures they are about, and a model's answers credited one by one.
+
+Notable: pictures are looked for before the model is asked anything, so that one that is missing does not end a run halfway.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.eval.answers import Question, generated
+from sparse_vlm.eval.metrics import Metric, grouped_share
+from sparse_vlm.eval.task import Data, Result, VLMTask
+from sparse_vlm.photos import Photo
+
+if TYPE_CHECKING:
+    from sparse_vlm.vlm import VLM
+
+OnAnswers = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A question of a benchmark.
+
+    Attributes:
+        number: of the question in its benchmark.
+        photo: what it is about.
+        question: as it is asked.
+        truth: what its credit is decided by.
+        kind: the part of the benchmark that it belongs to; empty for none.
+    """
+
+    number: str
+    photo: Photo
+    question: str
+    truth: Any
+    kind: str = ""
+
+
+class FilePhoto(Photo):
+    """A picture in a file of its own, which is not looked for before it is read: a benchmark can name a hundred thousand."""
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        return self.source.read_bytes()
+
+
+def photo_file(folder: Path, name: str) -> Photo:
+    """The picture of this name in a folder."""
+    return FilePhoto(name, folder / name, 0, -1)
+
+
+class OfficialTask(VLMTask):
+    """A benchmark of questions that are answered in the model's own words, greedily."""
+
+    max_new_tokens: ClassVar[int]
+
+    @abstractmethod
+    def entries(self, data: Data) -> list[Entry]:
+        """Every question, read from `files`."""
+
+    @abstractmethod
+    def credit(self, answer: str, entry: Entry) -> float:
+        """What an answer is worth, from 0 to 1."""
+
+    def look_up(self, data: Data) -> None:
+        """Make sure that its files are there.
+
+        Raises:
+            UserError: one is not.
+        """
+        for file in self.files:
+            data.check(file)
+
+    def asked(self, data: Data) -> tuple[list[Photo], list[tuple[int, Entry]]]:
+        """The photos that are looked at, and each of their questions with its photo's number.
+
+        Raises:
+            UserError: a file in another layout, a picture that is not there, or fewer than two photos.
+        """
+        where = data.root / self.files[0]
+        try:
+            entries = data.once(f"entries {where}", lambda: self.entries(data))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
+        photos = data.cut(list({entry.photo: entry.photo for entry in entries}))
+        if len(photos) < 2:
+            raise UserError(f"{where}: fewer than two pictures are asked about; raise --limit or check the file")
+        if missing := [photo for photo in photos if not photo.source.is_file()]:
+            raise UserError(f"{where}: {len(missing)} of {len(photos)} pictures are not there, such as {missing[0].source}")
+        numbers = {photo: number for number, photo in enumerate(photos)}
+        return photos, [(numbers[entry.photo], entry) for entry in entries if entry.photo in numbers]
+
+    def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
+        """Ask every question."""
+        photos, asked = self.asked(data)
+        questions = [Question(number, entry.question) for number, entry in asked]
+        answers = generated(model, photos, questions, control, self.max_new_tokens, on_answers)
+        credits = [self.credit(answer, entry) for answer, (_, entry) in zip(answers, asked, strict=True)]
+        owners = [number for number, _ in asked]
+        predictions = [
+            {
+                "photo": entry.photo.key,
+                "question_id": entry.number,
+                "question": entry.question,
+                "truth": entry.truth,
+                "answer": answer,
+                "credit": credit,
+            }
+            for (_, entry), answer, credit in zip(asked, answers, credits, strict=True)
+        ]
+        details = by_kind("accuracy", credits, owners, [entry.kind for _, entry in asked])
+        return Result({"accuracy": grouped_share(credits, owners)}, predictions, details=details)
+
+
+def by_kind(name: str, credits: list[float], owners: list[int], kinds: list[str]) -> dict[str, Metric]:
+    """A metric of each kind of question, such as `number accuracy`; kinds in the order in which they come.
+
+    Args:
+        credits: of each question, from 0 to 1.
+        owners: the photo of each question.
+        kinds: of each question; empty for those of none.
+    """
+    values, of, kind_of = np.asarray(credits, float), np.asarray(owners), np.asarray(kinds)
+    return {f"{kind} {name}": grouped_share(values[kind_of == kind], of[kind_of == kind]) for kind in dict.fromkeys(kinds) if kind}
