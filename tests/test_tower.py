@@ -216,6 +216,13 @@ def test_own_recipes_have_no_twins() -> None:
         assert ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).sum() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_pooling_glance_takes_pictures_of_any_size_in_bfloat16() -> None:
+    pixels = torch.rand(1, 3, 80, 64)
+    with torch.no_grad():
+        exact, rounded = small()(pixels).image_embeds, small().to(torch.bfloat16)(pixels).image_embeds
+    assert torch.cosine_similarity(exact, rounded.float()).item() > 0.99
+
+
 def test_pooling_weights_equal_sampling_and_averaging() -> None:
     torch.manual_seed(0)
     feature_map = torch.randn(1, 5, 8, 6)

@@ -22,6 +22,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.export.exporter import TOLERANCE, Comparison, Exporter, TowerExporter, compared
 from sparse_vlm.files import write_text
 from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor
+from sparse_vlm.projectors import MLP
 from sparse_vlm.vlm import VLM
 
 QUESTION = "What is in this picture?"
@@ -77,6 +78,8 @@ class HostedVLM(Exporter):
     @torch.inference_mode()
     def __init__(self, model: str, dtype: str, tokens: int | None, pictures: Sequence[Image.Image]) -> None:
         self.vlm = VLM.from_pretrained(model, dtype=getattr(torch, dtype), num_tokens=tokens)
+        if self.vlm.projector_kind != MLP:
+            raise UserError(f"{model}: its projector ({self.vlm.projector_kind}) is none that transformers' LLaVA knows; only mlp is")
         self.config = self.vlm.tower.config
         self.dtype, self.pictures = dtype, list(pictures)
         # asked as `sparse-vlm chat` asks, before the adapters' layers are taken out

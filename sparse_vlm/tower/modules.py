@@ -87,7 +87,8 @@ class Glance(nn.Module):
             return patches + positions.to(patches.dtype) @ self.pos_embed
         side = self.config.patch_size * self.config.grid
         if pixels.shape[-2:] != (side, side):
-            pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+            # in float32, because on a CPU there is no such kernel for bfloat16
+            pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", antialias=True).to(pixels.dtype)
         patches = self.patch_embed(pixels).flatten(2).mT + self.pos_embed  # (B, G * G, d)
         return positions.to(patches.dtype) @ patches
 
