@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -51,6 +52,47 @@ def describe(model: Entry) -> dict[str, Any]:
         "sources": [dict(source) for source in model.sources],
         "files": {name: {"size": spec.size, "sha256": spec.sha256} for name, spec in model.files.items()},
     }
+
+
+# Where a VLM's folder keeps what it holds of each part.
+HELD_IN = {
+    "tower": {"tuned": "tower.safetensors", "adapters": "tower_adapter/adapter_model.safetensors"},
+    "projector": {"trained": "projector.safetensors", "new": "projector.safetensors"},
+    "llm": {"tuned": "llm.safetensors", "adapters": "adapter_model.safetensors"},
+}
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """What a VLM's folder holds of each part, without loading it: `how`, the `name` that the part was loaded by, and of what is in the
+    folder itself `file`, `tensors` and `parameters`.
+
+    Raises:
+        UserError: not a VLM's folder, or a file that cannot be read.
+    """
+    try:
+        described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
+        held = described.get("holds") or _held_by_files(folder)
+        parts: dict[str, Any] = {}
+        for part, files in HELD_IN.items():
+            parts[part] = {"how": held[part], "name": described[part] if part != "projector" else None}
+            if file := files.get(held[part]):
+                sizes = _sizes(folder / file)
+                parts[part] |= {"file": file, "tensors": len(sizes), "parameters": sum(sizes)}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not a VLM folder, or a damaged one ({error})") from error
+    return parts
+
+
+def _held_by_files(folder: Path) -> dict[str, str]:
+    """Of a folder that does not say it."""
+    return {part: next((how for how, file in files.items() if (folder / file).is_file()), "as named") for part, files in HELD_IN.items()}
+
+
+def _sizes(path: Path) -> list[int]:
+    """Numbers in each tensor of a safetensors file, by its header alone."""
+    with open(path, "rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return [math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"]
 
 
 def card(name: str) -> str:
@@ -150,6 +192,8 @@ def add(name: str, folder: Path, *, kind: str, license: str, summary: str, card:
     sources = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (*WEIGHT_SUFFIXES, ".json", ".txt"))
     files = {path.name: FileSpec(path.stat().st_size, store.sha256(path)) for path in sources}
     wrong = _unwelcome(files) + _card_problems(card, kind)
+    if (folder / HELD_IN["tower"]["adapters"]).exists():
+        wrong.append(f"{folder} holds adapters of its tower in a folder of their own, and the zoo takes files alone")
     if not any(Path(file).suffix in WEIGHT_SUFFIXES for file in files):
         wrong.append(f"{folder} holds no safetensors")
     others = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and target not in path.parents)

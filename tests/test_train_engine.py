@@ -25,6 +25,7 @@ from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import assistant, user
 from sparse_vlm.vlm.quantize import quantization
 from sparse_vlm.vlm.tree import collate, is_chain, merge, target_log_probs
+from sparse_vlm.zoo import describe_folder
 
 COLOURS = ("red", "blue", "green", "yellow")
 LEARNS = Stage(lr_projector=1e-2, lr_lora=1e-2, lr_full=1e-2, lr_tower_lora=1e-2, lr_tower_full=1e-3, batch_size=4)
@@ -90,6 +91,11 @@ def test_a_tower_learns_and_its_folder_holds_it(parts, photos, tmp_path, held):
         assert not changed, "adapters lie beside the tower's weights"
     described = json.loads((tmp_path / "run" / "vlm.json").read_text())
     assert described["holds"] == {"tower": held, "projector": "trained", "llm": "adapters"}
+    shown = describe_folder(tmp_path / "run")
+    assert {part: about["how"] for part, about in shown.items()} == described["holds"]
+    assert shown["tower"]["parameters"] == sum(
+        parameter.numel() for name, parameter in vlm.tower.named_parameters() if held == "tuned" or "lora_" in name
+    )
 
     conversation = ask("What color is it?", picture("red"))
     said = vlm.score([conversation], [["It is red."]])[0][0].total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from sparse_vlm import zoo as models
 zoo = typer.Typer(help="List, show and fetch models.", no_args_is_help=True, add_completion=False)
 
 Name = Annotated[str, typer.Argument(help="A model of the zoo.")]
+NameOrFolder = Annotated[str, typer.Argument(help="A model of the zoo, or the folder of a vision-language model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -30,8 +32,11 @@ def list_models(as_json: AsJson = False) -> None:
 
 
 @zoo.command(epilog="Example: sparse-vlm zoo show tiny")
-def show(name: Name, as_json: AsJson = False) -> None:
-    """What is known of a model: its card, its files and where they come from."""
+def show(name: NameOrFolder, as_json: AsJson = False) -> None:
+    """What is known of a model: its card, its files and where they come from; of a folder, what it holds of each part."""
+    if Path(name).is_dir():
+        _show_folder(Path(name), as_json)
+        return
     described = models.describe(store.entry(name))
     if as_json:
         print(json.dumps({**described, "card": models.card(name)}, indent=2))
@@ -46,6 +51,16 @@ def show(name: Name, as_json: AsJson = False) -> None:
     print(f"comes from: {sources or 'sparse-vlm itself'}")
     if described["needs"]:
         print(f"needs: {', '.join(described['needs'])}")
+
+
+def _show_folder(folder: Path, as_json: bool) -> None:
+    parts = models.describe_folder(folder)
+    if as_json:
+        print(json.dumps(parts, indent=2))
+        return
+    for part, held in parts.items():
+        here = f"; {held['file']}: {held['tensors']} tensors, {held['parameters']:,} parameters" if "file" in held else ""
+        print(": ".join(filter(None, (part, held["name"]))) + f" ({held['how']}{here})")
 
 
 @zoo.command(epilog="Example: sparse-vlm zoo pull tiny-chat")
