@@ -96,8 +96,10 @@ def test_answer_that_holds_the_end_token_is_refused(tmp_path):
 
 def test_conversation_that_the_template_refuses_is_one_line(tmp_path):
     r = renderer(tmp_path, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML)
-    with pytest.raises(UserError, match="chat template refuses a conversation of system, user: No system role"):
-        r.text([{"role": "system", "content": "Be brief."}, user("What?")])
+    with pytest.raises(
+        UserError, match="^photo 7: the LLM's chat template refuses a conversation of system, user, assistant: No system role"
+    ):
+        r.render([{"role": "system", "content": "Be brief."}, *TALK[:2]], "photo 7")
 
 
 def test_empty_answer_is_refused(tmp_path):
@@ -106,8 +108,8 @@ def test_empty_answer_is_refused(tmp_path):
 
 
 def test_image_token_in_words_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a user message contains the text '<image>'"):
-        renderer(tmp_path).render([user("What is <image>?", 1), assistant("A cat.")])
+    with pytest.raises(UserError, match=r"photo 7: a user message contains the text '<image>'"):
+        renderer(tmp_path).render([user("What is <image>?", 1), assistant("A cat.")], "photo 7")
 
 
 def test_wrong_number_of_placeholders_names_sample_and_both_counts(tmp_path):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Module of a host -> our module, whose import registers what it holds.
@@ -46,7 +46,8 @@ class AfterImport(MetaPathFinder):
         """Where Python finds the module anyway, with a loader that imports our plug-in after it."""
         if fullname not in self.waiting:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
         if spec is None or spec.loader is None:
             return None
         loader = spec.loader

@@ -96,24 +96,30 @@ class Renderer:
         special = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token.strip()}
         self._special = sorted(special, key=len, reverse=True)
 
-    def text(self, conversation: Sequence[Message], answer_next: bool = False) -> str:
+    def text(self, conversation: Sequence[Message], answer_next: bool = False, sample: str | None = None) -> str:
         """The conversation as the template renders it, one image token a picture; with the head of an answer if `answer_next`.
+
+        Args:
+            sample: what to call it in errors, if anything.
 
         Raises:
             UserError: text that contains the image token itself, or a conversation that the template refuses.
         """
+        where = "" if sample is None else f"{sample}: "
         for message in conversation:
             parts = message["content"]
             texts = [parts] if isinstance(parts, str) else [part["text"] for part in parts if part["type"] == "text"]
             if any(IMAGE_TOKEN in text for text in texts):
-                raise UserError(f"a {message['role']} message contains the text {IMAGE_TOKEN!r}, which stands for a picture; leave it out")
+                raise UserError(
+                    f"{where}a {message['role']} message contains the text {IMAGE_TOKEN!r}, which stands for a picture; leave it out"
+                )
         try:
             return self.tokenizer.apply_chat_template(
                 list(conversation), chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in conversation)
-            raise UserError(f"the LLM's chat template refuses a conversation of {roles}: {error}") from error
+            raise UserError(f"{where}the LLM's chat template refuses a conversation of {roles}: {error}") from error
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of rendered text with every image token repeated N times."""
@@ -153,10 +159,10 @@ class Renderer:
                 ends the assistant's turn with no special token or refuses the conversation, or a tokenizer that joins prompt and answer.
         """
         turns = [turn for turn, message in enumerate(conversation) if message["role"] == "assistant"]
-        whole = self.expand(self.text(conversation))
+        whole = self.expand(self.text(conversation, sample=sample))
         prompts, ends = [], []
         for turn in turns[-1:] if last_only else turns:
-            prompts.append(self.expand(self.text(conversation[:turn], answer_next=True)))
+            prompts.append(self.expand(self.text(conversation[:turn], answer_next=True, sample=sample)))
             ends.append(self._end_of_answer(whole, prompts[-1], text_of(conversation[turn]), turn, sample))
         ids, *heads = self.tokenizer([whole, *prompts], add_special_tokens=False)["input_ids"]
         supervised = [False] * len(ids)
@@ -167,7 +173,7 @@ class Renderer:
                     f"{sample}: the LLM's tokenizer joins the end of the prompt, {prompt[-20:]!r}, with the answer after it, so that no "
                     "token begins the answer; a chat template whose prompts end before the space or line break would do"
                 )
-            if end not in ids[start + 1 :]:
+            if end not in ids[start + 1 :] or ids[start] == end:
                 raise UserError(f"{sample}: no tokens between the prompt's end, {prompt[-20:]!r}, and the end of the assistant's turn")
             stop = ids.index(end, start) + 1
             supervised[start:stop] = [True] * (stop - start)
