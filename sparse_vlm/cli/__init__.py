@@ -33,6 +33,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "Measure a tower or a vision-language model.",
         "sparse-vlm eval --model tiny --teacher local-dir:teacher --tasks imagenet,cosine --data data",
     ),
+    "bench": (
+        "Measure what towers and language models cost on this machine.",
+        "sparse-vlm bench --model tiny --model clip-l14+pool --llm 135m --batch 1",
+    ),
     "export": (
         "Write a model in a format that others load: transformers, ONNX, torch.export.",
         "sparse-vlm export --model tiny --format onnx --out build/tiny-onnx",

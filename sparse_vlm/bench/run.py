@@ -1,0 +1,391 @@
+"""A benchmark from its settings to its document: what is measured, in which order, and what is kept when it ends early.
+
+Shape legend: B pictures or requests, M tokens of a tower, N tokens a picture in the LLM, P tokens of text beside it, D width of the LLM.
+
+Notable: the document is written after each group of pieces, so that whatever ends a run leaves what was finished. Everything that a user
+may have got wrong is asked before the first measurement. All towers take turns with each other, and so do all numbers of tokens before
+an LLM; LLMs follow one another, because two large ones rarely fit side by side.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sparse_vlm.bench.llms import Language, LLMPlan, plan_llm
+from sparse_vlm.bench.machine import COPIED_BYTES, describe, higher, peak_bytes, peaks, versions
+from sparse_vlm.bench.serving import serving
+from sparse_vlm.bench.summary import requests
+from sparse_vlm.bench.turns import FEWEST, WARM_UP, Piece, take_turns
+from sparse_vlm.bench.vision import Vision, load_visions, projector_work, weight_bytes
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import decode_image, load_image
+from sparse_vlm.preprocess import preprocess
+from sparse_vlm.tower.cost import Work
+
+FORMAT = "sparse-vlm/bench/1"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEITHER = 1 / 3  # share of both peaks below which neither of them binds
+PICTURE = (640, 480)  # pixels of the picture that is made where none is given
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        models: towers, as `load_visions` takes them.
+        llms: as `plan_llm` takes them.
+        tokens: numbers of tokens a picture, where they can be chosen.
+        images: files of pictures; one is made where there are none.
+        compile: measure towers compiled as well.
+        prompt_tokens: of text beside a picture (P).
+        rounds: turns of each piece, after the warm-up.
+        limit_s: a piece that took so many seconds takes no more turns than it must.
+        copied_bytes: what the memory's peak is measured on.
+        memory_bytes: what an LLM must fit into, here and in what is estimated of serving; all of the device's unless given.
+        answers: lengths of answers in tokens that serving is estimated for.
+    """
+
+    models: tuple[str, ...]
+    llms: tuple[str, ...]
+    tokens: tuple[int, ...] = ()
+    images: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 16)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    device: str = "cpu"
+    compile: bool = False
+    prompt_tokens: int = 32
+    rounds: int = 10
+    limit_s: float = 20.0
+    copied_bytes: int = COPIED_BYTES
+    memory_bytes: int | None = None
+    answers: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            UserError: with the one to change.
+        """
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
+        if self.rounds < FEWEST:
+            raise UserError(f"--rounds is {self.rounds}; a median needs {FEWEST} at least")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {self.device}: torch sees no GPU here; leave it out for the CPU")
+
+
+class Bench:
+    """A run.
+
+    Args:
+        save: given the document whenever there is more in it.
+
+    Raises:
+        UserError: an unknown model, a picture that cannot be read, or a setting that makes no sense.
+    """
+
+    def __init__(self, settings: Settings, save: Callable[[dict[str, Any]], None]) -> None:
+        settings.check()
+        self.settings, self.save = settings, save
+        self.device = torch.device(settings.device)
+        self.pictures = [(name, Path(name).read_bytes(), load_image(name)) for name in map(_checked, settings.images)] or [_made_picture()]
+        self.plans = [plan_llm(name) for name in dict.fromkeys(settings.llms)]
+        self.visions = load_visions(list(dict.fromkeys(settings.models)), settings.tokens)
+        self._began = time.monotonic()
+        self._expected = self._done = 0.0
+        self.document: dict[str, Any] = {
+            "format": FORMAT,
+            "state": "running",
+            "problem": None,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "machine": describe(self.device),
+            "versions": versions(),
+            "settings": asdict(settings) | {"warm_up": WARM_UP},
+            "pictures": [{"name": name, "bytes": len(data), "pixels": list(image.size)} for name, data, image in self.pictures],
+            "peaks": [],
+            "models": [vision.described() for vision in self.visions],
+            "llms": [],
+            "measurements": [],
+            "requests": [],
+            "serving": None,
+        }
+
+    def run(self, on_progress: Callable[[int], None] = lambda thousandths: None) -> dict[str, Any]:
+        """Measure everything; the document.
+
+        Args:
+            on_progress: told how many more thousandths of the expected time are done.
+
+        Raises:
+            UserError: also where memory does not suffice. What was finished is in the document, whatever is raised.
+        """
+        with self._told_how_it_ended():
+            for name in self.settings.dtypes:
+                self.document["peaks"].append(peaks(DTYPES[name], self.device, self.settings.copied_bytes))
+            self._expected = sum(self._expect(DTYPES[name]) for name in self.settings.dtypes)
+            self._progress = on_progress
+            self._group(list(self._of_pictures()), self.settings.dtypes[0])
+            for name in self.settings.dtypes:
+                dtype = DTYPES[name]
+                for vision in self.visions:
+                    vision.module.to(self.device, dtype)
+                for batch in self.settings.batches:
+                    self._group(list(self._of_towers(dtype, batch)), name)
+                for plan in self.plans:
+                    self._measure_llm(plan, dtype)
+                self._peak(name).update(higher(self._peak(name), peaks(dtype, self.device, self.settings.copied_bytes)))
+            on_progress(1000 - int(self._done))
+        return self.document
+
+    @contextmanager
+    def _told_how_it_ended(self) -> Iterator[None]:
+        try:
+            yield
+            self.document["state"] = "finished"
+        except KeyboardInterrupt:
+            self.document["state"] = "interrupted"
+            raise
+        except (MemoryError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+            self.document |= {"state": "failed", "problem": line}
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in line:
+                raise UserError(f"memory does not suffice ({line}); take a smaller --batch or fewer models") from error
+            raise
+        except BaseException as error:
+            self.document |= {"state": "failed", "problem": str(error)}
+            raise
+        finally:
+            self._write()
+
+    def _write(self) -> None:
+        self.document["seconds"] = round(time.monotonic() - self._began, 1)
+        for row in self.document["measurements"]:
+            self._hold_against_peaks(row)
+        self.document["requests"] = requests(self.document)
+        if self.settings.answers:
+            self.document["serving"] = serving(self.document)
+        self.save(self.document)
+
+    # ---- what is measured
+
+    def _of_pictures(self) -> Iterator[Piece]:
+        """Decoding, and preprocessing for each size: per picture, on the CPU, whatever the device."""
+
+        def decode(_: Any) -> None:
+            for name, data, _image in self.pictures:
+                decode_image(data, name)
+
+        yield Piece("decode_image", [(decode, 1 / len(self.pictures))])
+        for size, vision in {vision.size: vision for vision in self.visions}.items():
+
+            def prepare(_: Any, vision: Vision = vision) -> None:
+                for *_ignored, image in self.pictures:
+                    preprocess(image, vision.size, vision.mean, vision.std)
+
+            yield Piece("preprocess", [(prepare, 1 / len(self.pictures))], model=str(size))
+
+    def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[Piece]:
+        for vision in {vision.tower: vision for vision in self.visions}.values():
+            pixels = self._pixels(vision, batch).to(self.device, dtype)
+            for compiled in (False, True) if self.settings.compile else (False,):
+
+                def look(_: Any, vision: Vision = vision, pixels: torch.Tensor = pixels, compiled: bool = compiled) -> torch.Tensor:
+                    try:
+                        return vision.see(pixels, compiled)
+                    except Exception as error:
+                        if compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                            why = str(error).strip().splitlines()[0]
+                            raise UserError(f"--compile: torch could not compile {vision.name} ({why})") from error
+                        raise
+
+                tokens = vision.tokens if vision.prunes else vision.tokens_in
+                piece = Piece("tower", [(look, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
+                piece.expected_s = self._seconds_at_peak(dtype, batch * vision.work.macs)
+                yield piece
+
+    def _measure_llm(self, plan: LLMPlan, dtype: torch.dtype) -> None:
+        """All that concerns one LLM; it is gone when this returns."""
+        name = str(dtype).removeprefix("torch.")
+        taken = weight_bytes([vision.module for vision in self.visions])
+        language = Language(plan, dtype, self.device, taken, self.settings.memory_bytes)
+        self.document["llms"].append(language.described())
+        projectors = {vision.name: vision.projector(plan.width).to(self.device, dtype) for vision in self.visions}
+        for batch in self.settings.batches:
+            self._group(list(self._of_projectors(language, projectors, batch)), name)
+            self._group(list(self._of_prompts(language, batch)), name)
+            self._group(list(self._of_answers(language, batch)), name)
+        self._group(list(self._of_first_tokens(language, projectors, self.settings.batches[0])), name)
+
+    def _of_projectors(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[Piece]:
+        for vision in self.visions:
+            projector, work = projectors[vision.name], _projecting(vision, projectors)
+            rows = vision.tokens if vision.prunes else vision.tokens_in
+            tokens = torch.randn(batch, rows, vision.width).to(self.device, language.dtype)
+
+            @torch.inference_mode()
+            def project(_: Any, projector: torch.nn.Module = projector, tokens: torch.Tensor = tokens) -> torch.Tensor:
+                return projector(tokens)
+
+            yield Piece("projector", [(project, 1.0)], vision.name, language.plan.name, batch, vision.tokens, work)
+
+    def _of_prompts(self, language: Language, batch: int) -> Iterator[Piece]:
+        """Reading a picture's tokens and the text beside them, and choosing the first token of the answer."""
+        for tokens in self._numbers():
+            length = tokens + self.settings.prompt_tokens
+            yield Piece(
+                "prefill",
+                [(language.decode, language.scale), (language.choose, 1.0)],
+                llm=language.plan.name,
+                batch=batch,
+                tokens=tokens,
+                work=language.work(length),
+                prepare=lambda length=length: language.embeds(batch, length),
+                expected_s=self._reading(language.plan, language.dtype, batch, length),
+                beyond_bytes=language.missing_bytes(batch * length),
+            )
+
+    def _of_answers(self, language: Language, batch: int) -> Iterator[Piece]:
+        """One more token of each request's answer, with picture and text in the cache."""
+        one = language.embeds(batch, 1)
+        for tokens in self._numbers():
+            length = tokens + self.settings.prompt_tokens
+            yield Piece(
+                "decode",
+                [(lambda cache: language.decode(one, cache), language.scale), (language.choose, 1.0)],
+                llm=language.plan.name,
+                batch=batch,
+                tokens=tokens,
+                work=language.work(1, length),
+                prepare=lambda length=length: language.filled_cache(batch, length),
+                beyond_bytes=language.missing_bytes(batch * length),
+            )
+
+    def _of_first_tokens(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[Piece]:
+        """From encoded pictures to the first token of an answer, in one go."""
+        text = language.embeds(batch, self.settings.prompt_tokens)
+        for vision in self.visions:
+
+            @torch.inference_mode()
+            def read(_: Any, vision: Vision = vision, projector: torch.nn.Module = projectors[vision.name]) -> torch.Tensor:
+                encoded = [self.pictures[i % len(self.pictures)] for i in range(batch)]
+                pixels = preprocess([decode_image(data, name) for name, data, _image in encoded], vision.size, vision.mean, vision.std)
+                seen = projector(vision.see(pixels.to(self.device, language.dtype)))
+                return torch.cat([seen, text], dim=1)
+
+            length = vision.tokens + self.settings.prompt_tokens
+            work = vision.work + _projecting(vision, projectors) + language.work(length)
+            steps = [(read, 1.0), (language.decode, language.scale), (language.choose, 1.0)]
+            piece = Piece("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
+            piece.expected_s = self._reading(language.plan, language.dtype, batch, length)
+            yield piece
+
+    # ---- how
+
+    def _pixels(self, vision: Vision, batch: int) -> torch.Tensor:
+        return preprocess([self.pictures[i % len(self.pictures)][2] for i in range(batch)], vision.size, vision.mean, vision.std)
+
+    def _numbers(self) -> list[int]:
+        """Each number of tokens a picture that some model has."""
+        return sorted({vision.tokens for vision in self.visions})
+
+    def _group(self, pieces: Sequence[Piece], dtype: str) -> None:
+        """Time pieces in turn, and write down those that have a median, also when a turn is interrupted."""
+        try:
+            take_turns(pieces, self.device, self.settings.rounds, self.settings.limit_s, self._advance)
+            for piece in pieces:
+                if piece.stage in ("tower", "prefill", "decode") and not piece.compiled:
+                    piece.peak_bytes = peak_bytes(piece.once, self.device) + piece.beyond_bytes
+        finally:
+            self.document["measurements"] += [self._measured(piece, dtype) for piece in pieces if piece.finished]
+            self._write()
+
+    def _measured(self, piece: Piece, dtype: str) -> dict[str, Any]:
+        ms = piece.milliseconds()
+        return {
+            "stage": piece.stage,
+            "model": piece.model,
+            "llm": piece.llm,
+            "dtype": dtype if piece.work is not None else None,
+            "compiled": piece.compiled,
+            "batch": piece.batch,
+            "tokens": piece.tokens,
+            "ms": {key: value if key == "rounds" else round(value, 4) for key, value in ms.items()},
+            "macs": None if piece.work is None else piece.work.macs * piece.batch,
+            "bytes": None if piece.work is None else piece.work.bytes(piece.batch, DTYPES[dtype].itemsize),
+            "of_peak": None,
+            "bound": None,
+            "peak_bytes": piece.peak_bytes,
+        }
+
+    def _hold_against_peaks(self, row: dict[str, Any]) -> None:
+        """Say which shares of the peaks a piece reached, and which peak it is bound by."""
+        if row["dtype"] is not None:
+            peak, seconds = self._peak(row["dtype"]), row["ms"]["median"] / 1000
+            compute = row["macs"] / seconds / peak["macs_per_second"]
+            memory = row["bytes"] / seconds / peak["bytes_per_second"]
+            row["of_peak"] = {"compute": round(compute, 4), "memory": round(memory, 4)}
+            row["bound"] = "neither" if max(compute, memory) < NEITHER else "compute" if compute >= memory else "memory"
+
+    def _peak(self, dtype: str) -> dict[str, Any]:
+        return next(peak for peak in self.document["peaks"] if peak["dtype"] == dtype)
+
+    def _seconds_at_peak(self, dtype: torch.dtype, macs: int, moved: int = 0) -> float:
+        peak = self._peak(str(dtype).removeprefix("torch."))
+        return max(macs / peak["macs_per_second"], moved / peak["bytes_per_second"])
+
+    def _reading(self, plan: LLMPlan, dtype: torch.dtype, batch: int, length: int) -> float:
+        """A guess at a prefill's seconds, as if all of its layers were run."""
+        return self._seconds_at_peak(dtype, plan.parameters * batch * length, plan.parameters * dtype.itemsize)
+
+    def _expect(self, dtype: torch.dtype) -> float:
+        """A guess at the seconds of a turn of all that takes long: towers, prefills and first tokens."""
+        first, text = self.settings.batches[0], self.settings.prompt_tokens
+        towers = {vision.tower: vision for vision in self.visions}.values()
+        times = 2 if self.settings.compile else 1
+        each = [times * self._seconds_at_peak(dtype, b * vision.work.macs) for vision in towers for b in self.settings.batches]
+        for plan in self.plans:
+            each += [self._reading(plan, dtype, b, n + text) for b in self.settings.batches for n in self._numbers()]
+            each += [self._reading(plan, dtype, first, vision.tokens + text) for vision in self.visions]
+        return sum(each)
+
+    def _advance(self, piece: Piece) -> None:
+        """Tell how far it is, in thousandths."""
+        before = int(self._done)
+        self._done += 1000 * piece.expected_s / (self._expected * (WARM_UP + self.settings.rounds))
+        if int(self._done) > before:
+            self._progress(int(self._done) - before)
+
+
+def _projecting(vision: Vision, projectors: dict[str, torch.nn.Module]) -> Work:
+    return projector_work(projectors[vision.name], vision.tokens if vision.prunes else vision.tokens_in, vision.width)
+
+
+def _checked(name: str) -> str:
+    """A picture's file, once it is known to be one."""
+    load_image(name)
+    return name
+
+
+def _made_picture() -> tuple[str, bytes, Image.Image]:
+    """A picture with the detail of a photo: smooth colours and some grain; (what it is, its JPEG, itself)."""
+    generator = np.random.default_rng(0)
+    smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(PICTURE, Image.Resampling.BICUBIC)
+    grain = generator.normal(0, 6, (PICTURE[1], PICTURE[0], 3))
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    name = f"made, {PICTURE[0]} x {PICTURE[1]} pixels"
+    return name, stream.getvalue(), decode_image(stream.getvalue(), name)

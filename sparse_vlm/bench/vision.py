@@ -1,0 +1,331 @@
+"""What looks at pictures in a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A rival is one more entry in `RIVALS`.
+
+Shape legend: B pictures, M tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
+
+Notable: a model is named `TOWER` or `TOWER+KIND`: a tower of the zoo or a folder, a rival, or a teacher's name; KIND is one of
+`sparse_vlm.projectors`, or a pruner. Rivals are built from their published dimensions with random weights, because a time does not depend
+on them, as our own class: a ViT is a tower with a token a patch and no looks, exactly (the recipe `vit`). What is timed ends with the
+tokens that a language model is given; the embedding that zero-shot classification reads is left out of times and counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparse_vlm.bench.pruner import PRUNERS
+from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import crop_samples
+from sparse_vlm.preprocess import Triple
+from sparse_vlm.projectors import MLP, PROJECTORS, make_projector
+from sparse_vlm.recipes import get_recipe
+from sparse_vlm.store import locate
+from sparse_vlm.teacher import TeacherSpec, is_teacher, load_teacher
+from sparse_vlm.tower import SparseFormer, SparseFormerConfig
+from sparse_vlm.tower.config import CLIP_MEAN, CLIP_STD, HALF
+from sparse_vlm.tower.cost import Work, count_work, vit_work
+
+FEW_TOKENS = 128  # below it, on a CPU, plain attention is faster than the fused kernel
+REDUCED = 49  # tokens that a reduction makes unless told otherwise
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A tower of published dimensions.
+
+    Attributes:
+        vit: the dimensions, where it is a ViT; `config` is then its form as a tower.
+    """
+
+    summary: str
+    config: SparseFormerConfig
+    vit: TeacherSpec | None = None
+
+
+def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, embed: int = 512, siglip: bool = False) -> Rival:
+    mean, std = (HALF, HALF) if siglip else (CLIP_MEAN, CLIP_STD)
+    spec = TeacherSpec(
+        name=summary,
+        width=width,
+        num_blocks=blocks,
+        num_heads=width // 64,
+        embed_dim=embed,
+        patch_size=patch,
+        image_size=size,
+        image_mean=mean,
+        image_std=std,
+        activation="gelu_tanh" if siglip else "quick_gelu",
+        ln_eps=1e-6 if siglip else 1e-5,
+        head="map" if siglip else "cls",
+        norm_pre=not siglip,
+        head_bias=siglip,
+    )
+    return Rival(summary, get_recipe("vit").config(spec), spec)
+
+
+RIVALS: dict[str, Rival] = {
+    "clip-b32": _vit("CLIP ViT-B/32 at 224 pixels", 768, 12, 32),
+    "clip-b16": _vit("CLIP ViT-B/16 at 224 pixels", 768, 12, 16),
+    "siglip-b16": _vit("SigLIP ViT-B/16 at 224 pixels", 768, 12, 16, embed=768, siglip=True),
+    "clip-l14": _vit("CLIP ViT-L/14 at 224 pixels", 1024, 24, 14, embed=768),
+    "clip-l14-336": _vit("CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower", 1024, 24, 14, 336, 768),
+    "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
+    "sparseformer-l": Rival("SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")),
+}
+REDUCTIONS = (*PROJECTORS, *PRUNERS)
+BOX = ("tiny", *RIVALS, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
+
+
+@dataclass
+class Vision:
+    """A model under test, up to the tokens that its projector is given.
+
+    Attributes:
+        name: as it was asked for, with the number of tokens where that was chosen.
+        model: as it was asked for.
+        tower: what times of the tower alone are filed under; models that differ in their projector share it.
+        weights: `trained` or `random`.
+        module: which holds all weights, those of towers alike shared between models.
+        look: normalised pixels (B, 3, S, S) to tokens (B, M, d), or already (B, N, d) of a pruner.
+        reduction: `mlp`, or the kind of projector or pruner that makes tokens fewer.
+        tokens_in, tokens: M and N.
+        size: side of its pictures in pixels (S).
+        work: what `look` does for a picture.
+    """
+
+    name: str
+    model: str
+    tower: str
+    summary: str
+    weights: str
+    module: nn.Module
+    look: Callable[[Tensor], Tensor]
+    reduction: str
+    tokens_in: int
+    tokens: int
+    width: int
+    size: int
+    mean: Triple
+    std: Triple
+    work: Work
+    compiled: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether tokens become fewer before the projector."""
+        return self.reduction in PRUNERS
+
+    @torch.inference_mode()
+    def see(self, pixels: Tensor, compiled: bool = False) -> Tensor:
+        """(B, 3, S, S) to (B, M, d), of a pruner (B, N, d)."""
+        look = self._compiled() if compiled else self.look
+        plain = self.tokens_in <= FEW_TOKENS and pixels.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            return look(pixels)
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        if "look" not in self.compiled:
+            if isinstance(self.module, SparseFormer) and (glance := self.module.glance) is not None:
+                # nothing in a compiled graph can depend on values
+                rois = self.module.initial_rois()
+                glance.samples = crop_samples(rois, self.size, self.size, glance.config.patch_size)
+            self.compiled["look"] = torch.compile(self.look, fullgraph=True, dynamic=False)
+        return self.compiled["look"]
+
+    def projector(self, llm_width: int) -> nn.Module:
+        """From what `see` returns to (B, N, D); new weights.
+
+        Raises:
+            UserError: numbers of tokens that this kind cannot serve.
+        """
+        if self.reduction in PROJECTORS:
+            made = make_projector(self.reduction, self.width, llm_width, self.tokens_in, self.tokens)
+        else:
+            made = nn.Sequential(nn.Linear(self.width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+        return made.requires_grad_(False).eval()
+
+    def described(self) -> dict[str, object]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "tower": self.tower,
+            "summary": self.summary,
+            "weights": self.weights,
+            "reduction": self.reduction,
+            "tower_tokens": self.tokens_in,
+            "tokens": self.tokens,
+            "width": self.width,
+            "image_size": self.size,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "macs": self.work.macs,
+        }
+
+
+@dataclass
+class _Tower:
+    """A tower without what comes after it; several models share one."""
+
+    name: str
+    summary: str
+    weights: str
+    module: nn.Module
+    look: Callable[[Tensor], Tensor]
+    tokens: int
+    width: int
+    size: int
+    mean: Triple
+    std: Triple
+    work: Work
+
+
+def load_visions(names: Sequence[str], tokens: Sequence[int] = ()) -> list[Vision]:
+    """Models by name, each in eval mode and float32.
+
+    Args:
+        tokens: numbers of tokens (N) to measure, for towers that serve several budgets and for what makes tokens fewer; a tower's own
+            number and `REDUCED` unless given.
+
+    Raises:
+        UserError: an unknown name, or a number of tokens that a model cannot serve.
+    """
+    towers: dict[tuple[str, int | None], _Tower] = {}
+    visions = []
+    for name in names:
+        tower_name, kind = _split(name)
+        elastic = kind == MLP and _serves_budgets(tower_name)
+        for count in (tokens or [REDUCED]) if kind != MLP else (tokens or [None]) if elastic else [None]:
+            key = tower_name, count if elastic else None
+            if key not in towers:
+                towers[key] = _load_tower(*key)
+            visions.append(_vision(name, towers[key], kind, count, bool(tokens)))
+    return visions
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`clip-l14+pool` as (tower, kind)."""
+    tower, plus, kind = name.rpartition("+")
+    if not plus:
+        return name, MLP
+    if kind not in REDUCTIONS:
+        raise UserError(f"--model {name}: {kind} does not make tokens fewer; known are {', '.join(REDUCTIONS)}")
+    return tower, kind
+
+
+def _serves_budgets(name: str) -> bool:
+    from sparse_vlm.eval.embedders import serves_budgets
+
+    return name not in RIVALS and not is_teacher(name) and serves_budgets(name)
+
+
+def _load_tower(name: str, tokens: int | None) -> _Tower:
+    if is_teacher(name):
+        teacher = load_teacher(name).float()
+        spec = teacher.spec
+        counts = spec.grid**2, spec.width, spec.image_size, spec.image_mean, spec.image_std
+        return _Tower(name, "a ViT by its own library", "trained", teacher, lambda pixels: teacher(pixels).patches, *counts, vit_work(spec))
+    rival = RIVALS.get(name)
+    if rival is None:
+        _known(name)
+        tower = SparseFormer.from_pretrained(name, num_tokens=tokens)
+    else:
+        tower = SparseFormer(rival.config).eval()
+    config = tower.requires_grad_(False).config
+    work = count_work(config)
+    own = sum((taken for part, taken in work.items() if part != "head"), Work())
+    plain = rival is not None and rival.vit is not None
+
+    def look(pixels: Tensor) -> Tensor:
+        for x, _ in tower.run_units(pixels):
+            tokens = x
+        return tower.norm(tokens)[:, -config.visual_tokens :]
+
+    return _Tower(
+        name if tokens is None else f"{name}, {tokens} tokens",
+        rival.summary if rival else "a tower",
+        "random" if rival else "trained",
+        tower,
+        look,
+        config.visual_tokens,
+        config.width,
+        config.image_size,
+        config.image_mean,
+        config.image_std,
+        vit_work(rival.vit) if plain else own,
+    )
+
+
+def _known(name: str) -> None:
+    """Refuse a name that neither the zoo nor this benchmark knows."""
+    try:
+        locate(name, kind="tower")
+    except UserError as error:
+        raise UserError(f"--model {error}; rivals are {', '.join(RIVALS)}") from error
+
+
+def _vision(name: str, tower: _Tower, kind: str, count: int | None, chosen: bool) -> Vision:
+    title = f"{name}, {count} tokens" if chosen and count is not None else name
+    module, look, work = tower.module, tower.look, tower.work
+    tokens = tower.tokens if kind == MLP or count is None else count
+    if kind in PRUNERS:
+        if not isinstance(module, SparseFormer):
+            raise UserError(f"--model {name}: only a rival or a tower can be pruned, because a teacher keeps its attention to itself")
+        pruner = PRUNERS[kind](module, tokens).eval()
+        look, work = pruner, work + pruner.work()
+    vision = Vision(
+        title,
+        name,
+        title if kind in PRUNERS else tower.name,
+        tower.summary,
+        tower.weights,
+        module,
+        look,
+        kind,
+        tower.tokens,
+        tokens,
+        tower.width,
+        tower.size,
+        tower.mean,
+        tower.std,
+        work,
+    )
+    with torch.device("meta"):
+        vision.projector(64)  # says now what it cannot serve
+    return vision
+
+
+def projector_work(projector: nn.Module, tokens_in: int, width: int) -> Work:
+    """What a projector does for a picture: MACs as torch counts its matrix products, numbers moved as those of its linear layers and
+    convolutions.
+
+    Args:
+        projector: from (B, `tokens_in`, `width`); it is run on tensors without values.
+    """
+    from copy import deepcopy
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ghost = deepcopy(projector).to("meta").float()
+    moved = Work()
+
+    def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal moved
+        moved += Work(0, sum(p.numel() for p in module.parameters()), inputs[0].numel() + output.numel())
+
+    for module in ghost.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(seen)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(torch.empty(1, tokens_in, width, device="meta"))
+    return Work(counter.get_total_flops() // 2, moved.weights, moved.activations)
+
+
+def weight_bytes(modules: Mapping[str, nn.Module] | Sequence[nn.Module]) -> int:
+    """Bytes of all weights, those that are shared counted once."""
+    each = modules.values() if isinstance(modules, Mapping) else modules
+    return sum({id(p): p.numel() * p.element_size() for module in each for p in module.parameters()}.values())

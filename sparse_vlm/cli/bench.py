@@ -1,0 +1,126 @@
+"""`sparse-vlm bench --model tiny --rivals --llm 135m --llm 7b`: what towers, projectors and language models cost on this machine.
+
+Notable: stdout holds the tables, or with `--json -` the JSON document alone; progress goes to stderr. Files are written as the run goes, so
+that Ctrl-C, or a failure, leaves all that was finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparse_vlm.errors import UserError
+
+GB = 1_000_000_000
+ANSWERS = (16, 128, 512)
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A tower (folder, zoo name, a rival such as clip-l14, or a teacher's name), or TOWER+KIND with what makes its tokens "
+            "fewer: pool, stride, random, shuffle, resampler, abstractor, prune; repeat it."
+        ),
+    ] = None,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="All rivals in the box, and all that makes the tokens of clip-l14 fewer.")
+    ] = False,
+    llm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A language model (folder or zoo name), or a shape of random weights: 135m, 360m, 1b, 1.7b, 3b, 7b, 13b; repeat it."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens a picture, where they can be chosen; repeat it. 49, or a tower's own, unless given.", min=1),
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat it. One is made unless given.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Requests at once; repeat it. 1 and 16 unless given.", min=1)] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. What the machine multiplies in unless given.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Measure towers compiled, too.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one unless given.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of text beside a picture.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns of each piece after the warm-up, of which the median counts.")] = 10,
+    seconds: Annotated[float, typer.Option(help="A piece that took so long takes no more turns than three.", min=0)] = 20.0,
+    serving: Annotated[bool, typer.Option("--serving", help="Estimate requests a second and memory of a server.")] = False,
+    answer_tokens: Annotated[
+        list[int] | None, typer.Option(help="Lengths of answers for --serving; repeat it. 16, 128, 512 unless given.", min=1)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB that a language model must fit into; the machine's unless given.", min=0.1)
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the document as JSON; - is stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for the document, the tables in Markdown, and plots.")] = None,
+) -> None:
+    """Measure what towers, projectors and language models cost, stage by stage, beside what the machine can do."""
+    if out is not None and out.is_file():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if json_file is not None and Path(json_file).is_dir():
+        raise UserError(f"--json {json_file}: is a folder; name a file")
+    if not model and not rivals:
+        raise UserError("nothing to measure; name a --model, or give --rivals")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, would talk of GPUs that are not there
+    from rich.console import Console
+
+    progress = Console(stderr=True)
+    with progress.status("starting") if progress.is_terminal else nullcontext():
+        import torch
+
+        from sparse_vlm.bench.report import as_tables, notes, save
+        from sparse_vlm.bench.run import Bench, Settings
+        from sparse_vlm.bench.vision import BOX
+        from sparse_vlm.cli.progress import counting
+        from sparse_vlm.devices import native_dtype, own_device
+        from sparse_vlm.files import write_text
+
+        if threads:
+            torch.set_num_threads(threads)
+        where = device or str(own_device())
+        settings = Settings(
+            models=(*(model or ()), *(BOX if rivals else ())),
+            llms=tuple(llm or ("135m",)),
+            tokens=tuple(tokens or ()),
+            images=tuple(str(path) for path in image or ()),
+            batches=tuple(dict.fromkeys(batch or (1, 16))),
+            dtypes=tuple(dict.fromkeys(dtype or [str(native_dtype(where)).removeprefix("torch.")])),
+            device=where,
+            compile=compile,
+            prompt_tokens=prompt_tokens,
+            rounds=rounds,
+            limit_s=seconds,
+            memory_bytes=None if memory is None else int(memory * GB),
+            answers=tuple(answer_tokens or ANSWERS) if serving else (),
+        )
+        files = [*([out / "bench.json"] if out else []), *([Path(json_file)] if json_file not in (None, "-") else [])]
+
+        def write(document: dict[str, Any]) -> None:
+            for file in files:
+                write_text(file, json.dumps(document, indent=1) + "\n")
+
+        run = Bench(settings, write)
+    try:
+        with counting(progress, "measuring", "‰", 1000) as advance:
+            run.run(advance)
+    finally:
+        document = run.document
+        if out is not None:
+            save(document, out)
+        if json_file == "-":
+            sys.stdout.write(json.dumps(document, indent=1) + "\n")
+        elif document["measurements"]:
+            console = Console() if sys.stdout.isatty() else Console(width=200)
+            for table in as_tables(document):
+                console.print(table)
+            lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
+            console.print("\n".join(f"* {line}" for line in lines), highlight=False, markup=False, soft_wrap=True)
