@@ -32,6 +32,7 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "huggingface-hub": "huggingface_hub",
     "flash-attn": "flash_attn",
+    "lmms-eval": "lmms_eval",
 }
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".yml", ".cfg", ".sh", ""}
 
@@ -115,7 +116,7 @@ def required(extra: str | None) -> set[str]:
 
 def test_everything_imported_is_declared():
     core, extras = required(None), required("train") | required("eval")
-    asked_for = extras | required("hub") | required("deepspeed") | required("export")
+    asked_for = extras | required("hub") | required("deepspeed") | required("export") | required("lmms")
     undeclared = set()
     for name, path in MODULES.items():
         allowed = core | extras if name.split(".")[1:2] in (["train"], ["eval"]) else core
