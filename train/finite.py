@@ -18,10 +18,14 @@ NAMED = 8  # samples a line names at most
 
 
 class NotFinite(Exception):
-    """The loss of a step is not finite."""
+    """The loss of a step is not finite in some process.
+
+    Args:
+        loss: what to report of the step in all of them.
+    """
 
     def __init__(self, loss: Tensor) -> None:
-        super().__init__()
+        super().__init__("the loss is not finite")
         self.loss = loss
 
 
@@ -50,8 +54,8 @@ class FiniteSteps(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad.item():
-            self.what = f"loss is {loss.item()}"
-            raise NotFinite(loss.detach())
+            self.what = "loss is not finite"
+            raise NotFinite(torch.full_like(loss.detach(), torch.nan))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """A finite loss may still have a gradient that is not: then there is no update either. All processes hold the same gradient."""
