@@ -97,7 +97,9 @@ class PixelShuffle(Projector):
         """(B, M, d) to (B, N, 4 * d)."""
         grid = self.as_map(tokens)
         if self.grid != 2 * self.side:
-            grid = F.interpolate(grid, size=(2 * self.side, 2 * self.side), mode="bilinear", antialias=True)
+            # in float32: torch has no such kernel for bfloat16 on a CPU
+            scaled = F.interpolate(grid.float(), size=(2 * self.side, 2 * self.side), mode="bilinear", antialias=True)
+            grid = scaled.to(tokens.dtype)
         return F.pixel_unshuffle(grid, 2).flatten(2).mT
 
 

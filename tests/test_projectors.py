@@ -49,6 +49,18 @@ def test_reductions_by_hand(tokens: torch.Tensor) -> None:
     assert torch.equal(chosen, make_projector("random", WIDTH, LLM, 16, 4).reduce(tokens)), "the same tokens in every run"
 
 
+@pytest.mark.parametrize("kind", PROJECTORS)
+@pytest.mark.parametrize("count", [4, 9])
+def test_each_computes_in_bfloat16(kind: str, count: int, tokens: torch.Tensor) -> None:
+    if kind == "abstractor":
+        pytest.importorskip("timm", reason="its convolution blocks are timm's")
+    projector = make_projector(kind, WIDTH, LLM, SIDE**2, count)
+    exact = projector(tokens)
+    rounded = projector.bfloat16()(tokens.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.float(), exact, atol=0.1 * exact.abs().max().item())
+
+
 def test_a_resampler_knows_where_a_token_stands(tokens: torch.Tensor) -> None:
     resampler = make_projector("resampler", WIDTH, LLM, 16, 4)
     assert not torch.allclose(resampler(tokens), resampler(tokens.flip(1)), atol=1e-4)
