@@ -173,7 +173,7 @@ PANELS: dict[str, Panel] = {
 
 
 def draw(document: Row, folder: Path) -> list[Path]:
-    """Write a picture of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line. The pictures."""
+    """Write a picture of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -106,6 +106,7 @@ class Bench:
         self.visions = load_visions(list(dict.fromkeys(settings.models)), settings.tokens)
         self._began = time.monotonic()
         self._expected = self._done = 0.0
+        self._projecting: dict[str, Work] = {}
         self.document: dict[str, Any] = {
             "format": FORMAT,
             "state": "running",
@@ -224,6 +225,7 @@ class Bench:
         language = Language(plan, dtype, self.device, taken, self.settings.memory_bytes)
         self.document["llms"].append(language.described())
         projectors = {vision.name: vision.projector(plan.width).to(self.device, dtype) for vision in self.visions}
+        self._projecting = {vision.name: _projecting(vision, projectors[vision.name]) for vision in self.visions}
         for batch in self.settings.batches:
             self._group(list(self._of_projectors(language, projectors, batch)), name)
             self._group(list(self._of_prompts(language, batch)), name)
@@ -232,7 +234,7 @@ class Bench:
 
     def _of_projectors(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[Piece]:
         for vision in self.visions:
-            projector, work = projectors[vision.name], _projecting(vision, projectors)
+            projector, work = projectors[vision.name], self._projecting[vision.name]
             rows = vision.tokens if vision.prunes else vision.tokens_in
             tokens = torch.randn(batch, rows, vision.width).to(self.device, language.dtype)
 
@@ -287,7 +289,7 @@ class Bench:
                 return torch.cat([seen, text], dim=1)
 
             length = vision.tokens + self.settings.prompt_tokens
-            work = vision.work + _projecting(vision, projectors) + language.work(length)
+            work = vision.work + self._projecting[vision.name] + language.work(length)
             steps = [(read, 1.0), (language.decode, language.scale), (language.choose, 1.0)]
             piece = Piece("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
             piece.expected_s = self._reading(language.plan, language.dtype, batch, length)
@@ -370,8 +372,8 @@ class Bench:
             self._progress(int(self._done) - before)
 
 
-def _projecting(vision: Vision, projectors: dict[str, torch.nn.Module]) -> Work:
-    return projector_work(projectors[vision.name], vision.tokens if vision.prunes else vision.tokens_in, vision.width)
+def _projecting(vision: Vision, projector: torch.nn.Module) -> Work:
+    return projector_work(projector, vision.tokens if vision.prunes else vision.tokens_in, vision.width)
 
 
 def _checked(name: str) -> str:

@@ -56,21 +56,28 @@ class Measured:
         return self.rows.get((stage, model, None if llm is None else llm["name"], dtype, batch, compiled, tokens))
 
 
-def _request(found: Measured, llm: Row, model: Row, batch: int, compiled: bool) -> Row | None:
-    dtype, tokens = llm["dtype"], model["tokens"]
-    pieces = {
+def pieces_of(found: Measured, llm: Row, model: Row, batch: int, compiled: bool) -> dict[str, Row | None]:
+    """The measurements that a batch of requests consists of, by stage; `ttft` is there where it was measured in one go."""
+    dtype, name = llm["dtype"], model["name"]
+    return {
         "decode_image": found.of("decode_image"),
         "preprocess": found.of("preprocess", str(model["image_size"])),
         "tower": found.of("tower", model["tower"], None, dtype, batch, compiled),
-        "projector": found.of("projector", model["name"], llm, dtype, batch),
-        "prefill": found.of("prefill", None, llm, dtype, batch, tokens=tokens),
-        "decode": found.of("decode", None, llm, dtype, batch, tokens=tokens),
+        "projector": found.of("projector", name, llm, dtype, batch),
+        "prefill": found.of("prefill", None, llm, dtype, batch, tokens=model["tokens"]),
+        "decode": found.of("decode", None, llm, dtype, batch, tokens=model["tokens"]),
+        "ttft": None if compiled else found.of("ttft", name, llm, dtype, batch),
     }
+
+
+def _request(found: Measured, llm: Row, model: Row, batch: int, compiled: bool) -> Row | None:
+    dtype, tokens = llm["dtype"], model["tokens"]
+    pieces = pieces_of(found, llm, model, batch, compiled)
+    whole = pieces.pop("ttft")
     if any(piece is None for piece in pieces.values()):
         return None
     ms = {stage: piece["ms"]["median"] for stage, piece in pieces.items()}
     seeing = batch * (ms["decode_image"] + ms["preprocess"]) + ms["tower"] + ms["projector"]
-    whole = None if compiled else found.of("ttft", model["name"], llm, dtype, batch)
     first = seeing + ms["prefill"] if whole is None else whole["ms"]["median"]
     itemsize = llm["weight_bytes"] // llm["parameters"]
     held = [piece["peak_bytes"] for stage in ("tower", "prefill", "decode") if (piece := pieces[stage])["peak_bytes"] is not None]

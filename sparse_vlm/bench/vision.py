@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_vlm.bench.pruner import PRUNERS
 from sparse_vlm.errors import UserError
+from sparse_vlm.eval.embedders import FEW_TOKENS, serves_budgets
 from sparse_vlm.geometry import crop_samples
 from sparse_vlm.preprocess import Triple
 from sparse_vlm.projectors import MLP, PROJECTORS, make_projector
@@ -30,7 +31,6 @@ from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 from sparse_vlm.tower.config import CLIP_MEAN, CLIP_STD, HALF
 from sparse_vlm.tower.cost import Work, count_work, vit_work
 
-FEW_TOKENS = 128  # below it, on a CPU, plain attention is faster than the fused kernel
 REDUCED = 49  # tokens that a reduction makes unless told otherwise
 
 
@@ -218,8 +218,6 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _serves_budgets(name: str) -> bool:
-    from sparse_vlm.eval.embedders import serves_budgets
-
     return name not in RIVALS and not is_teacher(name) and serves_budgets(name)
 
 
