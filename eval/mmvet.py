@@ -1,7 +1,7 @@
 """MM-Vet (Yu et al. 2023): open questions whose answers GPT-4 judges. Nothing is scored here; the answers are written as its evaluator
 takes them, `{"v1_0": "...", "v1_1": "...", ...}` for the questions in their own order.
 
-Notable: with `--limit` the file holds some of the questions alone, and the evaluator refuses it.
+Notable: questions are counted from 1 in our tar, which is made of VLMEvalKit's table, and from 0 in MM-Vet's own files.
 """
 
 from __future__ import annotations
@@ -52,4 +52,6 @@ class MMVet(VLMTask):
         submission = {f"v1_{index - 1}": answer for (index, _, _), answer in answered}
         guessed = sum(record.get("image_inferred", False) for _, record in asked)
         notes = [f"{guessed} of {len(asked)} questions stand with a picture that was inferred from the order of the set"] if guessed else []
+        if data.limit is not None:
+            notes.append("a part of the questions, which MM-Vet's evaluator does not take")
         return Result({"words an answer": mean_words}, predictions, notes, submission=submission)

@@ -137,7 +137,7 @@ def caption(report: Report) -> str:
     return "; ".join(parts)
 
 
-PAIRED = "paired: the same photos are resampled for both models; 0 outside the interval is a difference"
+PAIRED = "[95 % interval], paired: the same photos are resampled for both models; an interval without 0 tells them apart"
 
 
 def as_tables(report: Report) -> list[Table]:
