@@ -37,6 +37,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "Measure what towers and language models cost on this machine.",
         "sparse-vlm bench --model tiny --model clip-l14+pool --llm 135m --batch 1",
     ),
+    "report": (
+        "Draw accuracy against cost, on one page to send.",
+        "sparse-vlm report --bench build/bench/bench.json --eval build/eval/report.json --pair tiny-chat=tiny --out build/report",
+    ),
     "export": (
         "Write a model in a format that others load: transformers, ONNX, torch.export.",
         "sparse-vlm export --model tiny --format onnx --out build/tiny-onnx",

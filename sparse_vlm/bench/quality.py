@@ -1,0 +1,201 @@
+"""What models are worth, as `sparse-vlm eval` measured it: its reports read, held against each other, and asked for differences.
+
+Notable: numbers of two reports stand beside each other only where task, photos and unit are the same, and a difference has an interval only
+where both models answered in one run, because only there is it known on the same resamples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_vlm.bench.summary import Row
+from sparse_vlm.errors import UserError
+
+FORMAT = "sparse-vlm/eval/1"
+UNDIRECTED = ("yes-ratio", "words an answer")  # metrics of which neither more nor less is better
+SHOWN = {"%": (100.0, 1), "x100": (100.0, 1), "": (1.0, 3)}  # unit: factor and digits of a number that is shown
+
+
+def read_document(path: Path, form: str, maker: str, keys: Sequence[str]) -> Row:
+    """A JSON document of the given format.
+
+    Args:
+        form: what its `format` must be.
+        maker: the command that writes such a file.
+        keys: what it must hold.
+
+    Raises:
+        UserError: no such file, no JSON, another format, or a part of one.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; name a file that {maker} wrote") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); name a file that {maker} wrote") from None
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != form:
+        what = f"is {found}" if found else "does not say its format"
+        raise UserError(f"{path}: {what}, not {form}; name a file that {maker} wrote")
+    if missing := [key for key in keys if key not in document]:
+        raise UserError(f"{path}: holds no {', '.join(missing)}; make it again by {maker}")
+    return document
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value, or a difference, with its 95 % interval (None where there is none)."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of a task.
+
+    Attributes:
+        unit: as `sparse_vlm.eval.metrics.Metric` has it.
+        photos: that it was measured on.
+    """
+
+    task: str
+    metric: str
+    unit: str
+    photos: int
+
+    @property
+    def title(self) -> str:
+        """As a table heads it."""
+        return f"{self.task} {self.metric}"
+
+    def shown(self, value: float, signed: bool = False) -> str:
+        """A number of it as it is printed."""
+        factor, digits = SHOWN[self.unit]
+        return f"{factor * value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+    def with_interval(self, score: Score, signed: bool = False) -> str:
+        """A number of it with the interval that it has."""
+        if score.low is None or score.high is None:
+            return self.shown(score.value, signed)
+        return f"{self.shown(score.value, signed)} [{self.shown(score.low, signed)}, {self.shown(score.high, signed)}]"
+
+
+@dataclass
+class Quality:
+    """All that some reports say.
+
+    Attributes:
+        models: what each model is (kind, model, tokens, and the dtype it computed in), by name.
+        measures: every metric, in the order of the files.
+        protocols: how a task is measured, by task.
+        versions: of what measured it, by file.
+    """
+
+    models: dict[str, Row] = field(default_factory=dict)
+    measures: dict[tuple[str, str], Measure] = field(default_factory=dict)
+    protocols: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    _scores: dict[tuple[str, str, str], Score] = field(default_factory=dict)
+    _paired: dict[tuple[str, str, str, str], Score] = field(default_factory=dict)
+    _files: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def score(self, measure: Measure, model: str | None) -> Score | None:
+        """What a model reached; None where that was not measured."""
+        return None if model is None else self._scores.get((measure.task, measure.metric, model))
+
+    def difference(self, measure: Measure, model: str | None, over: str | None) -> Score | None:
+        """How much more a model reached than another, with a paired interval where both are of one run; None where either is missing."""
+        one, other = self.score(measure, model), self.score(measure, over)
+        if one is None or other is None:
+            return None
+        paired = self._paired.get((measure.task, measure.metric, model or "", over or ""))
+        return paired or Score(one.value - other.value, None, None)
+
+    def tells_apart(self, measure: Measure, better: str | None, worse: str | None) -> bool:
+        """Whether one model is better by more than chance: 0 lies outside the paired interval, or the two intervals do not meet."""
+        more = self.difference(measure, better, worse)
+        if more is not None and more.low is not None:
+            return more.low > 0
+        one, other = self.score(measure, better), self.score(measure, worse)
+        return one is not None and other is not None and None not in (one.low, other.high) and one.low > other.high
+
+    def chosen(self, names: Sequence[str]) -> list[Measure]:
+        """The measures of some names, `TASK` (its first metric that has a better and a worse) or `TASK/METRIC`; of all tasks unless given.
+
+        Raises:
+            UserError: no such task or metric, or one without a better and a worse.
+        """
+        first: dict[str, Measure] = {}
+        for measure in self.measures.values():
+            if measure.metric not in UNDIRECTED:
+                first.setdefault(measure.task, measure)
+        if not names:
+            return list(first.values())
+        found = []
+        for name in names:
+            task, _, metric = name.partition("/")
+            measure = self.measures.get((task, metric)) if metric else first.get(task)
+            if measure is None:
+                there = ", ".join(f"{m.task}/{m.metric}" for m in self.measures.values() if m.metric not in UNDIRECTED)
+                raise UserError(f"--task {name}: not measured, or without a better and a worse; there are {there or 'none'}")
+            if measure.metric in UNDIRECTED:
+                raise UserError(f"--task {name}: neither more nor less of {measure.metric} is better, so it has no front")
+            found.append(measure)
+        return found
+
+    def add(self, path: Path) -> None:
+        """Take in what a report says.
+
+        Raises:
+            UserError: no report, or one that does not go with those before it.
+        """
+        document = read_document(path, FORMAT, "sparse-vlm eval", ("models", "tasks", "results", "dtype", "versions"))
+        self.versions[str(path)] = document["versions"]
+        for name, task in document["tasks"].items():
+            if self.protocols.setdefault(name, task["protocol"]) != task["protocol"]:
+                raise UserError(f"{path}: {name} was measured in another way than in the file before it; measure its models in one run")
+        for row in document["results"]:
+            if row["control"] in (None, "none"):
+                self._add_result(path, row, document["models"][row["model"]] | {"dtype": document["dtype"]})
+        for row in document.get("paired", ()):
+            if row["control"] in (None, "none"):
+                task, metric, one, other = row["task"], row["metric"], row["model"], row["over"]
+                self._paired[task, metric, one, other] = Score(row["value"], row["low"], row["high"])
+                self._paired[task, metric, other, one] = Score(-row["value"], -row["high"], -row["low"])
+
+    def _add_result(self, path: Path, row: Row, model: dict[str, Any]) -> None:
+        task, name = row["task"], row["model"]
+        if (before := self._files.setdefault((task, name), str(path))) != str(path):
+            raise UserError(f"{path}: {task} of {name} is in {before} as well; name one of the two files")
+        if self.models.setdefault(name, model)["tokens"] != model["tokens"]:
+            raise UserError(f"{path}: {name} has {model['tokens']} tokens here and {self.models[name]['tokens']} in the file before it")
+        for metric, found in row["metrics"].items():
+            measure = Measure(task, metric, found["unit"], found["photos"])
+            known = self.measures.setdefault((task, metric), measure)
+            if known.unit != measure.unit:
+                raise UserError(f"{path}: {measure.title} is in {measure.unit or 'plain numbers'}, in the file before it in {known.unit}")
+            if known.photos != measure.photos:
+                raise UserError(
+                    f"{path}: {measure.title} is of {measure.photos} photos here and of {known.photos} in the file before it; "
+                    "compare models on the same photos"
+                )
+            if found["value"] == found["value"]:  # a share of nothing is none
+                self._scores[task, metric, name] = Score(found["value"], found["low"], found["high"])
+
+
+def read_quality(paths: Sequence[Path]) -> Quality:
+    """What some reports of `sparse-vlm eval` say together.
+
+    Raises:
+        UserError: no report, or two that do not go together.
+    """
+    quality = Quality()
+    for path in paths:
+        quality.add(path)
+    return quality
