@@ -122,6 +122,9 @@ class Report:
         return {"average": average, "lowest": shares[lowest], "lowest_task": lowest[0], "lowest_metric": lowest[1]}
 
 
+Keep = Callable[[str, Column, Result], None]  # takes a task's result for a column
+
+
 def evaluate(
     models: Sequence[str],
     tasks: Sequence[str],
@@ -132,6 +135,7 @@ def evaluate(
     limit: int | None = None,
     on_progress: Progress = lambda what, done, total: None,
     budgets: Sequence[int] = (),
+    on_result: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Run tasks on models.
 
@@ -145,6 +149,7 @@ def evaluate(
         on_progress: called with (what, done, total).
         budgets: tokens a picture at which each model is measured, for models that serve several; their own number by default, and for
             towers of one number beside them.
+        on_result: called with all that is known whenever a task has been done for a column, so that what is finished outlives an error.
 
     Raises:
         UserError: an unknown task, model or control, tasks of both kinds, or something a task needs that was not given.
@@ -166,19 +171,26 @@ def evaluate(
         if control not in known:
             raise UserError(f"{control}: no such control for {', '.join(chosen)}; there are {', '.join(known)}")
     names = list(dict.fromkeys(models))
+    meanings = {control: known[control] for control in controls if control != "none"}
+    report = Report({}, dict(chosen), limit=limit, controls=meanings)
+
+    def keep(task: str, column: Column, result: Result) -> None:
+        report.results.setdefault(task, {})[column] = result
+        report.seconds = time.perf_counter() - started
+        on_result(report)
+
     if image_tasks:
-        report = _run_image_tasks(names, image_tasks, files, teacher, text, controls, budgets, on_progress)
+        _run_image_tasks(report, keep, names, image_tasks, files, teacher, text, controls, budgets, on_progress)
     else:
         if not names:
             raise UserError("no model to measure; name one with --model")
-        report = _run_vlm_tasks(names, vlm_tasks, files, controls, budgets, on_progress)
-    report.limit = limit
-    report.controls = {control: known[control] for control in controls if control != "none"}
-    report.seconds = time.perf_counter() - started
+        _run_vlm_tasks(report, keep, names, vlm_tasks, files, controls, budgets, on_progress)
     return report
 
 
 def _run_image_tasks(
+    report: Report,
+    keep: Keep,
     names: list[str],
     tasks: dict[str, ImageTask],
     data: Data,
@@ -187,7 +199,7 @@ def _run_image_tasks(
     controls: Sequence[str],
     budgets: Sequence[int],
     on_progress: Progress,
-) -> Report:
+) -> None:
     for name, task in tasks.items():
         if task.needs_teacher and teacher is None:
             raise UserError(f"{name} compares with the teacher; name it with --teacher")
@@ -212,21 +224,19 @@ def _run_image_tasks(
     words = text_side(text, teacher) if any(task.needs_text for task in tasks.values()) else None
     _check_widths(embedders, reference, words, tasks)
     features = Features(words, on_progress)
-    report = Report({}, dict(tasks), teacher, None if words is None else words.name, dtype=embedders[0].dtype)
+    report.teacher, report.text, report.dtype = teacher, None if words is None else words.name, embedders[0].dtype
     on_progress("timing", 0, 1)
     times = milliseconds(embedders, data.photos(next(iter(tasks.values())).files[0])[0].load())
     for e in embedders:
         cost = {"tokens": e.tokens, "macs": e.macs, "parameters": e.parameters, "ms": times[e.name]}
         report.models[e.name] = {"kind": e.kind, "model": e.model, **cost}
     for name, task in tasks.items():
-        report.results[name] = {}
         for embedder in embedders:
             if task.needs_teacher and embedder is reference:
                 continue
             on_progress(f"{name}: {embedder.name}", 0, 1)
-            report.results[name][Column(embedder.name)] = task.run(embedder, reference, features, data)
+            keep(name, Column(embedder.name), task.run(embedder, reference, features, data))
             on_progress(f"{name}: {embedder.name}", 1, 1)
-    return report
 
 
 def _check_widths(embedders: list[Embedder], teacher: Embedder | None, text: TextSide | None, tasks: dict[str, ImageTask]) -> None:
@@ -238,11 +248,17 @@ def _check_widths(embedders: list[Embedder], teacher: Embedder | None, text: Tex
 
 
 def _run_vlm_tasks(
-    names: list[str], tasks: dict[str, VLMTask], data: Data, controls: Sequence[str], budgets: Sequence[int], on_progress: Progress
-) -> Report:
+    report: Report,
+    keep: Keep,
+    names: list[str],
+    tasks: dict[str, VLMTask],
+    data: Data,
+    controls: Sequence[str],
+    budgets: Sequence[int],
+    on_progress: Progress,
+) -> None:
     from sparse_vlm.vlm import VLM
 
-    report = Report({}, dict(tasks), results={name: {} for name in tasks})
     for name, count in itertools.product(names, budgets or [None]):
         model = VLM.from_pretrained(name, device=own_device(), num_tokens=count)
         model_name = budget_name(name, count)
@@ -252,6 +268,4 @@ def _run_vlm_tasks(
             for control in controls:
                 column = Column(model_name, control)
                 what = f"{task_name}: {column.title}"
-                result = task.run(model, control, data, lambda done, total, what=what: on_progress(what, done, total))
-                report.results[task_name][column] = result
-    return report
+                keep(task_name, column, task.run(model, control, data, lambda done, total, what=what: on_progress(what, done, total)))

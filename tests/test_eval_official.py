@@ -294,6 +294,25 @@ def test_two_models_are_compared_on_the_same_photos(vqav2: Path, monkeypatch: py
     assert as_json(single)["paired"] == [] and len(as_tables(single)) == 1
 
 
+def test_what_is_finished_outlives_an_error(vqav2: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    picture_of_the_second = vqav2 / "vqav2/val2014/COCO_val2014_000000000008.jpg"
+    folder = tmp_path / "out"
+    write_mmbench(vqav2, rotated=False)
+
+    def keep(report: run.Report) -> None:
+        save(report, folder)
+        picture_of_the_second.write_bytes(b"no picture")
+
+    model = Says(lambda text, seen: "A")
+    monkeypatch.setattr("sparse_vlm.vlm.VLM.from_pretrained", lambda name, device, num_tokens: model)
+    with pytest.raises(UserError, match="COCO_val2014_000000000008.jpg: not an image"):
+        run.evaluate(["m"], ["mmbench", "vqav2"], vqav2, controls=["none"], on_result=keep)
+    (row,) = json.loads((folder / "report.json").read_text())["results"]
+    assert row["task"] == "mmbench"
+    assert len((folder / "mmbench.m.none.jsonl").read_text().splitlines()) == 15
+    assert (folder / "table.md").read_text().startswith("| task | metric | m |")
+
+
 # ---- mistakes
 
 

@@ -63,10 +63,9 @@ def eval(
         torch.set_num_threads(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     with progress:
-        report = evaluate(model or [], names, data, teacher, text, control, limit, progress, tokens or [])
+        keep = (lambda report: None) if out is None else (lambda report: save(report, out))
+        report = evaluate(model or [], names, data, teacher, text, control, limit, progress, tokens or [], keep)
     document = json.dumps(as_json(report), indent=1) + "\n"
-    if out is not None:
-        save(report, out)
     if json_file == "-":
         sys.stdout.write(document)
         return
