@@ -119,7 +119,7 @@ def as_svg(entries: Sequence[Entry], quality: Quality, measure: Measure, cost: C
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<metadata>", "").replace("</metadata>", "")
     svg = re.sub(r"<rdf:RDF.*?</rdf:RDF>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z.]+_\d+"', "", svg)  # the same in every picture, and used by none
+    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)  # the same in every picture, and used by none
     svg = re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', r"\1", svg, count=1)
     return re.sub(r'(<svg[^>]*?) width="[\d.]+pt"', r'\1 role="img"', svg, count=1).strip()
 
