@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparse_vlm.bench.summary import Row
@@ -26,7 +27,7 @@ class Sheet:
 REQUEST_COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: r["model"] + (", compiled" if r["compiled"] else ""),
     "tokens": lambda r: str(r["tokens"]),
-    "GMACs to first token": lambda r: f"{r['macs'] / 1e9:.2f}",
+    "GMACs": lambda r: f"{r['macs'] / 1e9:.2f}",
     "picture, ms": lambda r: f"{r['batch'] * (r['ms']['decode_image'] + r['ms']['preprocess']):.1f}",
     "tower, ms": lambda r: f"{r['ms']['tower']:.1f}",
     "projector, ms": lambda r: f"{r['ms']['projector']:.2f}",
@@ -122,9 +123,10 @@ def as_tables(document: Row) -> list[Table]:
     """For the terminal."""
     made = []
     for sheet in sheets(document):
-        table = Table(title=sheet.title.replace("[", r"\["), title_justify="left", pad_edge=False)
+        table = Table(title=sheet.title.replace("[", r"\["), title_justify="left", pad_edge=False, box=SIMPLE_HEAD)
         for number, head in enumerate(sheet.heads):
-            table.add_column(head.replace("[", r"\["), justify="left" if number < sheet.words else "right")
+            words = number < sheet.words
+            table.add_column(head.replace("[", r"\["), justify="left" if words else "right", overflow="fold", no_wrap=words)
         for row in sheet.rows:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         made.append(table)
@@ -155,11 +157,13 @@ class Panel:
 
     Attributes:
         of_tokens: whether it depends on the number of tokens alone, whatever model they come from.
+        log: whether costs lie so far apart that their logarithms are shown.
     """
 
     unit: str
     value: Callable[[Row], float]
     of_tokens: bool = False
+    log: bool = True
 
 
 PANELS: dict[str, Panel] = {
@@ -168,7 +172,7 @@ PANELS: dict[str, Panel] = {
     "tower and projector": Panel("ms a batch", lambda r: r["ms"]["tower"] + r["ms"]["projector"]),
     "prefill": Panel("ms a batch", lambda r: r["ms"]["prefill"], of_tokens=True),
     "time to first token": Panel("ms a batch", lambda r: r["ms"]["ttft"]),
-    "answer": Panel("tokens/s", lambda r: r["answer_tokens_per_second"], of_tokens=True),
+    "answer": Panel("tokens/s", lambda r: r["answer_tokens_per_second"], of_tokens=True, log=False),
 }
 
 
@@ -193,9 +197,12 @@ def draw(document: Row, folder: Path) -> list[Path]:
                     style = {"marker": "osD^v<>PX*"[number // 10 % 10], "linestyle": "-" if len(points) > 1 else ""}
                     axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=name, **style)
             axis.set(title=title, ylabel=panel.unit, xlabel="tokens an image", xscale="log")
-            axis.set_xticks(ticks := sorted({row["tokens"] for row in rows}), [str(tick) for tick in ticks])
+            axis.set_xticks(ticks := sorted({row["tokens"] for row in rows}), [str(tick) for tick in ticks], fontsize=7)
             axis.minorticks_off()
-            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+            if panel.log:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
         llm, dtype, batch = key
         figure.suptitle(f"{_titled(document, llm, dtype)}, {dtype}, batch of {batch}", fontsize=10)

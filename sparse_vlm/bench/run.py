@@ -149,7 +149,8 @@ class Bench:
                 for plan in self.plans:
                     self._measure_llm(plan, dtype)
                 self._peak(name).update(higher(self._peak(name), peaks(dtype, self.device, self.settings.copied_bytes)))
-            on_progress(1000 - int(self._done))
+            if (left := 1000 - int(self._done)) > 0:
+                on_progress(left)
         return self.document
 
     @contextmanager

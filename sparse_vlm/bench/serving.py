@@ -8,6 +8,7 @@ something else takes the time.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 from sparse_vlm.bench.summary import Row
 
@@ -16,7 +17,7 @@ USABLE = 0.9  # share of the memory that a server can fill
 ASSUMED = (
     "requests come and go in batches of a size that was measured, and the best size that fits the memory counts",
     "the machine does one thing at a time: pictures, prompts, answers; on a GPU, pictures are decoded beside it and cost it nothing",
-    "a token of an answer takes what it took after the prompt, and more as more stand before it, as found between numbers of tokens",
+    "a token of an answer takes what the line through decoding at each measured number of tokens says, the answer's own included",
     f"memory: weights, the largest working memory of a stage, and keys and values of all tokens, in {USABLE:.0%} of the machine's",
 )
 
@@ -28,12 +29,12 @@ def serving(document: Row) -> Row:
         for key in dict.fromkeys((r["llm"], r["dtype"]) for r in document["requests"] if not r["compiled"]):
             of_key = [r for r in document["requests"] if (r["llm"], r["dtype"]) == key and not r["compiled"]]
             for model in dict.fromkeys(r["model"] for r in of_key):
-                each = [_served(document, r, answer, _slope(of_key, r["batch"])) for r in of_key if r["model"] == model]
+                each = [_served(document, r, answer, _decoding(of_key, r["batch"])) for r in of_key if r["model"] == model]
                 rows.append(max(each, key=lambda row: (row["fits"], row["requests_per_second"])))
     return {"assumptions": list(ASSUMED), "rows": rows, "no_help": _no_help(rows)}
 
 
-def _served(document: Row, request: Row, answer: int, slope: float) -> Row:
+def _served(document: Row, request: Row, answer: int, decoding: Callable[[float], float]) -> Row:
     """What one size of batch serves."""
     llm = next(llm for llm in document["llms"] if (llm["name"], llm["dtype"]) == (request["llm"], request["dtype"]))
     machine, batch, ms = document["machine"], request["batch"], request["ms"]
@@ -45,7 +46,7 @@ def _served(document: Row, request: Row, answer: int, slope: float) -> Row:
         "tower": ms["tower"] + ms["projector"],
         "prompt": ms["prefill"],
         # the answer's own tokens stand before it as well: half of them on average
-        "answer": answer * (ms["decode"] + slope * answer / 2),
+        "answer": answer * decoding(request["tokens"] + answer / 2),
     }
     each = length * llm["kv_bytes_per_token"]
     # the working memory measured is that of the batch, with keys and values of picture and text, which are counted here for all tokens
@@ -67,12 +68,18 @@ def _served(document: Row, request: Row, answer: int, slope: float) -> Row:
     }
 
 
-def _slope(requests: list[Row], batch: int) -> float:
-    """Milliseconds that decoding takes longer for each token more in the cache, over all requests of the batch."""
+def _decoding(requests: list[Row], batch: int) -> Callable[[float], float]:
+    """Milliseconds of a token of each answer after so many of a picture, by the line through what was measured at each number of them.
+
+    A line, because keys and values are read one after the other, and because one disturbed measurement must not decide between two models.
+    """
     found = {r["tokens"]: r["ms"]["decode"] for r in requests if r["batch"] == batch}
     if len(found) < 2:
-        return 0.0
-    return max(0.0, statistics.linear_regression(list(found), list(found.values())).slope)
+        return lambda tokens: next(iter(found.values()))
+    slope, intercept = statistics.linear_regression(list(found), list(found.values()))
+    if slope < 0:
+        return lambda tokens: statistics.fmean(found.values())
+    return lambda tokens: intercept + slope * tokens
 
 
 def _no_help(rows: list[Row]) -> list[str]:
