@@ -5,6 +5,7 @@ Notable: pictures are looked for before the model is asked anything, so that one
 
 from __future__ import annotations
 
+import csv
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class OfficialTask(VLMTask):
         where = data.root / self.files[0]
         try:
             entries = data.once(f"entries {where}", lambda: self.entries(data))
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
             raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
         photos = data.cut(list({entry.photo: entry.photo for entry in entries}))
         if len(photos) < 2:

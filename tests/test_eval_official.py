@@ -333,3 +333,7 @@ def test_mistakes(vqav2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fewer than two pictures are asked about" in said("vqav2")
     questions.write_text("{")
     assert "not a readable json file" in said("vqav2")
+    write_mmbench(vqav2, rotated=False)
+    table = vqav2 / "mmbench/MMBench_DEV_EN.tsv"
+    table.write_text(table.read_text().replace("\tanswer\t", "\ttruth\t"))
+    assert "not in the benchmark's own layout, which docs/evaluation.md shows (KeyError('answer'))" in said("mmbench")

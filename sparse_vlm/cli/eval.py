@@ -27,7 +27,7 @@ TASK_NAMES = (
 
 
 def eval(
-    data: Annotated[Path, typer.Option(help="The folder that holds eval/ and train/.")],
+    data: Annotated[Path, typer.Option(help="The folder that holds eval/ and train/, and benchmarks (docs/evaluation.md).")],
     tasks: Annotated[str, typer.Option(help=f"Comma-separated: {TASK_NAMES}.")],
     model: Annotated[list[str] | None, typer.Option(help="A tower (or, for tasks in words, a VLM): folder or zoo name; repeat it.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Measured too: local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip.")] = None,
@@ -40,7 +40,9 @@ def eval(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many photos a set.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A folder for the report, the table in Markdown, and every prediction.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for report, table in Markdown and every prediction, filled as tasks are done.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")] = None,
 ) -> None:
     """Measure towers beside their teacher, or vision-language models beside their controls."""
