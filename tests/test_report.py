@@ -13,7 +13,7 @@ from report_files import bench_of, eval_of, right, write
 
 from sparse_vlm.bench.comparison import Subject, change, costs, lengths, short, worths
 from sparse_vlm.bench.entries import Case, choose_case, find_entry, make_entries, no_help, read_bench, shorten
-from sparse_vlm.bench.frontier import BEHIND, COSTS, MAYBE, ON, draw, points
+from sparse_vlm.bench.frontier import BEHIND, COSTS, MAYBE, ON, draw, named, points
 from sparse_vlm.bench.page import render
 from sparse_vlm.bench.quality import read_quality
 from sparse_vlm.bench.remarks import method, unmeasured, verdicts, warnings, where_not
@@ -213,6 +213,17 @@ def test_the_front_is_what_no_other_beats(tmp_path: Path) -> None:
     assert list(standings) == ["cheap", "middling", "worse", "dear"]  # in the order of their cost
 
 
+def test_models_of_one_series_are_named_together(tmp_path: Path) -> None:
+    document = bench_of({"tiny, 9 tokens": (9, 10.0, 0.4), "tiny, 49 tokens": (49, 30.0, 1.6), "vit": (256, 80.0, 6.0)})
+    for model in document["models"][:2]:
+        model["model"] = "tiny"
+    scores = {"tiny, 9 tokens": (9, right(0.4)), "tiny, 49 tokens": (49, right(0.6)), "vit": (256, right(0.7))}
+    entries, quality = entries_of(tmp_path, document, [eval_of(scores, kind="tower")], [])
+    found = points(entries, quality, quality.chosen([])[0], COSTS["tokens"])
+    assert named(found, ON) == "tiny of 9, 49 tokens; vit"
+    assert named(found, BEHIND) == ""
+
+
 def test_models_alike_in_both_are_both_on_the_front(tmp_path: Path) -> None:
     assert front_of(tmp_path, {"one": 1.0, "other": 1.0}, {"one": right(0.5), "other": right(0.5)}) == {"one": ON, "other": ON}
 
@@ -363,7 +374,9 @@ def test_numbers_keep_three_digits(value: float, text: str) -> None:
     assert short(value) == text
 
 
-@pytest.mark.parametrize(("pair", "text"), [((10, 10.001), "the same"), ((10, 9.5), "−5.0 %"), ((10, 30), "+200 %")])
+@pytest.mark.parametrize(
+    ("pair", "text"), [((10, 10.001), "the same"), ((10, 9.5), "−5.0 %"), ((10, 30), "+200 %"), ((190, 0.9), "−99.5 %")]
+)
 def test_changes_are_shares(pair: tuple[float, float], text: str) -> None:
     assert change(*pair) == text
 

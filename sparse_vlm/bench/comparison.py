@@ -119,7 +119,8 @@ def change(now: float, then: float) -> str:
     share = 100 * (then / now - 1)
     if abs(share) < 0.05:
         return "the same"
-    return f"{share:+.{1 if abs(share) < 10 else 0}f} %".replace("-", "−")
+    digits = 1 if abs(share) < 10 or share < -99 else 0
+    return f"{share:+.{digits}f} %".replace("-", "−")
 
 
 def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -77,6 +77,17 @@ def points(entries: Sequence[Entry], quality: Quality, measure: Measure, cost: C
     return sorted(found, key=lambda point: (point.cost, -point.score.value))
 
 
+def named(found: Sequence[Point], standing: str) -> str:
+    """The names of the models that stand somewhere; those of one series together, by their tokens."""
+    series: dict[str, list[Entry]] = {}
+    for point in found:
+        if point.standing == standing:
+            series.setdefault(point.entry.series, []).append(point.entry)
+    counts = {name: ", ".join(str(entry.request["tokens"]) for entry in own) for name, own in series.items()}
+    many = {name: len({entry.request["tokens"] for entry in own}) == len(own) > 1 for name, own in series.items()}
+    return "; ".join(f"{name} of {counts[name]} tokens" if many[name] else ", ".join(e.name for e in own) for name, own in series.items())
+
+
 def styles(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each series."""
     series = list(dict.fromkeys(entry.series for entry in entries))
@@ -157,6 +168,7 @@ def _draw_panel(axis: Axes, entries: Sequence[Entry], quality: Quality, measure:
     prices = [p.cost for p in found]
     if min(prices) > 0 and max(prices) / min(prices) > WIDE:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
     else:
         axis.set_xlim(0, 1.12 * max(max(p.cost, *(p.spread or (0.0,))) for p in found))
     front = [(p.cost, factor * p.score.value) for p in found if p.standing == ON]

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_vlm.bench import remarks
 from sparse_vlm.bench.comparison import Subject, costs, lengths, scored, short, worths
-from sparse_vlm.bench.frontier import COSTS, MARKS, MAYBE, ON, as_svg, points, styles
+from sparse_vlm.bench.frontier import COSTS, MARKS, MAYBE, ON, as_svg, named, points, styles
 from sparse_vlm.bench.quality import Measure
 
 
@@ -48,8 +48,8 @@ def _panels(subject: Subject, measure: Measure) -> list[dict[str, str]]:
     panels = []
     for key, cost in COSTS.items():
         found = points(subject.entries, subject.quality, measure, cost)
-        names = {standing: ", ".join(p.entry.name for p in found if p.standing == standing) for standing in (ON, MAYBE)}
-        caption = f"On the front: {names[ON]}." + (f" {MAYBE.capitalize()}: {names[MAYBE]}." if names[MAYBE] else "")
+        maybe = named(found, MAYBE)
+        caption = f"{ON.capitalize()}: {named(found, ON)}." + (f" {MAYBE.capitalize()}: {maybe}." if maybe else "")
         svg = as_svg(subject.entries, subject.quality, measure, cost, f"{measure.title} {key}")
         panels.append({"svg": svg, "caption": caption, "title": f"{measure.title} against {cost.title}"})
     return panels
