@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_vlm.cli.bootstrap import bootstrap
 from sparse_vlm.errors import UserError
 from sparse_vlm.train import zero
 
@@ -23,6 +24,8 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_wrong_is_one_line(under_torchrun: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are zero1, zero2, zero3, zero2-offload, zero3-offload"):
         zero.find_config("zero9")
+    with pytest.raises(UserError, match="ZeRO-3 has a process's own part of the weights alone"):
+        bootstrap(teacher="any", deepspeed="zero3", gradient_checkpointing=True)
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(UserError, match="holds no json object"):
         zero.find_config(str(tmp_path / "a.json"))

@@ -71,6 +71,10 @@ def bootstrap(
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
     engine = find_config(deepspeed) if deepspeed else None
+    if gradient_checkpointing and engine and engine.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            "--gradient-checkpointing: ZeRO-3 has a process's own part of the weights alone when they are needed again; take zero2"
+        )
     out = out or Path("build") / recipe
     if chosen.views and not data and not mapping_only:
         raise UserError(f"--recipe {recipe}: learns from photos; give --data")
