@@ -24,7 +24,7 @@ def time_of(stage: str, ms: float, **about: Any) -> dict[str, Any]:
     return row | {"stage": stage, "ms": found, "of_peak": None, "bound": None, "peak_bytes": 0} | about
 
 
-def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ...] = (1, 8), **changes: Any) -> dict[str, Any]:
+def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ...] = (1, 8), llm: str = "135m") -> dict[str, Any]:
     """A benchmark of models, each with (tokens, ms of its tower, GMACs of its tower); a prompt takes a ms a token, an answer 10 ms."""
     rows = [time_of("decode_image", 2.0, dtype=None), time_of("preprocess", 3.0, model="224", dtype=None)]
     described = []
@@ -33,14 +33,14 @@ def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ..
         sizes = {"tower_tokens": tokens, "tokens": tokens, "width": 64, "image_size": 224, "parameters": 10**7, "macs": int(gmacs * 1e9)}
         described.append(about | sizes)
         for batch in batches:
-            of_llm = {"llm": "135m", "batch": batch, "tokens": tokens}
+            of_llm = {"llm": llm, "batch": batch, "tokens": tokens}
             rows.append(time_of("tower", batch * ms, model=name, batch=batch, macs=int(batch * gmacs * 1e9)))
             rows.append(time_of("projector", 1.0 * batch, model=name, **of_llm))
-        rows.append(time_of("ttft", 6.0 + ms + tokens, model=name, llm="135m", tokens=tokens))
+        rows.append(time_of("ttft", 6.0 + ms + tokens, model=name, llm=llm, tokens=tokens))
     for tokens in {tokens for tokens, _, _ in models.values()}:
         for batch in batches:
-            rows.append(time_of("prefill", batch * tokens, llm="135m", batch=batch, tokens=tokens))
-            rows.append(time_of("decode", 10.0, llm="135m", batch=batch, tokens=tokens))
+            rows.append(time_of("prefill", batch * tokens, llm=llm, batch=batch, tokens=tokens))
+            rows.append(time_of("decode", 10.0, llm=llm, batch=batch, tokens=tokens))
     document = {
         "format": "sparse-vlm/bench/1",
         "state": "finished",
@@ -60,7 +60,7 @@ def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ..
         "versions": {"sparse_vlm": "0.1.0", "python": "3.11.7", "torch": "2.9.0"},
         "settings": {
             "models": list(models),
-            "llms": ["135m"],
+            "llms": [llm],
             "tokens": [],
             "images": [],
             "batches": list(batches),
@@ -79,7 +79,7 @@ def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ..
         "models": described,
         "llms": [
             {
-                "name": "135m",
+                "name": llm,
                 "summary": "SmolLM2-135M",
                 "weights": "random",
                 "parameters": 135_000_000,
@@ -94,7 +94,6 @@ def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ..
         "requests": [],
         "serving": None,
     }
-    document |= changes
     document["requests"] = requests(document)
     return document
 

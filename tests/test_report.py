@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import bench_of, eval_of, right, write
+from report_files import GB, bench_of, eval_of, right, write
 
 from sparse_vlm.bench.comparison import Subject, change, costs, lengths, short, worths
 from sparse_vlm.bench.entries import Case, choose_case, find_entry, make_entries, no_help, read_bench, shorten
@@ -102,6 +102,9 @@ def test_controls_are_no_models_of_their_own(tmp_path: Path) -> None:
     report["results"].append(blind)
     quality = read_quality([write(tmp_path, "report.json", report)])
     assert quality.score(quality.chosen([])[0], "tiny-chat").value == 0.7
+    report["results"] = [blind]
+    with pytest.raises(UserError, match="blind.json: no model was measured with the photo itself; run sparse-vlm eval with --control none"):
+        read_quality([write(tmp_path, "blind.json", report)])
 
 
 # ---- which models belong together
@@ -367,6 +370,20 @@ def test_machine_versions_and_protocols_are_told(tmp_path: Path) -> None:
     ):
         assert part in said
     assert "photos/" not in said and said.endswith("pope: 100 photos; yes or no by likelihood.")
+
+
+def test_a_gpu_is_named(tmp_path: Path) -> None:
+    document = bench_of(TWO)
+    document["machine"] |= {"device": "cuda", "accelerator": {"name": "a GPU", "memory_bytes": 80 * GB}}
+    subject = subject_of(tmp_path, document, [], [])
+    assert method(subject)[0].startswith("Machine: a GPU, a processor") and "a GPU</p>" in render(subject)
+
+
+def test_folders_do_not_travel_with_the_page(tmp_path: Path) -> None:
+    document = bench_of({"models/mine/vit": (256, 80.0, 6.0), "models/mine/tiny": (49, 30.0, 1.6)}, llm="models/mine/llm")
+    subject = subject_of(tmp_path, document, [], [], Case("models/mine/llm", "bfloat16", 1, 64))
+    assert where_not(subject)[0].startswith("tiny (49 tokens) against vit (256 tokens)")
+    assert "models/mine" not in render(subject)
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (0.01094, "0.0109"), (49, "49"), (2.0, "2"), (99.96, "100")])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from sparse_vlm.bench.entries import Case, Entry
 from sparse_vlm.bench.quality import Measure, Quality
@@ -46,6 +47,11 @@ class Subject:
     def llm(self) -> Row:
         """The language model."""
         return next(llm for llm in self.document["llms"] if (llm["name"], llm["dtype"]) == (self.case.llm, self.case.dtype))
+
+    @property
+    def llm_name(self) -> str:
+        """What a reader sees of it: without the folders that it lies in."""
+        return PurePath(self.case.llm).name
 
     @property
     def shown(self) -> list[Measure]:

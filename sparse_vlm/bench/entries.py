@@ -147,8 +147,8 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
 
 
 def no_help(document: Row, case: Case, entries: Sequence[Entry]) -> list[str]:
-    """Sentences on where fewer tokens do not help in a case, whatever the length of the answer."""
-    requests = list({entry.cost_name: entry.request for entry in entries}.values())
+    """Sentences on where fewer tokens do not help in a case, whatever the length of the answer; models by the names that a reader sees."""
+    requests = list({entry.cost_name: entry.request | {"model": entry.name} for entry in entries}.values())
     return serving(document | {"settings": document["settings"] | {"answers": case.answers}, "requests": requests})["no_help"]
 
 

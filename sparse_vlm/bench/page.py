@@ -27,6 +27,7 @@ def render(subject: Subject) -> str:
         then=subject.then,
         case=subject.case,
         llm=subject.llm,
+        llm_name=subject.llm_name,
         where=machine["accelerator"]["name"] if machine["accelerator"] else f"{machine['processor']}, threads: {machine['threads']}",
         warnings=remarks.warnings(subject),
         verdicts=remarks.verdicts(subject),

@@ -160,9 +160,11 @@ class Quality:
         for name, task in document["tasks"].items():
             if self.protocols.setdefault(name, task["protocol"]) != task["protocol"]:
                 raise UserError(f"{path}: {name} was measured in another way than in the file before it; measure its models in one run")
-        for row in document["results"]:
-            if row["control"] in (None, "none"):
-                self._add_result(path, row, document["models"][row["model"]] | {"dtype": document["dtype"]})
+        plain = [row for row in document["results"] if row["control"] in (None, "none")]
+        if not plain:
+            raise UserError(f"{path}: no model was measured with the photo itself; run sparse-vlm eval with --control none")
+        for row in plain:
+            self._add_result(path, row, document["models"][row["model"]] | {"dtype": document["dtype"]})
         for row in document.get("paired", ()):
             if row["control"] in (None, "none"):
                 task, metric, one, other = row["task"], row["metric"], row["model"], row["over"]

@@ -69,7 +69,7 @@ def warnings(subject: Subject) -> list[str]:
             f"cores): take ratios rather than times, and those with care."
         )
     if llm["measured_layers"] < llm["layers"]:
-        said.append(f"{llm['name']} did not fit this machine: {llm['measured_layers']} of its {llm['layers']} layers stand for all.")
+        said.append(f"{subject.llm_name} did not fit this machine: {llm['measured_layers']} of its {llm['layers']} layers stand for all.")
     if not all(entry.served[subject.case.answer]["fits"] for entry in (subject.now, subject.then)):
         said.append("What a request takes in memory does not fit this machine: requests a second are what the time alone would allow.")
     return said
@@ -82,7 +82,7 @@ def unmeasured(subject: Subject) -> list[str]:
     kinds = {quality.models[name]["kind"] for name in worth}
     dtypes = {quality.models[name]["dtype"] for name in worth}
     said = []
-    if missing := [entry.cost_name for entry in subject.entries if entry.worth is None]:
+    if missing := [entry.name for entry in subject.entries if entry.worth is None]:
         said.append(f"The quality of {', '.join(missing)}.")
     if missing := [name for name in quality.models if name not in worth]:
         said.append(f"The cost of {', '.join(missing)} in this case.")
@@ -91,11 +91,13 @@ def unmeasured(subject: Subject) -> list[str]:
             before = f"its quality here is that of {entry.worth} with {own['tokens']} tokens"
             said.append(f"What {entry.name} loses by giving the LLM {entry.request['tokens']} tokens: {before}.")
     if "vlm" in kinds:
-        said.append(f"Quality with {case.llm}, unless the models answered with it: each VLM answered with its own language model.")
+        said.append(f"Quality with {subject.llm_name}, unless the models answered with it: each VLM answered with its own language model.")
     if kinds - {"vlm"}:
         said.append("The quality of a VLM on these towers: their tasks are those of a tower alone, before any projector.")
     if llm["weights"] == "random":
-        said.append(f"What {llm['name']} would answer: it has the shape of {llm['summary']} and random weights, on which no time depends.")
+        said.append(
+            f"What {subject.llm_name} would answer: it has the shape of {llm['summary']} and random weights, on which no time depends."
+        )
     if dtypes - {case.dtype}:
         said.append(f"Quality in {case.dtype}: it was measured in {' and '.join(sorted(dtypes))}.")
     if any(request["compiled"] for request in document["requests"]):

@@ -66,14 +66,15 @@ def report(
         raise UserError(f"--baseline and --candidate are both {now.name}; name two models")
     measures = quality.chosen(task or [])
     subject = Subject(document, case, quality, entries, now, then, measures, [path.name for path in (bench, *(eval or []))])
+    setting = f"{subject.llm_name}, {case.dtype}, batch of {case.batch}"
     page = out / "report.html"
     write_text(page, render(subject))
     written = [page]
     for measure in subject.drawn:
         path = out / f"frontier.{re.sub(r'[^A-Za-z0-9.-]+', '-', measure.title)}.png"
-        draw(entries, quality, measure, f"{case.llm}, {case.dtype}, batch of {case.batch}", path)
+        draw(entries, quality, measure, setting, path)
         written.append(path)
-    sys.stdout.write(f"{then.name} in place of {now.name}: {case.llm}, {case.dtype}, batch of {case.batch}\n")
+    sys.stdout.write(f"{then.name} in place of {now.name}: {setting}\n")
     for line in [*warnings(subject), *verdicts(subject)]:
         sys.stdout.write(f"* {line}\n")
     sys.stdout.write("not measured:\n")
