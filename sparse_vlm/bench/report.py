@@ -24,18 +24,24 @@ class Sheet:
     words: int = 1
 
 
+def _short(value: float) -> str:
+    """A number with three digits that say something, and all of those before the point."""
+    digits = next((digits for digits, least in ((0, 100), (1, 10), (2, 1), (3, 0.1)) if value >= least), 4)
+    return f"{value:,.{digits}f}"
+
+
 REQUEST_COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: r["model"] + (", compiled" if r["compiled"] else ""),
     "tokens": lambda r: str(r["tokens"]),
-    "GMACs": lambda r: f"{r['macs'] / 1e9:.2f}",
-    "picture, ms": lambda r: f"{r['batch'] * (r['ms']['decode_image'] + r['ms']['preprocess']):.1f}",
-    "tower, ms": lambda r: f"{r['ms']['tower']:.1f}",
-    "projector, ms": lambda r: f"{r['ms']['projector']:.2f}",
-    "prefill, ms": lambda r: f"{r['ms']['prefill']:.1f}",
-    "first token, ms": lambda r: f"{r['ms']['ttft']:.1f}" + ("" if r["ttft_from"] == "measured" else " *"),
-    "images/s": lambda r: f"{r['images_per_second']:.3g}",
-    "answer, tokens/s": lambda r: f"{r['answer_tokens_per_second']:.3g}",
-    "KV, MB an image": lambda r: f"{r['kv_bytes_per_image'] / 1e6:.2f}",
+    "GMACs": lambda r: _short(r["macs"] / 1e9),
+    "picture, ms": lambda r: _short(r["batch"] * (r["ms"]["decode_image"] + r["ms"]["preprocess"])),
+    "tower, ms": lambda r: _short(r["ms"]["tower"]),
+    "projector, ms": lambda r: _short(r["ms"]["projector"]),
+    "prefill, ms": lambda r: _short(r["ms"]["prefill"]),
+    "first token, ms": lambda r: _short(r["ms"]["ttft"]) + ("" if r["ttft_from"] == "measured" else " *"),
+    "images/s": lambda r: _short(r["images_per_second"]),
+    "answer, tokens/s": lambda r: _short(r["answer_tokens_per_second"]),
+    "KV, MB an image": lambda r: _short(r["kv_bytes_per_image"] / 1e6),
     "memory, MB": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}",
 }
 STAGE_COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -45,9 +51,9 @@ STAGE_COLUMNS: dict[str, Callable[[Row], str]] = {
     "dtype": lambda m: m["dtype"] or "",
     "batch": lambda m: str(m["batch"]),
     "tokens": lambda m: "" if m["tokens"] is None else str(m["tokens"]),
-    "ms [quartiles]": lambda m: f"{m['ms']['median']:.2f} [{m['ms']['low']:.2f}, {m['ms']['high']:.2f}]",
-    "GMACs": lambda m: "" if m["macs"] is None else f"{m['macs'] / 1e9:.3f}",
-    "MB moved": lambda m: "" if m["bytes"] is None else f"{m['bytes'] / 1e6:,.1f}",
+    "ms [quartiles]": lambda m: f"{_short(m['ms']['median'])} [{_short(m['ms']['low'])}, {_short(m['ms']['high'])}]",
+    "GMACs": lambda m: "" if m["macs"] is None else _short(m["macs"] / 1e9),
+    "MB moved": lambda m: "" if m["bytes"] is None else _short(m["bytes"] / 1e6),
     "of peak MAC/s": lambda m: "" if m["of_peak"] is None else f"{m['of_peak']['compute']:.0%}",
     "of peak bytes/s": lambda m: "" if m["of_peak"] is None else f"{m['of_peak']['memory']:.0%}",
     "bound by": lambda m: m["bound"] or "",
@@ -58,7 +64,7 @@ SERVING_COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda s: s["model"],
     "answer": lambda s: str(s["answer_tokens"]),
     "tokens": lambda s: str(s["tokens"]),
-    "requests/s": lambda s: f"{s['requests_per_second']:.3g}" if s["fits"] else "does not fit",
+    "requests/s": lambda s: _short(s["requests_per_second"]) if s["fits"] else "does not fit",
     "in batches of": lambda s: str(s["batch"]),
     "at once by memory": lambda s: f"{s['concurrent']:,}",
     "memory, GB": lambda s: f"{s['memory_bytes'] / 1e9:.2f}",
@@ -123,10 +129,18 @@ def as_tables(document: Row) -> list[Table]:
     """For the terminal."""
     made = []
     for sheet in sheets(document):
-        table = Table(title=sheet.title.replace("[", r"\["), title_justify="left", pad_edge=False, box=SIMPLE_HEAD)
+        table = Table(title=sheet.title.replace("[", r"\["), title_justify="left", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, head in enumerate(sheet.heads):
             words = number < sheet.words
-            table.add_column(head.replace("[", r"\["), justify="left" if words else "right", overflow="fold", no_wrap=words)
+            shown = (head if words else head.replace(" ", "\n")).replace("[", r"\[")  # names may break, numbers not
+            table.add_column(
+                shown,
+                justify="left" if words else "right",
+                vertical="bottom",
+                overflow="fold",
+                no_wrap=not words,
+                min_width=9 if words else None,
+            )
         for row in sheet.rows:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         made.append(table)

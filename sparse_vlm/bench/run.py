@@ -101,7 +101,7 @@ class Bench:
         settings.check()
         self.settings, self.save = settings, save
         self.device = torch.device(settings.device)
-        self.pictures = [(name, Path(name).read_bytes(), load_image(name)) for name in map(_checked, settings.images)] or [_made_picture()]
+        self.pictures = [_read(name) for name in settings.images] or [_made_picture()]
         self.plans = [plan_llm(name) for name in dict.fromkeys(settings.llms)]
         self.visions = load_visions(list(dict.fromkeys(settings.models)), settings.tokens)
         self._began = time.monotonic()
@@ -222,7 +222,7 @@ class Bench:
     def _measure_llm(self, plan: LLMPlan, dtype: torch.dtype) -> None:
         """All that concerns one LLM; it is gone when this returns."""
         name = str(dtype).removeprefix("torch.")
-        taken = weight_bytes([vision.module for vision in self.visions])
+        taken = weight_bytes(vision.module for vision in self.visions)
         language = Language(plan, dtype, self.device, taken, self.settings.memory_bytes)
         self.document["llms"].append(language.described())
         projectors = {vision.name: vision.projector(plan.width).to(self.device, dtype) for vision in self.visions}
@@ -377,10 +377,10 @@ def _projecting(vision: Vision, projector: torch.nn.Module) -> Work:
     return projector_work(projector, vision.tokens if vision.prunes else vision.tokens_in, vision.width)
 
 
-def _checked(name: str) -> str:
-    """A picture's file, once it is known to be one."""
-    load_image(name)
-    return name
+def _read(name: str) -> tuple[str, bytes, Image.Image]:
+    """A picture's name, its bytes, and itself."""
+    image = load_image(name)
+    return name, Path(name).read_bytes(), image
 
 
 def _made_picture() -> tuple[str, bytes, Image.Image]:

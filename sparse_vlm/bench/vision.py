@@ -11,7 +11,8 @@ tokens that a language model is given; the embedding that zero-shot classificati
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -94,8 +95,11 @@ class Vision:
         look: normalised pixels (B, 3, S, S) to tokens (B, M, d), or already (B, N, d) of a pruner.
         reduction: `mlp`, or the kind of projector or pruner that makes tokens fewer.
         tokens_in, tokens: M and N.
+        width: d.
         size: side of its pictures in pixels (S).
+        mean, std: what its pixels are normalised with.
         work: what `look` does for a picture.
+        compiled: `look` compiled, once it was asked for.
     """
 
     name: str
@@ -304,8 +308,6 @@ def projector_work(projector: nn.Module, tokens_in: int, width: int) -> Work:
     Args:
         projector: from (B, `tokens_in`, `width`); it is run on tensors without values.
     """
-    from copy import deepcopy
-
     from torch.utils.flop_counter import FlopCounterMode
 
     ghost = deepcopy(projector).to("meta").float()
@@ -323,7 +325,6 @@ def projector_work(projector: nn.Module, tokens_in: int, width: int) -> Work:
     return Work(counter.get_total_flops() // 2, moved.weights, moved.activations)
 
 
-def weight_bytes(modules: Mapping[str, nn.Module] | Sequence[nn.Module]) -> int:
+def weight_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of all weights, those that are shared counted once."""
-    each = modules.values() if isinstance(modules, Mapping) else modules
-    return sum({id(p): p.numel() * p.element_size() for module in each for p in module.parameters()}.values())
+    return sum({id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}.values())

@@ -19,6 +19,7 @@ from sparse_vlm.errors import UserError
 
 GB = 1_000_000_000
 ANSWERS = (16, 128, 512)
+NARROWEST = 125  # columns that the widest table needs
 
 
 def bench(
@@ -119,7 +120,8 @@ def bench(
         if json_file == "-":
             sys.stdout.write(json.dumps(document, indent=1) + "\n")
         elif document["measurements"]:
-            console = Console() if sys.stdout.isatty() else Console(width=200)
+            # a narrow terminal wraps lines, which is better than numbers that are cut
+            console = Console(width=max(NARROWEST, Console().width if sys.stdout.isatty() else 200))
             for table in as_tables(document):
                 console.print(table)
             lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
