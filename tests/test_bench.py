@@ -15,7 +15,7 @@ from tiny_vlm import save_llm, save_tower
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_vlm.bench import llms, machine, run, vision
+from sparse_vlm.bench import llms, machine, run
 from sparse_vlm.bench.llms import SHAPES, Language, Shape, plan_llm
 from sparse_vlm.bench.machine import higher, peak_bytes
 from sparse_vlm.bench.pruner import ClsPruner, cls_attention
@@ -23,7 +23,7 @@ from sparse_vlm.bench.report import as_markdown, as_tables, save
 from sparse_vlm.bench.run import Bench, Settings
 from sparse_vlm.bench.serving import serving
 from sparse_vlm.bench.turns import WARM_UP, Piece, take_turns
-from sparse_vlm.bench.vision import BOX, REDUCTIONS, RIVALS, Rival, load_visions, projector_work
+from sparse_vlm.bench.vision import BOX, REDUCTIONS, RIVALS, Rival, count_weights, load_visions, projector_work
 from sparse_vlm.cli.bench import bench
 from sparse_vlm.errors import UserError
 from sparse_vlm.recipes import get_recipe
@@ -165,7 +165,7 @@ def test_a_model_is_measured_at_each_number_of_tokens_it_can_serve() -> None:
         ("vit+prune, 4 tokens", "vit+prune, 4 tokens", 16, 4),
         ("vit+shuffle, 4 tokens", "vit", 16, 4),
     ]
-    assert visions[0].module is visions[1].module is visions[2].module, "one tower serves them all"
+    assert count_weights(seen.module for seen in visions) == count_weights([visions[0].module]), "one tower serves them all"
     for seen in visions:
         assert seen.projector(8)(seen.see(torch.zeros(1, 3, 32, 32))).shape == (1, seen.tokens, 8)
 
@@ -199,6 +199,7 @@ def test_towers_of_the_zoo_and_teachers_are_models_too(tmp_path: Path) -> None:
         ({"models": ("tiny",), "tokens": (100,)}, "tiny: 100 tokens: this tower was made for 9 to 64"),
         ({"llms": ("14b",)}, "--llm 14b: no such folder and no such model; .*shapes of random weights are 135m"),
         ({"dtypes": ("float16",)}, "--dtype float16: known are float32, bfloat16"),
+        ({"device": "mps"}, "--device mps: known are cpu and cuda"),
         ({"rounds": 2}, "--rounds is 2; a median needs 3"),
         ({"images": ("no.jpg",)}, "no.jpg: no such file"),
     ],
@@ -269,7 +270,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(torch, "compile", lambda call, **options: call)
         patch.setattr(run, "peak_bytes", lambda call, device: 1000)  # a test of its own; here it would take half of the time
         models = ("vit", *(f"vit+{kind}" for kind in REDUCTIONS), save_tower(folder / "tower"))
-        held = vision.weight_bytes([seen.module for seen in load_visions(models, [4])])
+        held = 4 * count_weights(seen.module for seen in load_visions(models, [4]))
         asked = settings(
             models=models,
             llms=(save_llm(folder / "llm"), "shape"),
@@ -495,4 +496,3 @@ def test_a_gpu_is_measured_as_a_cpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     found = document_of(device="cuda", dtypes=("bfloat16",))
     assert found["state"] == "finished" and found["machine"]["accelerator"]["memory_bytes"] > 0
     assert all(row["peak_bytes"] > 0 for row in found["measurements"] if row["stage"] in ("tower", "prefill", "decode"))
-    assert vision.weight_bytes([load_visions(["vit"])[0].module]) > 0

@@ -144,8 +144,8 @@ class Language:
 
         self.plan, self.device, self.dtype = plan, device, dtype
         self.parameters = plan.parameters
-        whole = taken + self.parameters * dtype.itemsize <= FITS * (memory or memory_bytes(device))
-        self.built = plan.layers if whole else min(BLOCKS, plan.layers)
+        self.built = layers_that_fit(plan, dtype, device, taken, memory)
+        whole = self.built == plan.layers
         if plan.trained and whole:
             self.model = load_llm(plan.name, dtype).model
         else:
@@ -236,6 +236,12 @@ class Language:
             "weight_bytes": self.parameters * self.dtype.itemsize,
             "kv_bytes_per_token": self.kv_bytes_per_token,
         }
+
+
+def layers_that_fit(plan: LLMPlan, dtype: torch.dtype, device: torch.device, taken: int, memory: int | None) -> int:
+    """All layers of a model that fits beside what is taken, else `BLOCKS`; as `Language` takes them."""
+    fits = taken + plan.parameters * dtype.itemsize <= FITS * (memory or memory_bytes(device))
+    return plan.layers if fits else min(BLOCKS, plan.layers)
 
 
 def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

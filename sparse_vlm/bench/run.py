@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparse_vlm.bench.llms import Language, LLMPlan, plan_llm
+from sparse_vlm.bench.llms import Language, LLMPlan, layers_that_fit, plan_llm
 from sparse_vlm.bench.machine import COPIED_BYTES, describe, higher, peak_bytes, peaks, versions
 from sparse_vlm.bench.serving import serving
 from sparse_vlm.bench.summary import requests
 from sparse_vlm.bench.turns import FEWEST, WARM_UP, Piece, take_turns
-from sparse_vlm.bench.vision import Vision, load_visions, projector_work, weight_bytes
+from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import decode_image, load_image
 from sparse_vlm.preprocess import preprocess
@@ -83,7 +83,10 @@ class Settings:
                 raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
         if self.rounds < FEWEST:
             raise UserError(f"--rounds is {self.rounds}; a median needs {FEWEST} at least")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+        kind = self.device.partition(":")[0]
+        if kind not in ("cpu", "cuda"):
+            raise UserError(f"--device {self.device}: known are cpu and cuda")
+        if kind == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {self.device}: torch sees no GPU here; leave it out for the CPU")
 
 
@@ -222,8 +225,7 @@ class Bench:
     def _measure_llm(self, plan: LLMPlan, dtype: torch.dtype) -> None:
         """All that concerns one LLM; it is gone when this returns."""
         name = str(dtype).removeprefix("torch.")
-        taken = weight_bytes(vision.module for vision in self.visions)
-        language = Language(plan, dtype, self.device, taken, self.settings.memory_bytes)
+        language = Language(plan, dtype, self.device, self._taken(dtype), self.settings.memory_bytes)
         self.document["llms"].append(language.described())
         projectors = {vision.name: vision.projector(plan.width).to(self.device, dtype) for vision in self.visions}
         self._projecting = {vision.name: _projecting(vision, projectors[vision.name]) for vision in self.visions}
@@ -351,8 +353,14 @@ class Bench:
         return max(macs / peak["macs_per_second"], moved / peak["bytes_per_second"])
 
     def _reading(self, plan: LLMPlan, dtype: torch.dtype, batch: int, length: int) -> float:
-        """A guess at a prefill's seconds, as if all of its layers were run."""
-        return self._seconds_at_peak(dtype, plan.parameters * batch * length, plan.parameters * dtype.itemsize)
+        """A guess at a prefill's seconds, of the layers that are run."""
+        layers = layers_that_fit(plan, dtype, self.device, self._taken(dtype), self.settings.memory_bytes)
+        weights = plan.parameters * layers // plan.layers
+        return self._seconds_at_peak(dtype, weights * batch * length, weights * dtype.itemsize)
+
+    def _taken(self, dtype: torch.dtype) -> int:
+        """Bytes that the towers' weights take."""
+        return dtype.itemsize * count_weights(vision.module for vision in self.visions)
 
     def _expect(self, dtype: torch.dtype) -> float:
         """A guess at the seconds of a turn of all that takes long: towers, prefills and first tokens."""

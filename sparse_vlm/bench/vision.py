@@ -325,6 +325,6 @@ def projector_work(projector: nn.Module, tokens_in: int, width: int) -> Work:
     return Work(counter.get_total_flops() // 2, moved.weights, moved.activations)
 
 
-def weight_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of all weights, those that are shared counted once."""
-    return sum({id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}.values())
+def count_weights(modules: Iterable[nn.Module]) -> int:
+    """Number of all weights, those that are shared counted once."""
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
