@@ -158,9 +158,9 @@ def test_a_vlm_does_not_stand_beside_the_cost_of_other_tokens(tmp_path: Path) ->
 def test_a_tower_stands_for_its_fewer_tokens_and_that_is_said(tmp_path: Path) -> None:
     document = bench_of(TWO)
     document["models"][0] |= {"tower_tokens": 256, "reduction": "pool"}
-    report = eval_of({"local-dir:teacher": (257, right(0.7)), "tiny": (49, right(0.6))}, kind="teacher")
-    subject = subject_of(tmp_path, document, [report], ["local-dir:teacher=vit+pool"])
-    said = "What vit+pool loses by giving the LLM 49 tokens: its quality here is that of local-dir:teacher with 257 tokens."
+    report = eval_of({"local-dir:build/teacher": (257, right(0.7)), "tiny": (49, right(0.6))}, kind="teacher")
+    subject = subject_of(tmp_path, document, [report], ["local-dir:build/teacher=vit+pool"])
+    said = "What vit+pool loses by giving the LLM 49 tokens: its quality here is that of teacher with 257 tokens."
     assert said in unmeasured(subject)
     assert "The quality of a VLM on these towers: their tasks are those of a tower alone, before any projector." in unmeasured(subject)
 
@@ -281,8 +281,10 @@ def test_a_change_within_the_spread_is_called_so(tmp_path: Path) -> None:
 
 def test_quartiles_of_a_sum_of_pieces_are_added(tmp_path: Path) -> None:
     """In batches of 8 the first token was not measured in one go: 8 pictures of 5 ms, towers, projector and prompt."""
-    entries, _ = entries_of(tmp_path, bench_of(TWO), [], [], Case("135m", "bfloat16", 8, 128))
+    subject = subject_of(tmp_path, bench_of(TWO), [], [], Case("135m", "bfloat16", 8, 128))
+    entries = subject.entries
     assert entries[1].request["ms"]["ttft"] == 8 * (5.0 + 30.0 + 1.0 + 49.0)
+    assert verdicts(subject)[0] == "First tokens of 8 requests after 680 ms instead of 1,080 ms (−37 %)."
     assert entries[1].first_token_spread() == pytest.approx((0.9 * 680, 1.1 * 680))
 
 
@@ -296,6 +298,13 @@ def test_quality_beside_cost_has_the_paired_interval(tmp_path: Path) -> None:
     turned = Subject(**{**vars(subject), "now": subject.then, "then": subject.now})
     assert worths(turned)[0]["change"] == f"−10.0 [−{100 * paired['high']:.1f}, −{100 * paired['low']:.1f}]"
     assert verdicts(turned)[-1].endswith("worse by more than chance.")
+
+
+def test_a_difference_of_nothing_has_no_sign(tmp_path: Path) -> None:
+    alike = {name: (49, right(0.6)) for name in CHATS}
+    subject = subject_of(tmp_path, bench_of(TWO), [eval_of(alike)], PAIRS)
+    turned = Subject(**{**vars(subject), "now": subject.then, "then": subject.now})
+    assert worths(subject)[0]["change"] == worths(turned)[0]["change"] == "0.0 [0.0, 0.0]"
 
 
 def test_models_of_two_runs_have_no_paired_interval(tmp_path: Path) -> None:
@@ -327,7 +336,7 @@ def test_where_fewer_tokens_do_not_help_is_said(tmp_path: Path) -> None:
     fewer = subject_of(tmp_path, bench_of({"vit": (256, 80.0, 6.0), "tiny": (49, 30.0, 1.6)}), [], [])
     (line,) = where_not(fewer)
     assert line.startswith("tiny (49 tokens) against vit (256 tokens), requests a second: +5% at answers of 512 tokens")
-    assert no_help(fewer.document, CASE, fewer.entries) == [f"135m, bfloat16: {line}"]
+    assert [f"{said}." for said in no_help(fewer.document, CASE, fewer.entries)] == [f"135m, bfloat16: {line}"]
 
 
 # ---- what to beware of, and what is not known
@@ -384,6 +393,11 @@ def test_folders_do_not_travel_with_the_page(tmp_path: Path) -> None:
     subject = subject_of(tmp_path, document, [], [], Case("models/mine/llm", "bfloat16", 1, 64))
     assert where_not(subject)[0].startswith("tiny (49 tokens) against vit (256 tokens)")
     assert "models/mine" not in render(subject)
+    chats = {f"chats/mine/{name}": own for name, own in CHATS.items()}
+    pairs = [f"{name}={cost}" for name, cost in zip(chats, ("models/mine/vit", "models/mine/tiny"), strict=True)]
+    document = bench_of({"models/mine/vit": (49, 80.0, 6.0), "models/mine/tiny": (49, 30.0, 1.6)})
+    html = render(subject_of(tmp_path, document, [eval_of({**chats, "chats/mine/lonely": (9, right(0.5))})], pairs))
+    assert "/mine" not in html and "cost of vit</span>" in html and "The cost of lonely in this case." in html
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (0.01094, "0.0109"), (49, "49"), (2.0, "2"), (99.96, "100")])

@@ -7,6 +7,7 @@ is made of, or an estimate from them that says so.
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from sparse_vlm.bench import remarks
@@ -68,6 +69,9 @@ def _table(subject: Subject) -> dict[str, Any]:
             cells.append(short(cost.of(entry)) + spread)
         colour, marker = look[entry.series]
         row = {"glyph": MARKS[marker], "colour": to_hex(colour), "name": entry.name}
-        row["other"] = "" if entry.worth in (None, entry.cost_name) else f"quality: {entry.worth}, cost: {entry.cost_name}"
+        own = {"quality of": entry.worth or entry.name, "cost of": entry.cost_name}
+        row["other"] = ", ".join(
+            f"{what} {part}" for what, name in own.items() if (part := PurePath(name).name) != PurePath(entry.name).name
+        )
         rows.append(row | {"cells": [*cells, *(scored(subject.quality, measure, entry) for measure in subject.shown)]})
     return {"heads": [*(cost.title for cost in COSTS.values()), *(measure.title for measure in subject.shown)], "rows": rows}

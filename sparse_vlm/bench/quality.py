@@ -77,7 +77,8 @@ class Measure:
     def shown(self, value: float, signed: bool = False) -> str:
         """A number of it as it is printed."""
         factor, digits = SHOWN[self.unit]
-        return f"{factor * value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+        number = round(factor * value, digits) or 0.0  # without a zero's sign
+        return f"{number:{'+' if signed and number else ''}.{digits}f}".replace("-", "−")
 
     def with_interval(self, score: Score, signed: bool = False) -> str:
         """A number of it with the interval that it has."""

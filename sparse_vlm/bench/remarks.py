@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparse_vlm.bench.comparison import Subject, change, longest_part, milliseconds, overlap, rate, short
-from sparse_vlm.bench.entries import no_help
+from sparse_vlm.bench.entries import no_help, shorten
 from sparse_vlm.bench.quality import Measure
 from sparse_vlm.bench.serving import HELPS
 
@@ -17,7 +17,8 @@ def verdicts(subject: Subject) -> list[str]:
     now, then, answer = subject.now, subject.then, subject.case.answer
     first = milliseconds(now, "ttft"), milliseconds(then, "ttft")
     unclear = ", within the spread of the times" if overlap(now.first_token_spread(), then.first_token_spread()) else ""
-    said = [f"First token after {short(first[1])} ms instead of {short(first[0])} ms ({change(*first)}{unclear})."]
+    whose = "First token" if subject.case.batch == 1 else f"First tokens of {subject.case.batch} requests"
+    said = [f"{whose} after {short(first[1])} ms instead of {short(first[0])} ms ({change(*first)}{unclear})."]
     served = rate(now, answer), rate(then, answer)
     hardly = f": hardly a difference, because {longest_part(then, answer)}" if abs(served[1] / served[0] - 1) < HELPS else ""
     said.append(
@@ -51,7 +52,7 @@ def where_not(subject: Subject) -> list[str]:
     if len(counts) == 1:
         return [f"All models here give the LLM {counts.pop()} tokens a picture: what differs is the time of the tower alone."]
     case = f"{subject.case.llm}, {subject.case.dtype}: "  # which a page names once
-    return [line.removeprefix(case) for line in no_help(subject.document, subject.case, subject.entries)] or [
+    return [f"{line.removeprefix(case)}." for line in no_help(subject.document, subject.case, subject.entries)] or [
         f"Nowhere in this case: each model with fewer tokens than the one with most serves at least {HELPS:.0%} more requests a second."
     ]
 
@@ -81,16 +82,18 @@ def unmeasured(subject: Subject) -> list[str]:
     worth = {entry.worth for entry in subject.entries if entry.worth is not None}
     kinds = {quality.models[name]["kind"] for name in worth}
     dtypes = {quality.models[name]["dtype"] for name in worth}
+    known = dict(zip(quality.models, shorten(list(quality.models)), strict=True))
     said = []
     if missing := [entry.name for entry in subject.entries if entry.worth is None]:
         said.append(f"The quality of {', '.join(missing)}.")
-    if missing := [name for name in quality.models if name not in worth]:
+    if missing := [short_name for name, short_name in known.items() if name not in worth]:
         said.append(f"The cost of {', '.join(missing)} in this case.")
     for entry in subject.entries:
         if entry.worth is not None and (own := quality.models[entry.worth])["tokens"] != entry.request["tokens"]:
-            before = f"its quality here is that of {entry.worth} with {own['tokens']} tokens"
+            before = f"its quality here is that of {known[entry.worth]} with {own['tokens']} tokens"
             said.append(f"What {entry.name} loses by giving the LLM {entry.request['tokens']} tokens: {before}.")
     if "vlm" in kinds:
+        said.append("Whether the VLMs were trained alike: their quality is that of tower and training together.")
         said.append(f"Quality with {subject.llm_name}, unless the models answered with it: each VLM answered with its own language model.")
     if kinds - {"vlm"}:
         said.append("The quality of a VLM on these towers: their tasks are those of a tower alone, before any projector.")
