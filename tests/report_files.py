@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from sparse_vlm.bench.comparison import Subject
+from sparse_vlm.bench.entries import Case, make_entries
+from sparse_vlm.bench.quality import read_quality
 from sparse_vlm.bench.summary import requests
 from sparse_vlm.eval.metrics import mean
 from sparse_vlm.eval.report import as_json
@@ -15,6 +18,7 @@ from sparse_vlm.eval.run import Column, Report
 from sparse_vlm.eval.task import Result, VLMTask
 
 GB = 10**9
+CASE = Case("135m", "bfloat16", 1, 128)
 
 
 def time_of(stage: str, ms: float, **about: Any) -> dict[str, Any]:
@@ -127,3 +131,19 @@ def write(folder: Path, name: str, document: Any) -> Path:
 def right(share: float, photos: int = 100) -> list[float]:
     """Scores of which a share is right, the same photos first."""
     return [1.0 if i < share * photos else 0.0 for i in range(photos)]
+
+
+def entries_of(tmp_path: Path, document: dict[str, Any], evals: list[dict[str, Any]], pairs: list[str], case: Case = CASE) -> tuple:
+    quality = read_quality([write(tmp_path, f"report{i}.json", report) for i, report in enumerate(evals)])
+    return make_entries(document, case, quality, pairs), quality
+
+
+def subject_of(tmp_path: Path, document: dict[str, Any], evals: list[dict[str, Any]], pairs: list[str], case: Case = CASE) -> Subject:
+    """The first model of the benchmark in use, the last in its place."""
+    entries, quality = entries_of(tmp_path, document, evals, pairs, case)
+    return Subject(document, case, quality, entries, entries[0], entries[-1], quality.chosen([]), ["bench.json", "report.json"])
+
+
+TWO = {"vit+pool": (49, 80.0, 6.0), "tiny": (49, 30.0, 1.6)}
+CHATS = {"build/pool-chat": (49, right(0.6)), "tiny-chat": (49, right(0.7))}
+PAIRS = ["build/pool-chat=vit+pool", "tiny-chat=tiny"]
