@@ -131,6 +131,10 @@ def test_an_llm_that_does_not_fit_stands_in_blocks_and_counts_as_whole() -> None
     assert whole.missing_bytes(10) == 0
     beside = Language(plan_llm("shape"), torch.float32, CPU, taken=1, memory=whole.parameters * 8)
     assert beside.built == 2, "what towers hold counts"
+    huge = machine.memory_bytes(CPU)
+    assert llms.layers_that_fit(plan_llm("shape"), torch.float32, CPU, taken=huge, memory=10 * huge) == 2, (
+        "a machine has no more than it has"
+    )
 
 
 # ---- pruning

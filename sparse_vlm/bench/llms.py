@@ -130,7 +130,7 @@ class Language:
 
     Args:
         taken: bytes that other models hold beside it.
-        memory: bytes of the device; its own by default.
+        memory: bytes that it must fit into, where they are fewer than the device's own.
 
     Attributes:
         built: layers that there are; fewer than `plan.layers` where it does not fit.
@@ -240,7 +240,8 @@ class Language:
 
 def layers_that_fit(plan: LLMPlan, dtype: torch.dtype, device: torch.device, taken: int, memory: int | None) -> int:
     """All layers of a model that fits beside what is taken, else `BLOCKS`; as `Language` takes them."""
-    fits = taken + plan.parameters * dtype.itemsize <= FITS * (memory or memory_bytes(device))
+    own = memory_bytes(device)  # which cannot be made more
+    fits = taken + plan.parameters * dtype.itemsize <= FITS * min(own, memory or own)
     return plan.layers if fits else min(BLOCKS, plan.layers)
 
 

@@ -59,7 +59,11 @@ def bench(
         list[int] | None, typer.Option(help="Lengths of answers for --serving; repeat it. 16, 128, 512 unless given.", min=1)
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(help="GB that a language model must fit into; the machine's unless given.", min=0.1)
+        float | None,
+        typer.Option(
+            help="GB of the machine that --serving is for, and that a language model must fit into here; the machine's own unless given.",
+            min=0.1,
+        ),
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the document as JSON; - is stdout.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the document, the tables in Markdown, and plots.")] = None,
