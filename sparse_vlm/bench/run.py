@@ -53,8 +53,8 @@ class Settings:
         rounds: turns of each piece, after the warm-up.
         limit_s: a piece that took so many seconds takes no more turns than it must.
         copied_bytes: what the memory's peak is measured on.
-        memory_bytes: of the machine that serving is estimated for, and what an LLM must fit into here if that is less; the device's own unless
-            given.
+        memory_bytes: of the machine that serving is estimated for, and what an LLM must fit into here if that is less; the device's own
+            unless given.
         answers: lengths of answers in tokens that serving is estimated for.
     """
 

@@ -83,7 +83,7 @@ def _decoding(requests: list[Row], batch: int) -> Callable[[float], float]:
 
 
 def _no_help(rows: list[Row]) -> list[str]:
-    """A sentence for each model that has fewer tokens than the one with most, and serves hardly more, or less."""
+    """A sentence for each model that has fewer tokens than the one with most, and serves hardly more, or less; both fit."""
     said = []
     for llm, dtype, name in dict.fromkeys((row["llm"], row["dtype"], row["model"]) for row in rows):
         own = [row for row in rows if (row["llm"], row["dtype"], row["model"]) == (llm, dtype, name)]
@@ -92,7 +92,7 @@ def _no_help(rows: list[Row]) -> list[str]:
             beside = [r for r in rows if (r["llm"], r["dtype"], r["answer_tokens"]) == (llm, dtype, row["answer_tokens"])]
             most = max(beside, key=lambda r: (r["tokens"], r["requests_per_second"]))
             gain = row["requests_per_second"] / most["requests_per_second"] - 1
-            if row["tokens"] < most["tokens"] and gain < HELPS:
+            if row["tokens"] < most["tokens"] and gain < HELPS and row["fits"] and most["fits"]:
                 part, share = max(row["shares"].items(), key=lambda item: item[1])
                 cases.append(f"{gain:+.0%} at answers of {row['answer_tokens']} tokens, where {_WHY[part]} {share:.0%} of the time")
                 against = most
