@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from test_house import BLOCK
-from tiny_vlm import ask, save_llm, save_tower, tower_config
+from tiny_vlm import ask, save_llm, save_tower, stir, tower_config
 
 from sparse_vlm import load_image
 from sparse_vlm.errors import UserError
@@ -189,12 +189,7 @@ def talker(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("talker")
     vlm = VLM.build(save_tower(folder / "tower"), save_llm(folder / "llm"), dtype=torch.float32)
     vlm.add_adapters(rank=2)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in vlm.model.named_parameters():
-            if "lora_" in name or "projector" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    vlm.new_projector = False
+    stir(vlm, 0.2)
     vlm.save_pretrained(folder / "chat")
     return folder / "chat"
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_vlm import ask, picture, save_llm, save_tower, tower_config
+from tiny_vlm import ask, picture, save_llm, save_tower, stir, tower_config
 
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data.corpus import Corpus
@@ -178,12 +178,7 @@ def test_only_the_candidate_counts(vlm):
 
 def test_adapters_survive_saving_bit_for_bit(vlm, tmp_path):
     vlm.add_adapters(rank=2)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in vlm.model.named_parameters():
-            if "lora_" in name or "projector" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    vlm.new_projector = False
+    stir(vlm, 0.1)
     vlm.save_pretrained(tmp_path / "saved")
     for fold in (False, True):
         loaded = VLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, fold=fold)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.vlm import VLM
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -85,3 +86,13 @@ def picture(color: str, size: tuple[int, int] = (48, 40)) -> Image.Image:
 def ask(text: str, *images: Image.Image) -> list[dict]:
     """A conversation of one question."""
     return [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]}]
+
+
+def stir(vlm: VLM, size: float) -> None:
+    """Fill adapters and projector with numbers that change what the model says, as if both had learnt."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            if "lora_" in name or "projector" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    vlm.new_projector = False

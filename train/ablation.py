@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.tower.cost import count_macs
+from sparse_vlm.train.rows import as_program, carry_out
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,11 @@ def main(
                 continue
             line = command(row, number, teacher, data, views, out)
             print(shlex.join(line), file=sys.stderr, flush=True)
-            done = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:], "--threads", str(threads)], stdout=sys.stderr)
-            if done.returncode:
-                raise typer.Exit(done.returncode)
+            carry_out([*line, "--threads", str(threads)])
     text = table(rows, seeds, outcomes)
     outcomes.write()
     print(text, end="")
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"ablation: {error}", file=sys.stderr)
-        sys.exit(2)
+    as_program(main, "ablation")

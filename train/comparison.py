@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import typer
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
+from sparse_vlm.train.rows import as_program, carry_out
 
 TASKS = "captions,pope,aokvqa"
 METRICS = {("captions", "CIDEr"): 100.0, ("pope", "accuracy"): 100.0, ("aokvqa", "accuracy"): 100.0}
@@ -148,16 +148,10 @@ def main(
                 continue
             for line in plan.commands(rival, number):
                 print(shlex.join(line), file=sys.stderr, flush=True)
-                done = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:]], stdout=sys.stderr)
-                if done.returncode:
-                    raise typer.Exit(done.returncode)
+                carry_out(line)
             scores.take(rival, number)
     print(scores.table(rivals, seeds), end="")
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        sys.exit(2)
+    as_program(main, "comparison")

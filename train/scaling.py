@@ -16,29 +16,11 @@ import typer
 
 from sparse_vlm.recipes import Recipe, get_recipe
 from sparse_vlm.teacher.base import TeacherSpec
-from sparse_vlm.tower.config import CLIP_MEAN, CLIP_STD
+from sparse_vlm.teacher.published import clip_vit
 from sparse_vlm.tower.cost import block_macs, count_macs, vit_macs
 
 IMAGENET_1K = 1_281_167
 LAION_400M = 407_332_084
-
-
-def _clip(name: str, width: int, blocks: int, embed_dim: int, patch_size: int) -> TeacherSpec:
-    return TeacherSpec(
-        name=name,
-        width=width,
-        num_blocks=blocks,
-        num_heads=width // 64,
-        embed_dim=embed_dim,
-        patch_size=patch_size,
-        image_size=224,
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-        activation="quick_gelu",
-        head="cls",
-        norm_pre=True,
-        ln_eps=1e-5,
-    )
 
 
 @dataclass(frozen=True)
@@ -58,10 +40,10 @@ class Run:
 
 
 RUNS = (
-    Run("B, ImageNet-1k, 10 epochs", "paper-clip-base", _clip("CLIP ViT-B/16", 768, 12, 512, 16), IMAGENET_1K, 10),
-    Run("L, ImageNet-1k, 10 epochs", "paper-clip-large", _clip("CLIP ViT-L/14", 1024, 24, 768, 14), IMAGENET_1K, 10),
-    Run("B, LAION-400M, once", "paper-clip-base", _clip("CLIP ViT-B/16", 768, 12, 512, 16), LAION_400M, 1),
-    Run("L, LAION-400M, once", "paper-clip-large", _clip("CLIP ViT-L/14", 1024, 24, 768, 14), LAION_400M, 1),
+    Run("B, ImageNet-1k, 10 epochs", "paper-clip-base", clip_vit("CLIP ViT-B/16", 768, 12, 16, 512), IMAGENET_1K, 10),
+    Run("L, ImageNet-1k, 10 epochs", "paper-clip-large", clip_vit("CLIP ViT-L/14", 1024, 24, 14, 768), IMAGENET_1K, 10),
+    Run("B, LAION-400M, once", "paper-clip-base", clip_vit("CLIP ViT-B/16", 768, 12, 16, 512), LAION_400M, 1),
+    Run("L, LAION-400M, once", "paper-clip-large", clip_vit("CLIP ViT-L/14", 1024, 24, 14, 768), LAION_400M, 1),
 )
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,14 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import FEW_TOKENS, serves_budgets
 from sparse_vlm.geometry import crop_samples
 from sparse_vlm.preprocess import Triple
-from sparse_vlm.projectors import MLP, PROJECTORS, make_projector
+from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
 from sparse_vlm.recipes import get_recipe
 from sparse_vlm.store import locate
 from sparse_vlm.teacher import TeacherSpec, is_teacher, load_teacher
+from sparse_vlm.teacher.published import clip_vit
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
-from sparse_vlm.tower.config import CLIP_MEAN, CLIP_STD, HALF
+from sparse_vlm.tower.config import HALF
 from sparse_vlm.tower.cost import Work, count_work, vit_work
-
-REDUCED = 49  # tokens that a reduction makes unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,21 @@ class Rival:
     vit: TeacherSpec | None = None
 
 
-def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, embed: int = 512, siglip: bool = False) -> Rival:
-    mean, std = (HALF, HALF) if siglip else (CLIP_MEAN, CLIP_STD)
-    spec = TeacherSpec(
-        name=summary,
-        width=width,
-        num_blocks=blocks,
-        num_heads=width // 64,
-        embed_dim=embed,
-        patch_size=patch,
-        image_size=size,
-        image_mean=mean,
-        image_std=std,
-        activation="gelu_tanh" if siglip else "quick_gelu",
-        ln_eps=1e-6 if siglip else 1e-5,
-        head="map" if siglip else "cls",
-        norm_pre=not siglip,
-        head_bias=siglip,
-    )
+# what SigLIP's ViTs have otherwise than CLIP's
+SIGLIP = {
+    "image_mean": HALF, "image_std": HALF, "activation": "gelu_tanh", "ln_eps": 1e-6, "head": "map", "norm_pre": False, "head_bias": True
+}  # fmt: skip
+
+
+def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, embed: int = 512, **changes: Any) -> Rival:
+    spec = replace(clip_vit(summary, width, blocks, patch, embed, size), **changes)
     return Rival(summary, get_recipe("vit").config(spec), spec)
 
 
 RIVALS: dict[str, Rival] = {
     "clip-b32": _vit("CLIP ViT-B/32 at 224 pixels", 768, 12, 32),
     "clip-b16": _vit("CLIP ViT-B/16 at 224 pixels", 768, 12, 16),
-    "siglip-b16": _vit("SigLIP ViT-B/16 at 224 pixels", 768, 12, 16, embed=768, siglip=True),
+    "siglip-b16": _vit("SigLIP ViT-B/16 at 224 pixels", 768, 12, 16, embed=768, **SIGLIP),
     "clip-l14": _vit("CLIP ViT-L/14 at 224 pixels", 1024, 24, 14, embed=768),
     "clip-l14-336": _vit("CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower", 1024, 24, 14, 336, 768),
     "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
@@ -193,7 +183,7 @@ def load_visions(names: Sequence[str], tokens: Sequence[int] = ()) -> list[Visio
 
     Args:
         tokens: numbers of tokens (N) to measure, for towers that serve several budgets and for what makes tokens fewer; a tower's own
-            number and `REDUCED` unless given.
+            number and `DEFAULT_TOKENS` unless given.
 
     Raises:
         UserError: an unknown name, or a number of tokens that a model cannot serve.
@@ -203,7 +193,7 @@ def load_visions(names: Sequence[str], tokens: Sequence[int] = ()) -> list[Visio
     for name in names:
         tower_name, kind = _split(name)
         elastic = kind == MLP and _serves_budgets(tower_name)
-        for count in (tokens or [REDUCED]) if kind != MLP else (tokens or [None]) if elastic else [None]:
+        for count in (tokens or [DEFAULT_TOKENS]) if kind != MLP else (tokens or [None]) if elastic else [None]:
             key = tower_name, count if elastic else None
             if key not in towers:
                 towers[key] = _load_tower(*key)
