@@ -60,6 +60,7 @@ def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, emb
 
 
 RIVALS: dict[str, Rival] = {
+    "vit-s14": _vit("ViT-S/14 at 224 pixels, the shape of tiny's teacher", 384, 12, 14, norm_pre=False, activation="gelu"),
     "clip-b32": _vit("CLIP ViT-B/32 at 224 pixels", 768, 12, 32),
     "clip-b16": _vit("CLIP ViT-B/16 at 224 pixels", 768, 12, 16),
     "siglip-b16": _vit("SigLIP ViT-B/16 at 224 pixels", 768, 12, 16, embed=768, **SIGLIP),
