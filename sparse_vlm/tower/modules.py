@@ -52,8 +52,8 @@ class EarlyConvolution(nn.Module):
         # channels last makes pooling and the norm run along memory: a third of the time on a CPU
         x = self.conv1(pixels.contiguous(memory_format=torch.channels_last))
         x = F.relu(F.max_pool2d(x, kernel_size=3, stride=2, padding=1))  # the order does not matter to the result
-        variance, mean = torch.var_mean(x, dim=1, unbiased=False, keepdim=True)
-        return (x - mean) / (variance + 1e-5).sqrt()
+        # over the last dimension of memory: a quarter of the time of taking mean and variance over dim 1
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-5).permute(0, 3, 1, 2)
 
 
 class Glance(nn.Module):
