@@ -84,30 +84,46 @@ def attention(queries: int, keys: int, width: int, key_width: int | None = None,
     return Work(2 * pairs * width, 0, 2 * queries * width + 2 * keys * (key_width or width))
 
 
-def count_work(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
-    """What a tower does for a picture of the given size in pixels (the configuration's `image_size` by default), by the parts of `Macs`."""
+# operations by the part of `Macs` that they belong to; all others are of looking
+GROUPS = {"early convolution": "map", "glance": "glance", "transition": "blocks", "attention": "blocks", "MLP": "blocks", "head": "head"}
+
+
+def count_operations(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
+    """What a tower does for a picture of the given size in pixels (the configuration's `image_size` by default), by operation."""
     height, width = height or config.image_size, width or config.image_size
     n, first = config.num_latent_tokens, config.units[0].width
-    work = dict.fromkeys(("map", "glance", "looking", "blocks", "head"), Work())
+    work: dict[str, Work] = {}
+
+    def add(operation: str, taken: Work) -> None:
+        work[operation] = work.get(operation, Work()) + taken
+
     if any("SAMPLING_M" in unit.ops for unit in config.units):
-        work["map"] = linear(-(-height // 2) * -(-width // 2), 49 * 3, config.conv_dim)
+        add("early convolution", linear(-(-height // 2) * -(-width // 2), 49 * 3, config.conv_dim))
     if config.glance is not None:
         positions = config.glance.grid**2
         patches = n if config.glance.kind == "crop" else positions
-        work["glance"] = linear(patches, 3 * config.glance.patch_size**2, first) + product(n, positions, first)
+        add("glance", linear(patches, 3 * config.glance.patch_size**2, first) + product(n, positions, first))
     tokens, previous = n, first
     for index, unit in enumerate(config.units):
         if unit.width != previous:
-            work["blocks"] += linear(tokens, previous, unit.width)
+            add("transition", linear(tokens, previous, unit.width))
             previous = unit.width
         if index == config.cls_before_unit:
             tokens += 1
-        for op, taken in _unit(config, unit, tokens):
-            work["blocks" if op in ("ATTN", "MLP") else "looking"] += taken * unit.repeats
-    work["head"] = linear(1, config.width, config.embed_dim)
+        for operation, taken in _unit(config, unit, tokens):
+            add(operation, taken * unit.repeats)
+    add("head", linear(1, config.width, config.embed_dim))
     if config.head == "map":
         d = config.width
-        work["head"] += linear(1, d, d) + linear(tokens, d, 2 * d) + attention(1, tokens, d) + linear(1, d, d) + _mlp(1, d)
+        add("head", linear(1, d, d) + linear(tokens, d, 2 * d) + attention(1, tokens, d) + linear(1, d, d) + _mlp(1, d))
+    return work
+
+
+def count_work(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
+    """The same as `count_operations`, by the parts of `Macs`."""
+    work = dict.fromkeys(("map", "glance", "looking", "blocks", "head"), Work())
+    for operation, taken in count_operations(config, height, width).items():
+        work[GROUPS.get(operation, "looking")] += taken
     return work
 
 
@@ -117,18 +133,19 @@ def _unit(config: SparseFormerConfig, unit: UnitConfig, tokens: int) -> Iterator
     g = config.generator_width(d)
     for op in unit.ops:
         if op == "ATTN":
-            yield op, _attending(tokens, d)
+            yield "attention", _attending(tokens, d)
         elif op == "MLP":
-            yield op, _mlp(tokens, d)
+            yield "MLP", _mlp(tokens, d)
         elif op == "PE_INJECT":
-            yield op, linear(n, d, d)
+            yield "position injection", linear(n, d, d)
         elif op == "ROI_ADJ":
-            yield op, (linear(n, d, d) if config.adjust_hidden else Work()) + linear(n, d, 4)
+            yield "RoI adjusting", (linear(n, d, d) if config.adjust_hidden else Work()) + linear(n, d, 4)
         else:
-            sampling = Work(activations=n * points * channels * (4 + 1))
-            generator = linear(n, d, g) + linear(n, g, channels**2 + points * out_points)
-            mixing = (product(points, channels, channels) + product(out_points, points, channels)) * n
-            yield op, linear(n, d, points * 2) + sampling + generator + mixing + linear(n, out_points * channels, d)
+            yield "points", linear(n, d, points * 2)
+            yield "sampling", Work(activations=n * points * channels * (4 + 1))
+            yield "parameter generation", linear(n, d, g) + linear(n, g, channels**2 + points * out_points)
+            yield "mixing", (product(points, channels, channels) + product(out_points, points, channels)) * n
+            yield "output projection", linear(n, out_points * channels, d)
 
 
 def count_macs(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> Macs:
