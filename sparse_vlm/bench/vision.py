@@ -73,6 +73,12 @@ REDUCTIONS = (*PROJECTORS, *PRUNERS)
 BOX = ("tiny", *RIVALS, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
 
 
+def plain_attention(tokens: int, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it attention is the kernel that so many tokens are fastest with: on a CPU, few of them with plain matrix products."""
+    plain = tokens <= FEW_TOKENS and device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+
+
 @dataclass
 class Vision:
     """A model under test, up to the tokens that its projector is given.
@@ -119,8 +125,7 @@ class Vision:
     def see(self, pixels: Tensor, compiled: bool = False) -> Tensor:
         """(B, 3, S, S) to (B, M, d), of a pruner (B, N, d)."""
         look = self._compiled() if compiled else self.look
-        plain = self.tokens_in <= FEW_TOKENS and pixels.device.type == "cpu"
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        with plain_attention(self.tokens_in, pixels.device):
             return look(pixels)
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
