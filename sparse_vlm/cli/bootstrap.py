@@ -52,7 +52,7 @@ def bootstrap(
     from rich.console import Console
 
     from sparse_vlm.cli.progress import counting, fetching
-    from sparse_vlm.devices import own_device, rank
+    from sparse_vlm.devices import own_device, rank, use_processors
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.distill.views import ViewSet
     from sparse_vlm.errors import UserError
@@ -78,8 +78,7 @@ def bootstrap(
     out = out or Path("build") / recipe
     if chosen.views and not data and not mapping_only:
         raise UserError(f"--recipe {recipe}: learns from photos; give --data")
-    if threads:
-        torch.set_num_threads(threads)
+    use_processors(threads)
     torch.manual_seed(seed)
     source = load_teacher(teacher)
     tower = SparseFormer(chosen.config(source.spec))

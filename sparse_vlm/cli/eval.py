@@ -55,14 +55,12 @@ def eval(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name at least one task")
-    import torch
-
+    from sparse_vlm.devices import use_processors
     from sparse_vlm.eval.report import as_json, as_tables, save
     from sparse_vlm.eval.run import evaluate
     from sparse_vlm.files import write_text
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_processors(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     with progress:
         keep = (lambda report: None) if out is None else (lambda report: save(report, out))

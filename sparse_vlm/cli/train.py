@@ -82,14 +82,13 @@ def train(
     import dataclasses
     import random
 
-    import torch
     from rich.console import Console
 
     from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.pictures import ON_BAD_IMAGE
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
-    from sparse_vlm.devices import own_device
+    from sparse_vlm.devices import own_device, use_processors
     from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
     from sparse_vlm.projectors import MLP
@@ -140,8 +139,7 @@ def train(
     engine = training.Engine(
         find_config(deepspeed, "train") if deepspeed else None, gradient_checkpointing, tuple(report_to or ()), max_bad_steps
     )
-    if threads:
-        torch.set_num_threads(threads)
+    use_processors(threads)
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
     console = Console(highlight=False, soft_wrap=True, quiet=not first)

@@ -1,0 +1,58 @@
+"""What is said of a bootstrapping step's speed, and that freed memory is kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.train import speed
+
+FAULTS = """
+import resource, sys, torch
+from sparse_vlm.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for turn in range(12):
+    if turn == 8:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory")
+def test_kept_memory_is_not_cleared_again() -> None:
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True).stdout)
+        for kind in ("kept", "returned")
+    ]
+    assert faults[0] < 64  # pages
+    assert faults[1] >= 4 * 32  # a page may be a large one, of 2 MiB
+
+
+def test_a_step_is_measured_in_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip", reason="the teacher is open_clip's")
+    from test_bootstrap import write_teacher
+
+    teacher = write_teacher(tmp_path / "vit")
+    examples = str(Path(__file__).resolve().parents[1] / "examples" / "*.jpg")
+    speed.main(teacher, [examples], recipe="tiny", change=["lr=1e-4"], batch=2, rounds=2, threads=1, as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    ms, rates = document["ms"], document["views_per_second"]
+    assert ms.keys() == speed.PARTS.keys()
+    assert min(ms.values()) > 0
+    assert rates["live"] == pytest.approx(1000 / sum(ms.values()))
+    assert rates["cached"] == pytest.approx(1000 / (sum(ms.values()) - ms["teacher"]))
+    assert 0 < document["share_of_peak"]["student"] < 1  # toy numbers, but a share of what the machine can do
+    assert f"| backward | student | {ms['backward']:.1f} |" in speed.table(document)
+
+
+def test_a_recipe_that_trains_nothing_has_no_speed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vit: trains nothing"):
+        speed.Step("vit", [], "local-dir:nowhere", ["nothing"], None)

@@ -1,0 +1,168 @@
+"""How fast bootstrapping is on the machine at hand, and where a step's time goes.
+
+    python -m sparse_vlm.train.speed --recipe elastic --teacher local-dir:build/teacher --data 'photos/*.tar' --threads 1
+
+Notable: the parts of a step are timed one after the other, as the Trainer carries them out: reading a batch of views, asking the teacher
+(once a view, where answers are cached), the student forward and backward, and the optimizer with clipping and averaging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparse_vlm.bench.machine import describe, peaks, synchronize, versions
+from sparse_vlm.devices import keep_freed_memory, native_dtype, own_device
+from sparse_vlm.distill.live import LiveTeacher
+from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
+from sparse_vlm.distill.views import ViewSet
+from sparse_vlm.errors import UserError
+from sparse_vlm.inherit import inherit
+from sparse_vlm.photos import PhotoSet
+from sparse_vlm.recipes import changed, get_recipe
+from sparse_vlm.teacher import load_teacher
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.train.lessons import LiveViews, gather
+from sparse_vlm.train.rows import as_program
+from sparse_vlm.train.scaling import view_cost
+
+PARTS = {
+    "photos": "decode, crop, scale",
+    "teacher": "once a view, where its answers are cached",
+    "forward": "student and objective",
+    "backward": "student",
+    "optimizer": "clipping, AdamW, averaging",
+}
+WARM_UP = 1
+
+
+class Step:
+    """A step of bootstrapping in parts, each a call that takes what the one before returned.
+
+    Args:
+        batch: views of a step.
+    """
+
+    def __init__(self, recipe: str, changes: list[str], teacher: str, data: list[str], batch: int | None, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.recipe = changed(get_recipe(recipe), changes)
+        if not self.recipe.views:
+            raise UserError(f"--recipe {recipe}: trains nothing")
+        source = load_teacher(teacher)
+        self.batch, self.device = batch or self.recipe.batch_size, own_device()
+        self.bf16 = native_dtype(self.device) == torch.bfloat16
+        self.cost = view_cost(self.recipe, source.spec)
+        tower = SparseFormer(self.recipe.config(source.spec))
+        new = {row.target for row in inherit(tower, source, self.recipe) if row.fate == "new"}
+        views = ViewSet(PhotoSet(data), 2, source.spec.image_size, seed)
+        self._lessons = LiveViews(views, range(len(views.photos), len(views)), tower.config.image_size)  # of the second view: a random crop
+        self._ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), self.device)
+        means = torch.zeros(source.spec.embed_dim), torch.zeros(source.spec.width)
+        self._model = Distillation(tower, *means, self.recipe.dense_weight, self.recipe.relation_weight).to(self.device)
+        groups = parameter_groups(tower, new, self.recipe.lr, self.recipe.new_boost, self.recipe.lr_rois, self.recipe.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        self._average = {name: p.detach().clone() for name, p in tower.named_parameters()}
+        self._next = 0
+        self.calls: dict[str, Callable[[Any], Any]] = dict(
+            zip(PARTS, (self._photos, self._teacher, self._forward, self._backward, self._optimize), strict=True)
+        )
+
+    def _photos(self, nothing: None) -> dict[str, torch.Tensor]:
+        rows = range(self._next, self._next + self.batch)
+        self._next += self.batch
+        lesson = gather([self._lessons[row % len(self._lessons)] for row in rows])
+        return {name: value.to(self.device) for name, value in lesson.items()}
+
+    def _teacher(self, lesson: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        embeds, tokens = self._ask(lesson.get("seen", lesson["pixels"]))
+        return {"pixels": lesson["pixels"], "embeds": embeds, "tokens": tokens}
+
+    def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._model(**inputs)["loss"]
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def _optimize(self, nothing: None) -> None:
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        update_average(self._average, self._model.tower, self.recipe.ema)
+
+    def run(self) -> dict[str, float]:
+        """One step; seconds of each part."""
+        state, seconds = None, {}
+        # as the run itself: plain attention is faster than the fused kernels at fifty tokens on a CPU
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
+            for name, call in self.calls.items():
+                synchronize(self.device)
+                began = time.perf_counter()
+                state = call(state)
+                synchronize(self.device)
+                seconds[name] = time.perf_counter() - began
+        return seconds
+
+
+def measure(step: Step, rounds: int) -> dict[str, Any]:
+    """Milliseconds a view of each part, views a second, and shares of the machine's peak; medians of `rounds` steps after a first one."""
+    taken = [step.run() for _ in range(WARM_UP + rounds)][WARM_UP:]
+    ms = {part: 1000 * statistics.median(seconds[part] for seconds in taken) / step.batch for part in PARTS}
+    peak = peaks(native_dtype(step.device), step.device)
+    student = ms["forward"] + ms["backward"] + ms["optimizer"]
+    work = {"student": (step.cost.student, student), "teacher": (step.cost.teacher, ms["teacher"])}
+    return {
+        "batch": step.batch,
+        "rounds": rounds,
+        "ms": ms,
+        "views_per_second": {"cached": 1000 / (ms["photos"] + student), "live": 1000 / (ms["teacher"] + ms["photos"] + student)},
+        "gmacs": {who: macs / 1e9 for who, (macs, _) in work.items()},
+        "share_of_peak": {who: 1000 * macs / each / peak["macs_per_second"] for who, (macs, each) in work.items()},
+        "peak": peak,
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| part | what | ms a view |", "|---|---|---:|"]
+    lines += [f"| {part} | {what} | {document['ms'][part]:.1f} |" for part, what in PARTS.items()]
+    for name, what in {"cached": "teacher's answers cached", "live": "teacher asked at every step"}.items():
+        lines.append(f"| views/s | {what} | {document['views_per_second'][name]:.1f} |")
+    for who, share in document["share_of_peak"].items():
+        lines.append(f"| {who}: share of peak | {document['gmacs'][who]:.2f} GMACs a view | {share:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    teacher: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap.")],
+    data: Annotated[list[str], typer.Option(help="As of sparse-vlm bootstrap.")],
+    recipe: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap.")] = "elastic",
+    change: Annotated[list[str] | None, typer.Option("--set", help="As of sparse-vlm bootstrap.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Views of a step; the recipe's by default.", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="Steps that count.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    keep_memory: Annotated[bool, typer.Option(help="Keep freed memory, as bootstrapping does.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Time the parts of a step."""
+    if threads:
+        torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
+    step = Step(recipe, change or [], teacher, data, batch)
+    document: dict[str, Any] = {"recipe": recipe, "changes": change or [], "keeps_memory": keep_memory}
+    document |= {"machine": describe(step.device), "versions": versions()}
+    document |= measure(step, rounds)
+    print(json.dumps(document, indent=1) if as_json else table(document), end="\n" if as_json else "")
+
+
+if __name__ == "__main__":
+    as_program(main, "speed")
