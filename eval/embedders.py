@@ -24,7 +24,7 @@ from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.geometry import crop_rois
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Triple, preprocess
+from sparse_vlm.preprocess import Triple, load_crops, preprocess
 from sparse_vlm.store import locate
 from sparse_vlm.teacher import load_teacher, split_tag
 from sparse_vlm.text import TextEncoder
@@ -273,7 +273,7 @@ class Features:
             self.on_photos(what, 0, len(photos))
             for start in range(0, len(photos), BATCH):
                 batch = photos[start : start + BATCH]
-                parts.append(embedder.answer(embedder.pixels([photo.load() for photo in batch])))
+                parts.append(embedder.answer(embedder.pixels(load_crops(batch, embedder.size))))
                 self.on_photos(what, start + len(batch), len(photos))
             self._images[key] = torch.cat(parts).numpy()
         return self._images[key]

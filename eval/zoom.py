@@ -16,7 +16,7 @@ from sparse_vlm.eval.metrics import mean, top_k_hits
 from sparse_vlm.eval.task import Data, ImageTask, Result, labels_of
 from sparse_vlm.eval.zero_shot import class_embeddings, normalized
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import resize_and_crop
+from sparse_vlm.preprocess import load_crop
 
 SIDE = 4  # T
 AT_ONCE = 4  # regions of a large picture in a batch
@@ -66,7 +66,7 @@ class Zoom(ImageTask):
         regions = []
         for i, tile in enumerate(tiles):
             row, column = divmod(i, SIDE)
-            collage.paste(resize_and_crop(tile.load(), size), (column * size, row * size))
+            collage.paste(load_crop(tile, size), (column * size, row * size))
             regions.append((column / SIDE, row / SIDE, (column + 1) / SIDE, (row + 1) / SIDE))
         small, large = model.pixels([collage]), model.pixels([collage], SIDE * size)
         found = {"whole": [model.answer(small).expand(len(tiles), -1)], "zoomed, small": [], "zoomed": []}

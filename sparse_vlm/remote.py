@@ -101,7 +101,7 @@ def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
             for number, row in enumerate(rows):
                 picture = row.pop(columns[0])
                 data = picture["bytes"] or Path(picture["path"]).read_bytes()
-                for suffix, content in ((_suffix(data), data), ("json", json.dumps(_info(row, labels)).encode())):
+                for suffix, content in ((suffix_of(data), data), ("json", json.dumps(_info(row, labels)).encode())):
                     member = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
@@ -117,7 +117,7 @@ def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
     os.replace(part, path)
 
 
-def _suffix(data: bytes) -> str:
+def suffix_of(data: bytes) -> str:
     """By the picture's first bytes; what is none of these is decoded, and named, when it is asked for."""
     marks = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\x00": "tif", b"MM\x00*": "tif"}
     return next((suffix for mark, suffix in marks.items() if data.startswith(mark)), "jpg")

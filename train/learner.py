@@ -23,7 +23,7 @@ from sparse_vlm.data.pictures import blank, broken
 from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import load_crop, preprocess
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.parts import FLASH, Group
@@ -65,7 +65,7 @@ class LivePictures:
     def __getitem__(self, index: int) -> Tensor:
         """(3, S, S), normalised."""
         size, mean = self.config.image_size, self.config.image_mean
-        picture = blank(size, mean) if index in self._blank else self.photos[index].load()
+        picture = blank(size, mean) if index in self._blank else load_crop(self.photos[index], size)
         return preprocess([picture], size, mean, self.config.image_std)[0]
 
 

@@ -44,7 +44,7 @@ def absent(photos: Sequence[Photo], wanted: Sequence[int]) -> dict[int, str]:
 def broken(
     photos: Sequence[Photo], wanted: Sequence[int], on_bad: OnBad, on_photos: OnPhotos = lambda photos: None, threads: int = 1
 ) -> None:
-    """Decode photos in full.
+    """Read photos to their end, decoding of each as little as that takes.
 
     Args:
         on_bad: called with each photo that cannot be used, and why.
@@ -54,7 +54,7 @@ def broken(
 
     def look(index: int) -> PhotoError | None:
         try:
-            photos[index].load()
+            photos[index].draft(1)
         except PhotoError as error:
             return error
         return None

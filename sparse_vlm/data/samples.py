@@ -30,7 +30,7 @@ from sparse_vlm.data.pictures import blank
 from sparse_vlm.data.talks import Talk
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import OVERSAMPLING, load_crops, preprocess
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm.prompts import Renderer, text_of
 from sparse_vlm.vlm.tree import TokenTree, merge
@@ -221,6 +221,7 @@ class TokenBank:
     def __init__(self, folder: Path, tower: SparseFormer, photos: Sequence[Photo], owner: bool = True) -> None:
         self.tower, self.photos, self.owner = tower, photos, owner
         digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())
+        digest.update(f"drafts {OVERSAMPLING}\n".encode())  # how large JPEGs are decoded, which changes their last bits
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for photo in photos:
@@ -262,20 +263,21 @@ class TokenBank:
             time.sleep(0.5)
         missing = self.missing(wanted)
         for start in range(0, len(missing), BATCH):
-            images: dict[int, Image.Image] = {}
-            for index in missing[start : start + BATCH]:
-                try:
-                    images[index] = self.photos[index].load()
-                except PhotoError as error:
-                    if on_bad is None:
-                        raise
-                    on_bad(index, error)
+            part = missing[start : start + BATCH]
+
+            def name_bad(place: int, error: PhotoError, part: Sequence[int] = part) -> None:
+                if on_bad is None:
+                    raise error
+                on_bad(part[place], error)
+
+            crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=name_bad)
+            images = {index: crop for index, crop in zip(part, crops, strict=True) if crop is not None}
             if images:
                 chosen = list(images)
                 self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
                 self._tokens.flush()
                 self._done[chosen] = 1
-            on_photos(len(missing[start : start + BATCH]))
+            on_photos(len(part))
 
     def stand_in(self, photos: Collection[int]) -> None:
         """Give some photos the tokens of a blank picture, in this process alone."""
