@@ -210,7 +210,7 @@ def test_activations_computed_again_give_the_same_gradients(parts, photos):
 
 @torch.no_grad()
 def test_single_conversations_need_no_mask_of_their_own(parts):
-    """What flash-attention is given, which takes the LLM's own causal mask alone."""
+    """What SDPA's flash kernel and flash-attention are given, which take the LLM's own causal mask alone."""
     vlm = VLM.build(*parts, dtype=torch.float32)
     rendered = [vlm.renderer.render([user("Why?"), assistant(answer)]) for answer in ("No.", "Yes, it is.")]
     chains = [merge([one]) for one in rendered]
@@ -224,13 +224,14 @@ def test_which_attention_runs_is_said(parts, monkeypatch):
     from sparse_vlm.train import parts as training_parts
 
     vlm = VLM.build(*parts, dtype=torch.bfloat16)
-    assert "plain" in choose_attention(vlm)
+    assert choose_attention(vlm).startswith("plain") and not Learner(vlm)._attend(chains=True)
     monkeypatch.setattr(type(vlm.model), "device", torch.device("cuda"))
     assert choose_attention(vlm).startswith("SDPA")
+    assert Learner(vlm)._attend(chains=True) and not Learner(vlm)._attend(chains=False)
     monkeypatch.setattr(training_parts, "is_flash_attn_2_available", lambda: True)
     language = vlm.model.model.language_model
     monkeypatch.setattr(type(language), "set_attn_implementation", lambda self, name: setattr(self.config, "_attn_implementation", name))
-    assert choose_attention(vlm).startswith("flash-attention 2 for single conversations; SDPA")
+    assert choose_attention(vlm).startswith("flash-attention 2 for single conversations, packed without padding; SDPA")
     learner = Learner(vlm)
     assert learner._attend(chains=True) and language.config._attn_implementation == "flash_attention_2"
     assert not learner._attend(chains=False) and language.config._attn_implementation == "sdpa"

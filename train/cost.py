@@ -16,7 +16,7 @@ class TokenCost:
 
     Attributes:
         samples: that were counted.
-        padding: share of a batch's places that hold nothing.
+        padding: share of a batch's places that hold nothing, where it is padded.
     """
 
     samples: int
@@ -36,7 +36,7 @@ class TokenCost:
         each = ", ".join(f"{name} {mean:.1f} (at most {most:,})" for name, (mean, most) in parts.items())
         return [
             f"tokens a sample, mean of {self.samples:,}: {each}",
-            f"pictures are {self.image_share:.0%} of the tokens; padding fills {self.padding:.0%} of a batch",
+            f"pictures are {self.image_share:.0%} of the tokens; padding fills {self.padding:.0%} of a batch that is not packed",
         ]
 
 

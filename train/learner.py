@@ -26,10 +26,11 @@ from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import load_crop, preprocess
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
-from sparse_vlm.train.parts import FLASH, Group
+from sparse_vlm.train.parts import FLASH, SDPA, Group
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.vlm import VLM
-from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, target_log_probs
+from sparse_vlm.vlm.packed import PACKED
+from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, pack, target_log_probs
 
 
 class LivePictures:
@@ -80,7 +81,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.project = vlm.model, project
         self.live = any(parameter.requires_grad for parameter in vlm.tower.parameters())
-        self.flash = vlm.model.model.language_model.config._attn_implementation == FLASH
+        self.attention = vlm.model.model.language_model.config._attn_implementation
         side = vlm.tower.config.image_size
         # what a batch without pictures shows
         self.nothing = (1, 3, side, side) if self.live else (1, vlm.tower.config.visual_tokens, vlm.tower.config.width)
@@ -111,10 +112,10 @@ class Learner(nn.Module):
         return self.model.model.multi_modal_projector(pictures.float())
 
     def _attend(self, chains: bool) -> bool:
-        """Whether this batch goes through flash-attention, where the LLM has it."""
-        if self.flash:
-            self.model.model.language_model.config._attn_implementation = FLASH if chains else "sdpa"
-        return self.flash and chains
+        """Whether the LLM's own causal mask will do for this batch, without which SDPA's flash kernel and flash-attention do not run."""
+        if self.attention == FLASH:
+            self.model.model.language_model.config._attn_implementation = FLASH if chains else SDPA
+        return self.attention in (FLASH, SDPA) and chains
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Trained tensors alone."""
@@ -146,10 +147,11 @@ class Samples(Dataset):
 
 
 class Gather:
-    """Samples and their pictures to a batch: what `Learner` takes, and the samples' names."""
+    """Samples and their pictures to a batch: what `Learner` takes, and the samples' names; packed where the LLM's attention allows it."""
 
     def __init__(self, vlm: VLM) -> None:
         self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id
+        self.attention = vlm.model.model.language_model.config._attn_implementation
 
     def __call__(self, items: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Any]:
         """A batch."""
@@ -157,10 +159,12 @@ class Gather:
             self.renderer.check_count(sample.tree.ids, 0 if found is None else len(found), sample.name)
         trees = [sample.tree for sample, _ in items]
         pictures = [shown for _, shown in items if shown is not None]
+        chains = all(map(is_chain, trees))
+        packed = self.attention == PACKED or (self.attention == FLASH and chains)
         return {
-            "trees": collate(trees, self.pad_id),
+            "trees": pack(trees) if packed else collate(trees, self.pad_id),
             "pictures": torch.cat(pictures) if pictures else None,
-            "chains": all(map(is_chain, trees)),
+            "chains": chains,
             "names": [sample.name for sample, _ in items],
         }
 

@@ -6,16 +6,20 @@ Everything else is frozen: it has no gradient, is in no checkpoint, and stays in
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.packed import PACKED, packable, packable_plainly
 
 
 @dataclass(frozen=True)
@@ -174,24 +178,34 @@ def computes_in_bfloat16(vlm: VLM) -> bool:
 # ---- attention
 
 FLASH = "flash_attention_2"
+SDPA = "sdpa"
 
 
 def choose_attention(vlm: VLM) -> str:
     """Set how the LLM computes attention, and say it.
 
     A tree needs a mask of its own, which flash-attention does not take: batches of plain conversations go through it, trees through SDPA
-    (`train.learner`).
+    (`train.learner`). On a processor both lie packed in one row.
     """
     language = vlm.model.model.language_model
     if vlm.model.device.type == "cpu":
         # at a few hundred tokens a tree, plain attention takes a quarter less of a step than the fused kernel
-        language.set_attn_implementation("eager")
-        return "plain (on a processor faster than SDPA at these lengths)"
-    if is_flash_attn_2_available() and language._supports_flash_attn and computes_in_bfloat16(vlm):
+        packs = packable_plainly(language)
+        language.set_attn_implementation(PACKED if packs else "eager")
+        return f"plain (on a processor faster than SDPA at these lengths), {'packed without padding' if packs else 'padded'}"
+    if is_flash_attn_2_available() and language._supports_flash_attn and packable(language) and computes_in_bfloat16(vlm):
         language.set_attn_implementation(FLASH)
-        return "flash-attention 2 for single conversations; SDPA where several share a photo, as their tree needs a mask of its own"
-    language.set_attn_implementation("sdpa")
+        return (
+            "flash-attention 2 for single conversations, packed without padding; SDPA where several share a photo, as their tree needs a "
+            "mask of its own"
+        )
+    language.set_attn_implementation(SDPA)
     return "SDPA (flash-attention 2 is used where flash-attn is installed and the LLM computes in bfloat16)"
+
+
+def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
+    """What a tower's SDPA runs in: on a processor plain attention is faster than the fused kernel, at its few tokens."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def save_memory(vlm: VLM, shared_weights: bool = False) -> None:

@@ -17,7 +17,6 @@ LLM and nothing else. What is frozen stays as it was loaded and out of checkpoin
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PrinterCallback, TrainerCallback
 
 from sparse_vlm.data.samples import Sample, TokenBank
@@ -34,7 +32,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.finite import FiniteSteps
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
-from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
+from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, few_tokens, prepare, save_memory
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, reporters
@@ -169,8 +167,7 @@ def train(
             alone.trainer = trainer
             trainer.add_callback(alone)
         checkpoint = latest_checkpoint(out / "checkpoints")
-        # on a processor plain attention is faster than the fused kernel, at the tower's few tokens
-        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():
+        with few_tokens(vlm.model.device):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         complete = trainer.state.global_step >= steps
     if complete:

@@ -1,16 +1,19 @@
 """Many conversations about the same pictures in one forward pass: what they share is computed once.
 
-Shape legend: B trees in a batch, L tokens of the longest tree, T targets.
+Shape legend: B trees in a batch, L tokens of the longest tree, S tokens of all trees, T targets.
 Five captions and six questions about a photo begin with the same tokens, the photo's among them. Their token sequences are merged
 into a prefix tree: a token sees its ancestors alone, stands at the position that is its depth, and so computes exactly what it would
 compute in its own conversation (a test compares the two).
 
-Notable: the tree needs nothing but an attention mask and position ids, which the stock models take. The LLM's head, a fifth of a small
-model's work, runs at the positions that have a target and nowhere else.
+Notable: the tree needs nothing but an attention mask and position ids, which the stock models take. Trees of a batch are padded to the
+longest (`collate`), or lie one after the other in a single row without padding (`pack`), where the LLM's attention knows how to keep them
+apart (`sparse_vlm.vlm.packed`, and flash-attention). The LLM's head, a fifth of a small model's work, runs at the positions that have a
+target and nowhere else.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_vlm.vlm.packed import between, segments
 from sparse_vlm.vlm.prompts import Rendered
 
 if TYPE_CHECKING:
@@ -90,15 +94,16 @@ def is_chain(tree: TokenTree) -> bool:
 
 @dataclass
 class TreeBatch:
-    """Padded trees.
+    """Trees, padded, or packed into one row, (1, S).
 
     Attributes:
-        input_ids: (B, L).
-        position_ids: (B, L), depth in the tree.
-        attention_mask: (B, 1, L, L) bool, true where a token sees another.
-        target_positions: (T,) into the flattened (B * L).
+        input_ids: (B, L), packed (1, S).
+        position_ids: of the same shape, depth in the tree.
+        attention_mask: (B, 1, L, L) bool, true where a token sees another; packed (1, 1, S, L), where columns are tokens of the row's tree.
+        target_positions: (T,) into the flattened input_ids.
         target_ids: (T,).
         target_owners: (T, 2): tree in the batch, sequence in the tree.
+        lengths: tokens of each tree of a packed batch; empty where trees are padded.
     """
 
     input_ids: Tensor
@@ -107,10 +112,11 @@ class TreeBatch:
     target_positions: Tensor
     target_ids: Tensor
     target_owners: Tensor
+    lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> TreeBatch:
         """The same on a device."""
-        return TreeBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return TreeBatch(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()})
 
 
 def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
@@ -121,18 +127,39 @@ def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
     mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
     for b, tree in enumerate(trees):
         input_ids[b, : len(tree)] = torch.tensor(tree.ids)
-        sees, depth = mask[b], []
-        for i, parent in enumerate(tree.parents):
-            depth.append(depth[parent] + 1 if parent >= 0 else 0)
-            if parent >= 0:
-                sees[i] |= sees[parent]
-        position_ids[b, : len(tree)] = torch.tensor(depth)
-    positions = [b * length + t.position for b, tree in enumerate(trees) for t in tree.targets]
+        position_ids[b, : len(tree)], mask[b, : len(tree), : len(tree)] = _depth_and_sight(tree)
+    return TreeBatch(input_ids, position_ids, mask.unsqueeze(1), *_targets(trees, [b * length for b in range(len(trees))]))
+
+
+def pack(trees: Sequence[TokenTree]) -> TreeBatch:
+    """Trees one after the other in a single row, without padding."""
+    lengths = tuple(map(len, trees))
+    starts = [0, *itertools.accumulate(lengths)]
+    mask = torch.zeros(starts[-1], max(lengths), dtype=torch.bool)
+    depths = []
+    for start, tree in zip(starts, trees, strict=False):
+        depth, mask[start : start + len(tree), : len(tree)] = _depth_and_sight(tree)
+        depths.append(depth)
+    input_ids = torch.tensor([token for tree in trees for token in tree.ids])
+    return TreeBatch(input_ids[None], torch.cat(depths)[None], mask[None, None], *_targets(trees, starts), lengths)
+
+
+def _depth_and_sight(tree: TokenTree) -> tuple[Tensor, Tensor]:
+    """How deep each token stands (L,), and which tokens it sees (L, L): itself and its ancestors."""
+    sees, depth = torch.eye(len(tree), dtype=torch.bool), []
+    for i, parent in enumerate(tree.parents):
+        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+        if parent >= 0:
+            sees[i] |= sees[parent]
+    return torch.tensor(depth), sees
+
+
+def _targets(trees: Sequence[TokenTree], starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, tokens and owners of all targets, where each tree begins at its place in the flattened batch."""
+    positions = [start + t.position for start, tree in zip(starts, trees, strict=False) for t in tree.targets]
     tokens = [t.token for tree in trees for t in tree.targets]
     owners = [(b, t.sequence) for b, tree in enumerate(trees) for t in tree.targets]
-    return TreeBatch(
-        input_ids, position_ids, mask.unsqueeze(1), torch.tensor(positions), torch.tensor(tokens), torch.tensor(owners).view(-1, 2)
-    )
+    return torch.tensor(positions), torch.tensor(tokens), torch.tensor(owners).view(-1, 2)
 
 
 def target_log_probs(
@@ -142,6 +169,7 @@ def target_log_probs(
 
     Args:
         model: its LLM sees the trees; PEFT's layers may be inside.
+        batch: packed only where the LLM's attention keeps the trees of a row apart: `packed.PACKED`, or flash-attention if `plain_causal`.
         image_features: (pictures, N, width of the LLM), projected, in the order of the placeholders; None without pictures.
         plain_causal: every tree is one conversation (`is_chain`), so that the LLM's own causal mask will do, which flash-attention needs.
 
@@ -154,12 +182,17 @@ def target_log_probs(
         if int(here.sum()) != image_features.shape[0] * image_features.shape[1]:
             raise ValueError(f"{int(here.sum())} image placeholders for {image_features.shape[0]} x {image_features.shape[1]} image tokens")
         embeds = embeds.masked_scatter(here.unsqueeze(-1), image_features.to(embeds.dtype))
-    if plain_causal:
-        mask = batch.attention_mask[:, 0, :, 0]  # (B, L): what sees the first token is no padding
-    else:
+    positions, mask, apart = batch.position_ids, None, {}
+    if not plain_causal:
         # added to the scores rather than boolean, which plain and fused attention both take
         mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
-    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        apart = segments(batch.lengths)
+    elif batch.lengths:
+        apart = between(batch.lengths, embeds.device)
+    else:
+        # padding stands last, where a causal mask hides it from all that is read; counted on, so that nothing looks like a new sequence
+        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
+    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **apart)
     states = out.last_hidden_state.flatten(0, 1)
     positions, index = batch.target_positions.unique(return_inverse=True)
     logits = model.lm_head(states[positions]).float()

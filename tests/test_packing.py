@@ -1,0 +1,197 @@
+"""Batches packed into one row without padding: losses and gradients are those of padded batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_llms import FAMILIES, save_family
+from tiny_vlm import picture, save_llm, save_tower, stir
+from transformers import modeling_flash_attention_utils as flash_utils
+
+from sparse_vlm.data.samples import Sample
+from sparse_vlm.train.learner import Gather, Learner
+from sparse_vlm.train.parts import FLASH, choose_attention, prepare
+from sparse_vlm.train.vlm import STAGES
+from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.packed import PACKED, between, packable, packable_plainly
+from sparse_vlm.vlm.prompts import assistant, user
+from sparse_vlm.vlm.tree import collate, merge, pack, target_log_probs
+
+TREE = [
+    [user("What is it?", 1), assistant("A cat.")],
+    [user("What is it?", 1), assistant("A cab"), user("Sure?"), assistant("No.")],
+    [user("Why?", 1), assistant("I do not know.")],
+]
+CHAINS = {
+    "a photo": [user("What is it?", 1), assistant("A dog."), user("Where?"), assistant("On the lawn.")],
+    "two photos": [user("Compare.", 2), assistant("The first is red, the second blue.")],
+    "text": [user("Say yes."), assistant("Yes.")],
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> tuple[str, str]:
+    """(tower, LLM) folders."""
+    folder = tmp_path_factory.mktemp("parts")
+    return save_tower(folder / "tower"), save_llm(folder / "llm")
+
+
+def learning(parts: tuple[str, str]) -> VLM:
+    """A VLM whose projector and adapters do something, and learn."""
+    vlm = VLM.build(*parts, dtype=torch.float32)
+    prepare(vlm, STAGES["instruct"], 2)
+    stir(vlm, 0.1)
+    vlm.model.train()
+    return vlm
+
+
+def items(vlm: VLM, trees: bool = True) -> list[tuple[Sample, torch.Tensor | None]]:
+    """Samples of every kind with their pictures' tokens; without the tree, plain conversations alone."""
+    conversations = {"a tree": TREE} if trees else {}
+    conversations |= {name: [talk] for name, talk in CHAINS.items()}
+    pictures = torch.stack([vlm.tower.visual_tokens(pixels(vlm, colour))[0] for colour in ("red", "blue")])
+    made = []
+    for name, talks in conversations.items():
+        shown = 2 if name == "two photos" else 0 if name == "text" else 1
+        sample = Sample(name, tuple(range(shown)), merge([vlm.renderer.render(talk) for talk in talks]))
+        made.append((sample, pictures[:shown].detach() if shown else None))
+    return made
+
+
+def pixels(vlm: VLM, colour: str) -> torch.Tensor:
+    return vlm.processor.image_processor([picture(colour)])["pixel_values"]
+
+
+def step(vlm: VLM, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A batch's loss and gradients."""
+    vlm.model.zero_grad(set_to_none=True)
+    loss = Learner(vlm)(batch["trees"], batch["pictures"], batch["chains"])["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in vlm.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: tuple, wanted: tuple) -> None:
+    torch.testing.assert_close(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys() and {name.split(".")[1] for name in found[1]} == {"multi_modal_projector", "language_model"}
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+def test_a_packed_batch_teaches_what_a_padded_one_does(parts):
+    vlm = learning(parts)
+    language = vlm.model.model.language_model
+    language.set_attn_implementation("eager")
+    padded = Gather(vlm)(items(vlm))
+    assert padded["trees"].lengths == () and len(padded["trees"].input_ids) == 4
+    wanted = step(vlm, padded)
+    assert "packed without padding" in choose_attention(vlm)
+    packed = Gather(vlm)(items(vlm))
+    assert packed["trees"].input_ids.shape == (1, sum(packed["trees"].lengths))
+    assert_same(step(vlm, packed), wanted)
+    # and what is not packed, such as what is scored after a run, is as it was
+    assert_same(step(vlm, padded), wanted)
+    [answer] = vlm.generate([CHAINS["text"][:1]], 8)
+    language.set_attn_implementation("eager")
+    assert vlm.generate([CHAINS["text"][:1]], 8) == [answer]
+
+
+def test_no_tree_of_a_row_sees_another(parts):
+    vlm = learning(parts)
+    choose_attention(vlm)
+    trees = [sample.tree for sample, _ in items(vlm, trees=False)]
+    alone = target_log_probs(vlm.model, pack(trees[2:]), None)
+    features = torch.randn(3, 5, 32)
+    packed = pack(trees)
+    row = target_log_probs(vlm.model, packed, features)
+    mine = packed.target_owners[:, 0] == 2
+    torch.testing.assert_close(row[mine], alone)
+    others = target_log_probs(vlm.model, packed, features + 1)
+    assert torch.equal(others[mine], row[mine]) and not torch.allclose(others[~mine], row[~mine])
+
+
+def test_conversations_need_no_mask_under_sdpa(parts):
+    """Padding stands last, where the causal mask that SDPA's flash kernel has hides it."""
+    vlm = learning(parts)
+    vlm.model.model.language_model.set_attn_implementation("sdpa")
+    batch = Gather(vlm)(items(vlm, trees=False))
+    assert batch["chains"] and batch["trees"].lengths == ()
+    seen = []
+    hook = vlm.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["attention_mask"]), with_kwargs=True
+    )
+    found = step(vlm, batch)
+    hook.remove()
+    assert seen == [None]
+    assert_same(found, step(vlm, {**batch, "chains": False}))
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    """What `flash_attn_varlen_func` of flash-attn computes: (S, H, d), each sequence alone."""
+    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    lengths = cu_seqlens_q.diff().tolist()
+    assert sum(lengths) == len(q) and max(lengths) == max_seqlen_q == max_seqlen_k
+    sides = zip(*(side.transpose(0, 1)[None].split(lengths, dim=2) for side in (q, k, v)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([attend(*side, is_causal=True, scale=softmax_scale, enable_gqa=True)[0] for side in sides], 1).transpose(0, 1)
+
+
+def test_flash_attention_is_given_conversations_without_padding(parts, monkeypatch):
+    """Its kernel is not here; a function that computes the same stands in its place, behind transformers' own code."""
+    vlm = learning(parts)
+    language = vlm.model.model.language_model
+    language.set_attn_implementation("eager")
+    wanted = step(vlm, Gather(vlm)(items(vlm, trees=False)))
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(len(args[0]))
+        return varlen(*args, **options)
+
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **options: (None, counted, None, None, None))
+    monkeypatch.setattr(flash_utils, "_lazy_define_process_function", lambda function: flash_kwargs)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    language.config._attn_implementation = FLASH
+    batch = Gather(vlm)(items(vlm, trees=False))
+    tokens = sum(batch["trees"].lengths)
+    assert_same(step(vlm, batch), wanted)
+    assert calls == [tokens] * 2, "once a layer, and no padding"
+    mixed = Gather(vlm)(items(vlm))
+    assert mixed["trees"].lengths == (), "trees have a mask of their own"
+    step(vlm, mixed)
+    assert len(calls) == 2 and language.config._attn_implementation == "sdpa"
+
+
+def flash_kwargs(query_length, key_length, is_causal, dropout=0.0, softmax_scale=None, max_seqlen_q=None, max_seqlen_k=None, **_):
+    return {"causal": is_causal, "softmax_scale": softmax_scale, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+
+
+def test_where_sequences_begin():
+    told = between((3, 1, 5), torch.device("cpu"))
+    assert told["cu_seq_lens_q"].tolist() == [0, 3, 4, 9] and told["max_length_k"] == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama-2", "qwen3", "phi3", "gemma2", "gemma3", "smollm3"])
+def test_every_family_can_be_packed(parts, tmp_path, family):
+    vlm = VLM.build(parts[0], save_family(FAMILIES[family], tmp_path / "llm"), dtype=torch.float32)
+    language = vlm.model.model.language_model
+    assert packable_plainly(language)
+    trees = [merge([one for talk in talks for one in vlm.renderer.renderings(talk)]) for talks in (TREE, [CHAINS["text"]])]
+    features = vlm.image_features([picture("red")])
+    language.set_attn_implementation("eager")
+    padded = target_log_probs(vlm.model, collate(trees, vlm.tokenizer.pad_token_id), features)
+    language.set_attn_implementation(PACKED)
+    torch.testing.assert_close(target_log_probs(vlm.model, pack(trees), features), padded)
+
+
+def test_models_with_a_memory_of_their_own_are_padded(parts, monkeypatch):
+    vlm = learning(parts)
+    language = vlm.model.model.language_model
+    monkeypatch.setattr(language.config, "layer_types", ["full_attention", "linear_attention"], raising=False)
+    assert not packable(language)
+    assert choose_attention(vlm).endswith("padded") and language.config._attn_implementation == "eager"
+    assert Gather(vlm)(items(vlm))["trees"].lengths == ()
+    monkeypatch.setattr(language.config, "layer_types", ["full_attention", "sliding_attention"])
+    assert packable(language)
+    monkeypatch.setattr(type(language), "_is_stateful", True)
+    assert not packable(language)
