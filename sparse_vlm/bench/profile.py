@@ -118,7 +118,7 @@ def _operation(name: str, module: nn.Module, tower: SparseFormer) -> str | None:
     """What a module's own time counts as; None where it counts as that of the module that holds it."""
     if module is tower:
         return REST
-    if name.startswith("pool."):
+    if name.startswith("pool.") or name.endswith("attn.proj"):
         return None
     if isinstance(module, nn.Sequential) and name.count(".") == 1:
         return "transition"

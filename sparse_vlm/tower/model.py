@@ -238,6 +238,22 @@ class SparseFormer(nn.Module):
         """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""
         return self(pixels).last_hidden_state[:, -self.config.visual_tokens :]
 
+    def optimize_for_inference(self) -> SparseFormer:
+        """Fold this tower for inference on a processor, in place: the same outputs within rounding (float32: 1e-4), sooner.
+
+        Its weights are laid out for the processor's matrix library, so afterwards it cannot be trained, saved, moved, converted, compiled
+        or exported. On another device, where there is nothing to fold, it is only put in eval mode.
+
+        Returns:
+            Itself, in eval mode.
+        """
+        self.eval().requires_grad_(False)
+        if self.norm.weight.device.type == "cpu":
+            from sparse_vlm.tower.inference import optimize
+
+            optimize(self)
+        return self
+
     def for_open_clip(self, model: nn.Module | None = None) -> OpenClipVisual:
         """This tower as an image tower of open_clip: `model.visual = tower.for_open_clip(model)`.
 

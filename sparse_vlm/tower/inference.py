@@ -1,0 +1,349 @@
+"""A tower folded for inference on a processor: weights laid out for its matrix library, and what never changes computed once.
+
+Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C channels of the map, O points after mixing, d width,
+H x W pixels, p pixels a side of a patch.
+
+Notable: each part below says what the part of `sparse_vlm.tower.modules` that it stands for says, within rounding. What is folded:
+* Weights of linear layers are laid out once as oneDNN's kernels read them, instead of at every call, with an activation in the same pass.
+* quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
+* Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
+* The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, instead of being sampled one by one.
+Measured, with what did not help: docs/speed.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_vlm.geometry import adjust_rois, crop_samples, encode_rois, roi_average_weights, sample_bilinear
+from sparse_vlm.tower.modules import ACTIVATIONS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
+
+if TYPE_CHECKING:
+    from sparse_vlm.tower.config import Activation
+    from sparse_vlm.tower.model import SparseFormer
+
+QUICK = 1.702
+# oneDNN's names of what is applied to a layer's output in the same pass: (operation, algorithm)
+FUSED: dict[Activation, tuple[str, str]] = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "quick_gelu": ("swish", "")}
+Find = Callable[..., Tensor]  # of a function and its arguments, what it returns
+
+
+def optimize(tower: SparseFormer) -> None:
+    """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
+    if tower.feat_extractor is not None:
+        tower.feat_extractor = PreparedConvolution(tower.feat_extractor)
+    if tower.glance is not None:
+        tower.glance = PreparedGlance(tower.glance)
+    for index, layer in enumerate(tower.layers):
+        first = index == 0 and tower.glance is None
+        tower.layers[index] = PreparedUnit(layer, first) if isinstance(layer, Unit) else _pack(layer)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN here, and that has kernels of this dtype for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights are laid out for oneDNN where that is to be had; with an activation in the same pass.
+
+    Args:
+        weight, bias: (outer, inner) and (outer), which are left as they are.
+        activation: of the output; of `quick_gelu` only silu, whose factors are the caller's.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> None:
+        super().__init__()
+        # attributes, not buffers: a packed tensor cannot be saved, moved or converted
+        self.bias = None if bias is None else bias.detach()
+        self.packed = packs(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()) if self.packed else weight.detach()
+        self.fused = ("none", "") if activation is None else FUSED[activation]
+        self.activation = {None: None, "quick_gelu": F.silu}.get(activation, ACTIVATIONS.get(activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inner) to (..., outer)."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.fused[0], [], self.fused[1])
+        x = F.linear(x, self.weight, self.bias)
+        return x if self.activation is None else self.activation(x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
+        raise RuntimeError("this tower is optimized for inference and can no longer be moved or converted; do that before optimizing it")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
+        raise RuntimeError("this tower is optimized for inference and can no longer be saved; save it before optimizing it")
+
+
+def _pack(module: nn.Module) -> nn.Module:
+    """The same module with packed linear layers, here or in its children."""
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias)
+    for name, child in module.named_children():
+        setattr(module, name, _pack(child))
+    return module
+
+
+class PreparedConvolution(EarlyConvolution):
+    """The map, made in the tower's dtype and given in float32, which looks would convert it to one by one."""
+
+    def __init__(self, plain: EarlyConvolution) -> None:
+        nn.Module.__init__(self)
+        self.conv1 = plain.conv1
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, H / 4, W / 4)."""
+        return super().forward(pixels).float()
+
+
+@dataclass
+class _Start:
+    """Where tokens begin in pictures of one size, and what of the glance follows from that alone.
+
+    Attributes:
+        rois, seen: (n, 4), as `Glance.forward` takes them.
+        grid: rows and columns, where `seen` are cells that cover the picture in reading order; else None.
+        samples: a side that each pixel of a cell is the mean of.
+        positions: (n, d).
+        pooling: (n, G * G); None where each token is one patch.
+    """
+
+    rois: Tensor
+    seen: Tensor
+    grid: tuple[int, int] | None
+    samples: int
+    positions: Tensor
+    pooling: Tensor | None
+
+
+class PreparedGlance(Glance):
+    """A glance that knows where tokens begin in pictures of the sizes that it has seen; elsewhere it does what it did."""
+
+    def __init__(self, plain: Glance) -> None:
+        nn.Module.__init__(self)
+        self.config, self.samples = plain.config, plain.samples
+        self.patch_embed, self.pos_embed, self.norm_pre = plain.patch_embed, plain.pos_embed, plain.norm_pre
+        self.embed = PackedLinear(plain.patch_embed.weight.flatten(1))  # (d, 3 * p * p)
+        self._starts: dict[tuple[int, int, int], _Start] = {}
+
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> Tensor:
+        """As `Glance.forward`."""
+        start = self._start(pixels, rois, seen)
+        if start is None or start.grid is None:
+            return super().forward(pixels, rois, seen)
+        p, (rows, columns) = self.config.patch_size, start.grid
+        size = rows * p * start.samples, columns * p * start.samples
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels.float(), size, mode="bilinear")
+        if start.samples > 1:
+            pixels = F.avg_pool2d(pixels.float(), start.samples)
+        cells = pixels.to(self.pos_embed.dtype).unflatten(3, (columns, p)).unflatten(2, (rows, p))  # (B, 3, rows, p, columns, p)
+        patches = self.embed(cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, rows * columns, d)
+        return (patches if start.pooling is None else start.pooling @ patches) + start.positions
+
+    def _start(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> _Start | None:
+        """What is known of these RoIs; None where they are not those that pictures of this size begin with."""
+        key = seen.shape[1], *pixels.shape[-2:]
+        if key not in self._starts:
+            if rois.ndim != 2 or not bool((seen == seen[:1]).all()):
+                return None
+            self._starts[key] = self._prepare(pixels, rois, seen[0])
+        start = self._starts[key]
+        same = rois.shape == start.rois.shape and torch.equal(rois, start.rois) and bool((seen == start.seen).all())
+        return start if same else None
+
+    def _prepare(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> _Start:
+        config, dtype = self.config, self.pos_embed.dtype
+        pooling = roi_average_weights(rois, config.grid, config.grid, config.points_per_side)  # (n, G * G)
+        positions = (pooling @ self.pos_embed.float()).to(dtype)
+        height, width = pixels.shape[-2:]
+        if config.kind == "crop":
+            return _Start(rois, seen, _grid(seen), crop_samples(seen, height, width, config.patch_size), positions, None)
+        side = config.grid * config.patch_size
+        whole = (config.grid, config.grid) if (height, width) == (side, side) else None
+        one_each = pooling.shape[0] == pooling.shape[1] and torch.allclose(pooling, torch.eye(len(pooling)), atol=1e-6)
+        return _Start(rois, seen, whole, 1, positions, None if one_each else pooling.to(dtype))
+
+
+def _grid(rois: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of cells of one size that cover the picture in reading order; None where RoIs are not such."""
+    rows = int((rois[:, 0].abs() < 1e-6).sum())
+    if rows == 0 or len(rois) % rows:
+        return None
+    columns = len(rois) // rows
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    cells = torch.stack([column / columns, row / rows, (column + 1) / columns, (row + 1) / rows], dim=-1)
+    return (rows, columns) if torch.allclose(rois, cells, rtol=0, atol=1e-6) else None
+
+
+class PreparedAttention(Attention):
+    """Attention of packed layers, whose queries come scaled."""
+
+    def __init__(self, plain: Attention) -> None:
+        nn.Module.__init__(self)
+        self.heads, width = plain.heads, plain.proj.in_features
+        scale = torch.ones_like(plain.qkv.bias)
+        scale[:width] = (width // plain.heads) ** -0.5
+        self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), _pack(plain.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d) to (B, N, d)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return self.proj(attended.transpose(1, 2).flatten(-2))
+
+
+class PreparedMlp(Mlp):
+    """An MLP of packed layers with its activation in the first one's pass.
+
+    Attributes:
+        factor: what the input has to be multiplied with, and the output divided by; 1 unless the activation is quick_gelu.
+    """
+
+    def __init__(self, plain: Mlp) -> None:
+        nn.Module.__init__(self)
+        activation = next(name for name, function in ACTIVATIONS.items() if function is plain.activation)
+        self.factor = QUICK if activation == "quick_gelu" else 1.0
+        self.fc1 = PackedLinear(plain.fc1.weight, plain.fc1.bias * self.factor, activation)
+        self.fc2 = PackedLinear(plain.fc2.weight, plain.fc2.bias * self.factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d) to (B, N, d), both `factor` times what they are elsewhere."""
+        return self.fc2(self.fc1(x))
+
+
+class PreparedMixing(AdaptiveMixing):
+    """What adaptive mixing does to the samples; what it does it with, the token alone decides, and that is generated before."""
+
+    def __init__(self, plain: AdaptiveMixing) -> None:
+        nn.Module.__init__(self)
+        self.channels, self.in_points, self.out_points = plain.channels, plain.in_points, plain.out_points
+        self.parameter_generator, self.out_proj = _pack(plain.parameter_generator), _pack(plain.out_proj)
+        self.m_beta, self.s_beta = plain.m_beta, plain.s_beta
+
+    def forward(self, generated: Tensor, sampled: Tensor) -> Tensor:
+        """Parameters (B, n, C * C + P * O), or (1, n, ...) for all pictures, and samples (B, n, P, C) to what tokens gain (B, n, d)."""
+        over_channels, over_points = generated.split([self.channels**2, self.in_points * self.out_points], dim=-1)
+        x = sampled @ over_channels.unflatten(-1, (self.channels, self.channels))  # (B, n, P, C)
+        if self.m_beta is not None:
+            x = F.gelu(x + self.m_beta)
+        x = over_points.unflatten(-1, (self.out_points, self.in_points)) @ x  # (B, n, O, C)
+        if self.s_beta is not None:
+            x = x + self.s_beta.unsqueeze(-1)
+        return self.out_proj(F.gelu(x).flatten(-2))
+
+
+@dataclass
+class _Memory:
+    """What a unit found without the picture, in the order in which it is asked for, and the RoIs (1, n, 4) that it holds for."""
+
+    rois: Tensor
+    values: list[Tensor] = field(default_factory=list)
+
+    def recall(self) -> Find:
+        """What answers with the values in order instead of finding them."""
+        values = iter(self.values)
+        return lambda *_: next(values)
+
+    def learn(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Find the next value, and keep it."""
+        self.values.append(function(*args))
+        return self.values[-1]
+
+
+def _find(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)
+
+
+class PreparedUnit(Unit):
+    """A unit of packed layers.
+
+    Args:
+        first: whether it is given the same tokens whatever the picture is, so that all up to its first look is found once.
+    """
+
+    def __init__(self, plain: Unit, first: bool) -> None:
+        nn.Module.__init__(self)
+        self.ops, self.repeats, self.width, self.padding = plain.ops, plain.repeats, plain.width, plain.padding
+        self.first = first
+        self.stage_embedding = plain.stage_embedding
+        if "SAMPLING_M" in self.ops:
+            self.roi_offset_bias, self.roi_offset_module = plain.roi_offset_bias, _pack(plain.roi_offset_module)
+            self.adaptive_mixing = PreparedMixing(plain.adaptive_mixing)
+        if "PE_INJECT" in self.ops:
+            self.pe_transition = _pack(plain.pe_transition)
+        if "ATTN" in self.ops:
+            self.norm1, self.attn = plain.norm1, PreparedAttention(plain.attn)
+        if "MLP" in self.ops:
+            self.norm2, self.mlp = plain.norm2, PreparedMlp(plain.mlp)
+            for parameter in self.norm2.parameters():
+                # float32 also in a bfloat16 tower, so that a factor changes nothing but the output's scale
+                parameter.data = parameter.data.float() * self.mlp.factor if self.mlp.factor != 1 else parameter.data
+        if "ROI_ADJ" in self.ops:
+            self.roi_adjust_module = _pack(plain.roi_adjust_module)
+        self._memories: dict[int, _Memory] = {}
+
+    def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """As `Unit.forward`; without gradients."""
+        batch, n = rois.shape[:2]
+        known, memory = self._known(rois) if self.first else (None, None)
+        tokens = boxes = _find  # how to find what depends on tokens, and what on RoIs
+        if known is not None:
+            x, rois, tokens, boxes = x[:1], rois[:1], known, known
+        for repeat in range(self.repeats):
+            if self.stage_embedding is not None:
+                x = x + self.stage_embedding.weight[repeat]
+            for op in self.ops:
+                if op == "ATTN":
+                    x = tokens(self._attend, x)
+                elif op == "MLP":
+                    x = tokens(self._feed, x)
+                elif op == "SAMPLING_M":
+                    latents = x[:, -n:]
+                    points = tokens(self.points, latents, rois).expand(batch, -1, -1, -1)
+                    generated = tokens(self.adaptive_mixing.parameter_generator, latents)
+                    if points_seen is not None:
+                        points_seen.append(points)
+                    sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
+                    x = _add_to_latents(x, self.adaptive_mixing(generated, sampled))
+                    tokens = _find
+                elif op == "PE_INJECT":
+                    x = _add_to_latents(x, boxes(self._inject, rois, x.dtype))
+                else:
+                    rois = tokens(self._adjust, x, rois)
+                    boxes = tokens
+        if memory is not None:
+            self._memories[n] = memory
+        return x.expand(batch, -1, -1), rois.expand(batch, -1, -1)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm1(x))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.mlp(self.norm2(x)), alpha=1 / self.mlp.factor)
+
+    def _inject(self, rois: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.pe_transition(encode_rois(rois, self.width).to(dtype))
+
+    def _adjust(self, x: Tensor, rois: Tensor) -> Tensor:
+        return adjust_rois(rois, self.roi_adjust_module(x[:, -rois.shape[1] :]).float())
+
+    def _known(self, rois: Tensor) -> tuple[Find | None, _Memory | None]:
+        """How to find what is the same for all pictures, and where it is kept if it is found for the first time; None for other RoIs."""
+        memory = self._memories.get(rois.shape[1])
+        if memory is None:
+            if not bool((rois == rois[:1]).all()):
+                return None, None
+            memory = _Memory(rois[:1].clone())
+            return memory.learn, memory
+        return (memory.recall(), None) if bool((rois == memory.rois).all()) else (None, None)
