@@ -1,0 +1,134 @@
+"""Which way a look is computed: by the Triton kernels where they can, else by torch alone.
+
+Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
+H x W the map.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparse_vlm.geometry import Padding
+from sparse_vlm.kernels.tiles import MAX_POINTS
+
+Path = Literal["auto", "plain", "kernels"]
+VARIABLE = "SPARSE_VLM_KERNELS"
+_DTYPES = (torch.float32, torch.bfloat16)
+_path: Path = "plain" if os.environ.get(VARIABLE) == "plain" else "auto"
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Compute the looks inside so.
+
+    Args:
+        path: `auto`, the kernels on an NVIDIA GPU that has bfloat16 (compute capability 8.0), where triton is installed and shapes and
+            dtypes are theirs; `plain`, torch alone, also chosen for a whole process by SPARSE_VLM_KERNELS=plain in the environment;
+            `kernels`, these or an error, on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton
+            is imported).
+    """
+    global _path
+    before, _path = _path, path
+    try:
+        yield
+    finally:
+        _path = before
+
+
+def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
+    """Whether `look` is to compute a look.
+
+    Args:
+        feature_map: (B, C, H, W).
+        points: (B, n, P, 2).
+        tokens: (B, n, d); unless autocast chooses another, their dtype is that of mixing.
+
+    Raises:
+        RuntimeError: inside `using("kernels")` where it cannot; the message says why.
+    """
+    if _path == "plain":
+        return False
+    kind = tokens.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+    if _path == "auto" and kind != "cuda":
+        return False
+    obstacle = _unfit(feature_map, points, dtype) or _absent(kind, tokens.device.index or 0)
+    if obstacle is not None and _path == "kernels":
+        raise RuntimeError(f"the kernels cannot compute this look: {obstacle}")
+    return obstacle is None
+
+
+def look(
+    feature_map: Tensor,
+    points: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    m_beta: Tensor | None,
+    s_beta: Tensor | None,
+    out_points: int,
+    padding: Padding,
+) -> Tensor:
+    """Sample a map, and mix what was sampled with parameters that each token generates: over channels, then over points. By the kernels.
+
+    Args:
+        feature_map: (B, C, H, W); read as it is where it lies channels last.
+        points: (B, n, P, 2) relative to the picture.
+        hidden: (B, n, g). Its dtype, which autocast may have chosen, is that of mixing.
+        weight, bias: (C * C + O * P, g) and (C * C + O * P,), the generator's last layer: a channel matrix (C, C) and a point matrix
+            (O, P) of each token.
+        m_beta, s_beta: (C,) and (O,), or None both. With them there is a GELU after channel mixing as well.
+        out_points: O.
+        padding: what lies outside the map.
+
+    Returns:
+        (B, n, O * C) in the dtype of `hidden`, after the last GELU.
+
+    Raises:
+        RuntimeError: shapes, dtypes or the machine are not theirs; `usable` tells before.
+    """
+    obstacle = _unfit(feature_map, points, hidden.dtype) or _absent(hidden.device.type, hidden.device.index or 0)
+    if obstacle is not None:
+        raise RuntimeError(f"the kernels cannot compute this look: {obstacle}")
+    dtype = hidden.dtype
+    given = feature_map.permute(0, 2, 3, 1), points.float(), hidden, weight.to(dtype), bias.to(dtype)
+    betas = [None if beta is None else beta.to(dtype) for beta in (m_beta, s_beta)]
+    save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (*given, *betas))
+    out, _, _ = torch.ops.sparse_vlm.look(*(each.contiguous() for each in given), *betas, out_points, padding == "border", save)
+    return out
+
+
+def _unfit(feature_map: Tensor, points: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute a look of these tensors, or None."""
+    if dtype not in _DTYPES or feature_map.dtype not in _DTYPES:
+        return f"they take a map and tokens of float32 or bfloat16, not {feature_map.dtype} and {dtype}"
+    if not 1 <= points.shape[2] <= MAX_POINTS or not points.numel():
+        return f"they take 1 to {MAX_POINTS} points of at least one token, not points {tuple(points.shape)}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _absent(kind: str, index: int) -> str | None:
+    """What the kernels lack on a device, or None, and then the operators are registered."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if kind == "cuda":
+        if torch.version.hip is not None or torch.cuda.get_device_capability(index) < (8, 0):
+            return "they take an NVIDIA GPU of compute capability 8.0 or above"
+    elif kind != "cpu":
+        return f"they do not run on {kind}"
+    else:
+        from sparse_vlm.kernels.launch import INTERPRETED
+
+        if not INTERPRETED:
+            return "on a CPU they need TRITON_INTERPRET=1 in the environment before triton is imported"
+    import sparse_vlm.kernels.ops  # noqa: F401
+
+    return None

@@ -1,0 +1,75 @@
+"""A look, forward, in one kernel: sample, generate, mix over channels, mix over points, GELU.
+
+Shape legend: T tokens of all pictures, P sampling points, C channels, O points after mixing, G width of the hidden vector. A program
+has TILE_T tokens and writes TILE_C channels of them; the other tile names are those of `tiles.Tiles`.
+"""
+
+import triton
+import triton.language as tl
+
+from sparse_vlm.kernels.device import axis, channel_rows, gelu, generate, point_rows, product, read_cells, write_block
+
+
+@triton.jit
+def look_forward(
+    map_ptr, points_ptr, hidden_ptr, weight_ptr, bias_ptr, m_beta_ptr, s_beta_ptr, out_ptr, sampled_ptr, mixed_ptr,
+    tokens, per_picture, height, width,
+    C: tl.constexpr, P: tl.constexpr, O: tl.constexpr, G: tl.constexpr,  # noqa: E741
+    TILE_T: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr, TILE_O: tl.constexpr, TILE_G: tl.constexpr,
+    BORDER: tl.constexpr, BETAS: tl.constexpr, SAVE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Map (B, H, W, C), points (T, P, 2) float32, hidden (T, G), weight (C * C + O * P, G) to out (T, O, C).
+
+    SAVE also writes what the backward pass needs: sampled (T, P, C) and mixed (T, P, C), the latter before beta and activation.
+    """
+    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
+    # neighbours in time read the same cells of the map: the blocks of channels of one tile of tokens
+    blocks: tl.constexpr = (C + TILE_C - 1) // TILE_C
+    first_out = tl.program_id(0) % blocks * TILE_C
+    token = tl.program_id(0) // blocks * TILE_T + tl.arange(0, TILE_T)
+    c = first_out + tl.arange(0, TILE_C)
+    p = tl.arange(0, TILE_P)
+    mask = token < tokens
+
+    # where the points lie on the map: (TILE_T, TILE_P, 1) each
+    here = (mask[:, None] & (p < P)[None, :])[:, :, None]
+    at = (token.to(tl.int64)[:, None] * P + p[None, :])[:, :, None] * 2
+    x, across, left, right, _, _ = axis(tl.load(points_ptr + at, mask=here, other=0.0), width, BORDER)
+    y, down, above, below, _, _ = axis(tl.load(points_ptr + at + 1, mask=here, other=0.0), height, BORDER)
+    cell = ((token // per_picture)[:, None, None] * height + y) * width + x
+    down = down * width
+
+    mixed = tl.zeros((TILE_T, TILE_P, TILE_C), tl.float32)
+    for first_in in range(0, C, TILE_C):
+        i = first_in + tl.arange(0, TILE_C)
+        channel = i[None, None, :]
+        wanted = here & (channel < C)
+        sampled = read_cells(map_ptr, cell, channel, wanted, C) * (above * left)
+        sampled += read_cells(map_ptr, cell + across, channel, wanted, C) * (above * right)
+        sampled += read_cells(map_ptr, cell + down, channel, wanted, C) * (below * left)
+        sampled += read_cells(map_ptr, cell + down + across, channel, wanted, C) * (below * right)
+        if SAVE:  # noqa: SIM102, the first is decided when the kernel is compiled
+            if first_out == 0:
+                write_block(sampled_ptr, sampled, token, p, i, mask, P, C)
+        row, row_mask = channel_rows(first_in, first_out, C, TILE_C)
+        over_channels = generate(
+            hidden_ptr, weight_ptr, bias_ptr, token, mask, row, row_mask, G, TILE_T, TILE_C * TILE_C, TILE_G, OPERAND, PRECISION
+        )
+        mixed = product(sampled, tl.reshape(over_channels, (TILE_T, TILE_C, TILE_C)), mixed, dtype, OPERAND, PRECISION)
+    if SAVE:
+        write_block(mixed_ptr, mixed, token, p, c, mask, P, C)
+    mixed = mixed.to(dtype).to(tl.float32)  # what the backward pass will read
+    if BETAS:
+        mixed = gelu(mixed + tl.load(m_beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, None, :])
+
+    for first in range(0, O, TILE_O):
+        o = first + tl.arange(0, TILE_O)
+        row, row_mask = point_rows(first, C, P, O, TILE_O, TILE_P)
+        over_points = generate(
+            hidden_ptr, weight_ptr, bias_ptr, token, mask, row, row_mask, G, TILE_T, TILE_O * TILE_P, TILE_G, OPERAND, PRECISION
+        )
+        nothing = tl.zeros((TILE_T, TILE_O, TILE_C), tl.float32)
+        out = product(tl.reshape(over_points, (TILE_T, TILE_O, TILE_P)), mixed, nothing, dtype, OPERAND, PRECISION)
+        if BETAS:
+            out += tl.load(s_beta_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :, None]
+        write_block(out_ptr, gelu(out), token, o, c, mask, O, C)
