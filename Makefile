@@ -1,5 +1,6 @@
 # make chat    environment, installation, and a conversation about a photo (without a terminal: one question)
 # make test    environment, installation, lint and all tests
+# make bench   our towers beside ViTs on this machine, in under three minutes; fails where a ratio of times fell back (docs/attention.md)
 # make matrix  the tests that meet transformers, with the oldest release that we declare and with the newest of 5
 #
 # PYTHON is the interpreter that the environment is made with; IMAGE and QUESTION are what `make chat` talks about; TESTS is what
@@ -14,7 +15,7 @@ TESTS ?= $(addprefix tests/test_,$(addsuffix .py,hosts_transformers llm_families
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help chat test lint matrix clean
+.PHONY: help chat test bench lint matrix clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -29,6 +30,9 @@ chat: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python -m sparse_vlm.bench.guard --baseline docs/ratios.json
 
 # An environment of the matrix is the main one with another transformers, and what that pins, laid over it.
 oldest := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
