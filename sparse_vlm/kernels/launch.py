@@ -38,8 +38,8 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and result as `ops.look`'s."""
-    batch, height, width, channels = feature_map.shape
-    tokens, count, inner = _sizes(points, hidden)
+    height, width, channels = feature_map.shape[1:]
+    tokens, count, inner = hidden.shape[0] * hidden.shape[1], points.shape[2], hidden.shape[2]
     out = hidden.new_empty(*hidden.shape[:2], out_points * channels)
     kept = (*hidden.shape[:2], count, channels) if save else (0,)
     sampled, mixed = hidden.new_empty(kept), hidden.new_empty(kept)
@@ -160,10 +160,6 @@ def sort_points(points: Tensor, height: int, width: int, border: bool) -> tuple[
     bin_of, order = torch.where(reads_map, bin_of, bins).flatten().sort(stable=True)
     every = torch.arange(bins + 1, device=points.device, dtype=torch.int32)
     return order.int(), torch.searchsorted(bin_of, every, out_int32=True)
-
-
-def _sizes(points: Tensor, hidden: Tensor) -> tuple[int, int, int]:
-    return hidden.shape[0] * hidden.shape[1], points.shape[2], hidden.shape[2]
 
 
 def _programs(tokens: int, channels: int, tiles: Tiles) -> int:

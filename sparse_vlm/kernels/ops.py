@@ -19,8 +19,8 @@ _LOOK = (
     "bool border, bool save) -> (Tensor, Tensor, Tensor)"
 )
 _MIXING_BACKWARD = (
-    "(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor? m_beta, Tensor? s_beta, Tensor sampled, Tensor mixed, bool parameters)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor? m_beta, Tensor? s_beta, Tensor sampled, Tensor mixed, bool "
+    "parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _SAMPLING_BACKWARD = (
     "(Tensor grad_sampled, Tensor feature_map, Tensor points, bool border, bool of_map, bool of_points) -> (Tensor, Tensor)"

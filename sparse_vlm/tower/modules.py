@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_vlm import kernels
 from sparse_vlm.geometry import (
     Padding,
     adjust_rois,
@@ -140,6 +141,14 @@ class AdaptiveMixing(nn.Module):
             x = x + self.s_beta.unsqueeze(-1)
         return self.out_proj(F.gelu(x).flatten(-2))
 
+    def look(self, tokens: Tensor, feature_map: Tensor, points: Tensor, padding: Padding) -> Tensor:
+        """`forward` of what the points (B, n, P, 2) sample of a map (B, C, H, W), by the kernels."""
+        norm, inner, last = self.parameter_generator
+        mixed = kernels.look(
+            feature_map, points, inner(norm(tokens)), last.weight, last.bias, self.m_beta, self.s_beta, self.out_points, padding
+        )
+        return self.out_proj(mixed)
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with timm's parameter names."""
@@ -249,8 +258,11 @@ class Unit(nn.Module):
                         points_seen.append(points.detach())
                     if self.clamp_coordinate_grad:
                         points = _ClampedCoordinates.apply(points, feature_map.shape[-2])
-                    sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
-                    x = _add_to_latents(x, self.adaptive_mixing(latents, sampled))
+                    if kernels.usable(feature_map, points, latents):
+                        x = _add_to_latents(x, self.adaptive_mixing.look(latents, feature_map, points, self.padding))
+                    else:
+                        sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
+                        x = _add_to_latents(x, self.adaptive_mixing(latents, sampled))
                 elif op == "PE_INJECT":
                     x = _add_to_latents(x, self.pe_transition(encode_rois(rois, self.width).to(x.dtype)))
                 else:
