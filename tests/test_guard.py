@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from sparse_vlm.bench import guard as guarding
@@ -37,6 +38,15 @@ def test_a_ratio_may_rise_within_the_spread_and_no_further():
     runs.append(run_of(dataclasses.replace(ONE, high=1.2)))
     assert fallen([at(ONE, 1.19)], runs) == [] and len(fallen([at(ONE, 1.21)], runs)) == 1, "a wide run is a wide spread"
     assert bound(runs, title(OTHER)) is None and fallen([OTHER], runs) == []
+
+
+def test_only_what_the_machine_multiplies_in_is_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(guarding, "ratios", lambda comparisons, dtypes, batches, rounds: asked.append((len(comparisons), dtypes, batches)))
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(guarding, "native_dtype", lambda dtype=dtype: dtype)
+        guarding.measured()
+    assert asked == [(3, ["float32"], (1, 8)), (3, ["float32", "bfloat16"], (1, 8))]
 
 
 def test_what_fell_back_is_measured_again():

@@ -23,13 +23,15 @@ import torch
 import typer
 
 from sparse_vlm.bench.machine import describe, versions
-from sparse_vlm.bench.ratios import Comparison, Ratio, as_table, ratios
+from sparse_vlm.bench.ratios import COMPARISONS, Comparison, Ratio, as_table, ratios
+from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.rows import as_program
 
 FORMAT = "sparse-vlm/ratios-baseline/1"
 MARGIN = 0.05  # that medians of two runs of the same code may differ by
+ROUNDS = 7  # of each model, so that all of it takes less than three minutes
 RUNS = 5  # that are kept of a kind of machine, the last ones
 
 Run = dict[str, list[float]]  # of each ratio lower quartile, median, upper quartile
@@ -73,12 +75,18 @@ def fallen(found: Sequence[Ratio], runs: Sequence[Run]) -> list[Fallen]:
     return [Fallen(ratio, most) for ratio, most in bounds if most is not None and ratio.ratio > most]
 
 
+def measured(comparisons: Sequence[Comparison] = COMPARISONS, dtypes: Sequence[str] = (), batches: Sequence[int] = (1, 8)) -> list[Ratio]:
+    """`ratios` in the dtypes that this machine multiplies in, unless told which: others would take minutes and say nothing."""
+    native = ["float32", *(["bfloat16"] if native_dtype() == torch.bfloat16 else [])]
+    return ratios(comparisons, dtypes or native, batches, ROUNDS)
+
+
 def guard(runs: Sequence[Run], measure: Callable[..., list[Ratio]]) -> tuple[list[Ratio], list[Fallen]]:
     """Measure, and measure again what fell back.
 
     Args:
         runs: kept of this kind of machine.
-        measure: `ratios`, or what takes its place.
+        measure: `measured`, or what takes its place.
 
     Returns:
         All ratios as they were first measured, and those that fell back twice, as they were measured then.
@@ -136,11 +144,11 @@ def main(
         torch.set_num_threads(threads)
     runs = read(baseline)["machines"].get(kind_of_machine(), {"runs": []})["runs"]
     if renew or add:
-        found = ratios()
+        found = measured()
         count = keep(baseline, found, add)
         sys.stdout.write(as_table(found) + f"kept in {baseline} for {kind_of_machine()}: {count} of at most {RUNS} runs\n")
         return
-    found, worse = guard(runs, ratios)
+    found, worse = guard(runs, measured)
     sys.stdout.write(as_table(found))
     if not runs:
         sys.stdout.write(

@@ -6,6 +6,7 @@ optimizer, which both share. Pictures are noise of the right size, because a tim
 
 from __future__ import annotations
 
+import random
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ def main(
     model: Annotated[str, typer.Option(help="A VLM: a folder or zoo name.")] = "tiny-chat",
     stage: Annotated[str, typer.Option(help="Whose mix of captions and questions: read, align or instruct.")] = "instruct",
     batch_size: Annotated[int, typer.Option(help="Samples a step.", min=1)] = 16,
+    samples: Annotated[int, typer.Option(help="Learn from so many at most, drawn at random.", min=1)] = 640,
     batches: Annotated[int, typer.Option(help="Steps a turn.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Turns of each after the warm-up, of which the median counts.", min=FEWEST)] = FEWEST,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
@@ -131,9 +133,10 @@ def main(
         torch.set_num_threads(threads)
     vlm = VLM.from_pretrained(model, own_device(), fold=False)
     corpus = read_corpus(files_of(data), photos_of(data), images, MIXES[stage])
-    samples = arrange(build_samples(corpus, vlm.renderer), batch_size)
+    if samples < len(corpus):
+        corpus = corpus.select(random.Random(0).sample(range(len(corpus)), samples))
     prepare(vlm, STAGES["instruct"], RANK)
-    print(packing(vlm, samples, batch_size, batches, rounds).line())
+    print(packing(vlm, arrange(build_samples(corpus, vlm.renderer), batch_size), batch_size, batches, rounds).line())
 
 
 if __name__ == "__main__":
