@@ -16,7 +16,10 @@ from sparse_vlm.bench.guard import MARGIN, RUNS, bound, fallen, guard, keep, kin
 from sparse_vlm.bench.ratios import Comparison, Ratio, ratios
 from sparse_vlm.errors import UserError
 
-ONE = Ratio("sparseformer-b", "clip-b32", 1.0, "bfloat16", 1, 2, 30.0, 33.0, 0.90, 0.88, 0.93, 10)
+ONE = Ratio(
+    "sparseformer-b", "clip-b32", 1.0, form="optimized", dtype="bfloat16", batch=1, threads=2,
+    model_ms=30.0, rival_ms=33.0, ratio=0.90, low=0.88, high=0.93, rounds=10,
+)  # fmt: skip
 OTHER = dataclasses.replace(ONE, rival="clip-b16", target=0.25, ratio=0.30, low=0.28, high=0.31)
 
 
@@ -42,7 +45,9 @@ def test_a_ratio_may_rise_within_the_spread_and_no_further():
 
 def test_only_what_the_machine_multiplies_in_is_measured(monkeypatch):
     asked = []
-    monkeypatch.setattr(guarding, "ratios", lambda comparisons, dtypes, batches, rounds: asked.append((len(comparisons), dtypes, batches)))
+    monkeypatch.setattr(
+        guarding, "ratios", lambda comparisons, dtypes, batches, rounds, limit_s: asked.append((len(comparisons), dtypes, batches))
+    )
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(guarding, "native_dtype", lambda dtype=dtype: dtype)
         guarding.measured()

@@ -31,7 +31,8 @@ from sparse_vlm.train.rows import as_program
 
 FORMAT = "sparse-vlm/ratios-baseline/1"
 MARGIN = 0.05  # that medians of two runs of the same code may differ by
-ROUNDS = 7  # of each model, so that all of it takes less than three minutes
+# rounds of each model, and the seconds after which it takes no more than it must: all of it takes less than three minutes
+ROUNDS, LIMIT_S = 7, 4.0
 RUNS = 5  # that are kept of a kind of machine, the last ones
 
 Run = dict[str, list[float]]  # of each ratio lower quartile, median, upper quartile
@@ -78,7 +79,7 @@ def fallen(found: Sequence[Ratio], runs: Sequence[Run]) -> list[Fallen]:
 def measured(comparisons: Sequence[Comparison] = COMPARISONS, dtypes: Sequence[str] = (), batches: Sequence[int] = (1, 8)) -> list[Ratio]:
     """`ratios` in the dtypes that this machine multiplies in, unless told which: others would take minutes and say nothing."""
     native = ["float32", *(["bfloat16"] if native_dtype() == torch.bfloat16 else [])]
-    return ratios(comparisons, dtypes or native, batches, ROUNDS)
+    return ratios(comparisons, dtypes or native, batches, ROUNDS, LIMIT_S)
 
 
 def guard(runs: Sequence[Run], measure: Callable[..., list[Ratio]]) -> tuple[list[Ratio], list[Fallen]]:
