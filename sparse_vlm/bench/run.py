@@ -105,7 +105,7 @@ class Bench:
         settings.check()
         self.settings, self.save = settings, save
         self.device = torch.device(settings.device)
-        self.pictures = [_read(name) for name in settings.images] or [_made_picture()]
+        self.pictures = [_read(name) for name in settings.images] or [made_picture()]
         self.plans = [plan_llm(name) for name in dict.fromkeys(settings.llms)]
         self.visions = load_visions(list(dict.fromkeys(settings.models)), settings.tokens)
         self._began = time.monotonic()
@@ -392,7 +392,7 @@ def _read(name: str) -> tuple[str, bytes, Image.Image]:
     return name, Path(name).read_bytes(), image
 
 
-def _made_picture() -> tuple[str, bytes, Image.Image]:
+def made_picture() -> tuple[str, bytes, Image.Image]:
     """A picture with the detail of a photo: smooth colours and some grain; (what it is, its JPEG, itself)."""
     generator = np.random.default_rng(0)
     smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(PICTURE, Image.Resampling.BICUBIC)
