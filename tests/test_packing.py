@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_llms import FAMILIES, save_family
 from tiny_vlm import picture, save_llm, save_tower, stir
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from sparse_vlm.data.samples import Sample
+from sparse_vlm.bench.packing import packing
+from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.samples import Sample, build_samples
+from sparse_vlm.data.talks import Talk
+from sparse_vlm.errors import UserError
+from sparse_vlm.photos import Photo
 from sparse_vlm.train.learner import Gather, Learner
 from sparse_vlm.train.parts import FLASH, choose_attention, prepare
 from sparse_vlm.train.vlm import STAGES
@@ -163,6 +170,19 @@ def test_flash_attention_is_given_conversations_without_padding(parts, monkeypat
 
 def flash_kwargs(query_length, key_length, is_causal, dropout=0.0, softmax_scale=None, max_seqlen_q=None, max_seqlen_k=None, **_):
     return {"causal": is_causal, "softmax_scale": softmax_scale, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+
+
+def test_what_padding_costs_is_measured(parts):
+    vlm = learning(parts)
+    photo = Photo("a.png", Path("a.png"), 0, 1, {})
+    talks = [Talk(f"{i}", (photo,), ((user("Why?", 1), assistant("Because." * i)),)) for i in range(1, 5)]
+    samples = build_samples(Corpus.of(talks), vlm.renderer)
+    found = packing(vlm, samples, batch_size=4, batches=1, rounds=3)
+    lengths = [len(sample.tree) for sample in samples]
+    assert found.tokens == sum(lengths) and found.padding == pytest.approx(1 - sum(lengths) / (4 * max(lengths)))
+    assert 0 < found.low <= found.ratio <= found.high and f"padding fills {found.padding:.1%}" in found.line()
+    with pytest.raises(UserError, match="4 samples are 1 batches of 3; 2 are needed"):
+        packing(vlm, samples, batch_size=3, batches=2, rounds=3)
 
 
 def test_where_sequences_begin():
