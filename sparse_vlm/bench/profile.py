@@ -127,7 +127,7 @@ def _operation(name: str, module: nn.Module, tower: SparseFormer) -> str | None:
 
 
 def profile(
-    names: Sequence[str], dtype: str, batch: int = 1, rounds: int = 15, copied_bytes: int = COPIED_BYTES
+    names: Sequence[str], dtype: str, batch: int = 1, rounds: int = 15, optimized: bool = False, copied_bytes: int = COPIED_BYTES
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Time towers on the CPU, operation by operation, in turn, with the threads of this process.
 
@@ -135,6 +135,7 @@ def profile(
         names: towers, as `load_visions` takes them.
         dtype: a key of `DTYPES`.
         rounds: forward passes of each tower, with a clock and without, after a warm-up.
+        optimized: fold the towers for inference before.
         copied_bytes: what the memory's peak is measured on.
 
     Returns:
@@ -151,6 +152,8 @@ def profile(
         if not isinstance(vision.module, SparseFormer):
             raise UserError(f"--model {name}: a teacher's operations are not ours to take apart; name a tower or a rival")
         vision.module.to(DTYPES[dtype])
+        if optimized:
+            vision.optimize()
     peak = peaks(DTYPES[dtype], torch.device("cpu"), copied_bytes)
     whole: dict[str, list[float]] = {name: [] for name in visions}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in visions}
@@ -172,7 +175,7 @@ def profile(
         work = count_operations(vision.module.config)
         operations = [_described(operation, parts[name], work.get(operation), batch, peak) for operation in _longest(parts[name])]
         found.append({
-            "model": name, "dtype": dtype, "batch": batch, "whole_ms": 1000 * statistics.median(whole[name]),
+            "model": name, "dtype": dtype, "batch": batch, "optimized": optimized, "whole_ms": 1000 * statistics.median(whole[name]),
             "ms": 1000 * statistics.median(sum(each.values()) for each in parts[name]), "operations": operations,
         })  # fmt: skip
     return peak, found
@@ -195,7 +198,10 @@ def _described(name: str, rounds: Sequence[dict[str, float]], work: Work | None,
 
 def as_table(peak: dict[str, Any], model: dict[str, Any]) -> str:
     """Markdown of one tower."""
-    title = f"{model['model']}, {model['dtype']}, batch of {model['batch']}: {model['whole_ms']:.1f} ms, {model['ms']:.1f} with clocks"
+    form = ", optimized" if model["optimized"] else ""
+    title = (
+        f"{model['model']}{form}, {model['dtype']}, batch of {model['batch']}: {model['whole_ms']:.1f} ms, {model['ms']:.1f} with clocks"
+    )
     at_best = f"{peak['macs_per_second'] / 1e9:,.0f} GMAC/s and {peak['bytes_per_second'] / 1e9:,.1f} GB/s"
     lines = [f"{title} (the machine's best: {at_best})", "", "| operation | ms | share | GMACs | MB | of peak MAC/s | of peak bytes/s |"]
     lines.append("|---|" + "---:|" * 6)
@@ -215,6 +221,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Forward passes of each tower, of which the median counts.")] = 15,
+    optimized: Annotated[bool, typer.Option("--optimized", help="Fold the towers for inference before.")] = False,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - is stdout, instead of tables.")] = None,
 ) -> None:
     """Where the time of towers goes on this machine's processor."""
@@ -222,7 +229,7 @@ def main(
         raise UserError(f"--dtype {sorted(unknown)[0]}: known are {', '.join(DTYPES)}")
     if threads:
         torch.set_num_threads(threads)
-    measured = [profile(model, name, batch, rounds) for name in dict.fromkeys(dtype or DTYPES)]
+    measured = [profile(model, name, batch, rounds, optimized) for name in dict.fromkeys(dtype or DTYPES)]
     data = {"format": "sparse-vlm/profile/1", "machine": describe(torch.device("cpu")), "versions": versions()}
     data |= {"peaks": [peak for peak, _ in measured], "models": [row for _, found in measured for row in found]}
     text = json.dumps(data, indent=1) + "\n"

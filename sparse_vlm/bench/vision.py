@@ -128,6 +128,11 @@ class Vision:
         with plain_attention(self.tokens_in, pixels.device):
             return look(pixels)
 
+    def optimize(self) -> None:
+        """Fold the model for inference where it is a tower of ours; for good."""
+        if isinstance(self.module, SparseFormer):
+            self.module.optimize_for_inference()
+
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         if "look" not in self.compiled:
             if isinstance(self.module, SparseFormer) and (glance := self.module.glance) is not None:

@@ -36,13 +36,18 @@ Find = Callable[..., Tensor]  # of a function and its arguments, what it returns
 
 def optimize(tower: SparseFormer) -> None:
     """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
+    if any(isinstance(module, PackedLinear) for module in tower.modules()):
+        raise RuntimeError("this tower is optimized already")
     if tower.feat_extractor is not None:
         tower.feat_extractor = PreparedConvolution(tower.feat_extractor)
     if tower.glance is not None:
         tower.glance = PreparedGlance(tower.glance)
+    units = iter(tower.config.units)
     for index, layer in enumerate(tower.layers):
-        first = index == 0 and tower.glance is None
-        tower.layers[index] = PreparedUnit(layer, first) if isinstance(layer, Unit) else _pack(layer)
+        if isinstance(layer, Unit):
+            tower.layers[index] = PreparedUnit(layer, next(units).activation, first=index == 0 and tower.glance is None)
+        else:
+            tower.layers[index] = _pack(layer)
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -210,9 +215,8 @@ class PreparedMlp(Mlp):
         factor: what the input has to be multiplied with, and the output divided by; 1 unless the activation is quick_gelu.
     """
 
-    def __init__(self, plain: Mlp) -> None:
+    def __init__(self, plain: Mlp, activation: Activation) -> None:
         nn.Module.__init__(self)
-        activation = next(name for name, function in ACTIVATIONS.items() if function is plain.activation)
         self.factor = QUICK if activation == "quick_gelu" else 1.0
         self.fc1 = PackedLinear(plain.fc1.weight, plain.fc1.bias * self.factor, activation)
         self.fc2 = PackedLinear(plain.fc2.weight, plain.fc2.bias * self.factor)
@@ -272,7 +276,7 @@ class PreparedUnit(Unit):
         first: whether it is given the same tokens whatever the picture is, so that all up to its first look is found once.
     """
 
-    def __init__(self, plain: Unit, first: bool) -> None:
+    def __init__(self, plain: Unit, activation: Activation, first: bool) -> None:
         nn.Module.__init__(self)
         self.ops, self.repeats, self.width, self.padding = plain.ops, plain.repeats, plain.width, plain.padding
         self.first = first
@@ -285,10 +289,12 @@ class PreparedUnit(Unit):
         if "ATTN" in self.ops:
             self.norm1, self.attn = plain.norm1, PreparedAttention(plain.attn)
         if "MLP" in self.ops:
-            self.norm2, self.mlp = plain.norm2, PreparedMlp(plain.mlp)
-            for parameter in self.norm2.parameters():
-                # float32 also in a bfloat16 tower, so that a factor changes nothing but the output's scale
-                parameter.data = parameter.data.float() * self.mlp.factor if self.mlp.factor != 1 else parameter.data
+            self.norm2, self.mlp = plain.norm2, PreparedMlp(plain.mlp, activation)
+            if self.mlp.factor != 1:
+                # a new norm, in float32 also in a bfloat16 tower, so that the factor changes nothing but the output's scale
+                self.norm2 = nn.LayerNorm(self.width, eps=plain.norm2.eps)
+                self.norm2.load_state_dict({name: self.mlp.factor * value.float() for name, value in plain.norm2.state_dict().items()})
+                self.norm2.requires_grad_(False)
         if "ROI_ADJ" in self.ops:
             self.roi_adjust_module = _pack(plain.roi_adjust_module)
         self._memories: dict[int, _Memory] = {}

@@ -246,6 +246,9 @@ class SparseFormer(nn.Module):
 
         Returns:
             Itself, in eval mode.
+
+        Raises:
+            RuntimeError: it was optimized before.
         """
         self.eval().requires_grad_(False)
         if self.norm.weight.device.type == "cpu":
