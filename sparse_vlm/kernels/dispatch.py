@@ -114,7 +114,6 @@ def _unfit(feature_map: Tensor, points: Tensor, dtype: torch.dtype) -> str | Non
     return None
 
 
-@torch.compiler.assume_constant_result
 def _absent(kind: str, index: int) -> str | None:
     """What the kernels lack on a device, or None, and then the operators are registered."""
     if importlib.util.find_spec("triton") is None:
@@ -132,3 +131,7 @@ def _absent(kind: str, index: int) -> str | None:
     import sparse_vlm.kernels.ops  # noqa: F401
 
     return None
+
+
+# what torch.compiler.assume_constant_result sets; that would import all of torch's compiler, and triton, with every tower
+_absent._dynamo_marked_constant = True  # type: ignore[attr-defined]

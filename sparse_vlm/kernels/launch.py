@@ -43,7 +43,7 @@ def forward(
     out = hidden.new_empty(*hidden.shape[:2], out_points * channels)
     kept = (*hidden.shape[:2], count, channels) if save else (0,)
     sampled, mixed = hidden.new_empty(kept), hidden.new_empty(kept)
-    tiles = choose_tiles(tokens, count, channels, out_points, inner, hidden.dtype, hidden.device)
+    tiles = choose_tiles(tokens, count, channels, out_points, inner, hidden.dtype, _cores(hidden))
     with _on(hidden):
         look_forward[(_programs(tokens, channels, tiles),)](
             feature_map, points, hidden, weight, bias, bias if m_beta is None else m_beta, bias if s_beta is None else s_beta,
@@ -68,7 +68,7 @@ def mixing_backward(
     count, channels = sampled.shape[-2:]
     tokens, inner = hidden.shape[0] * hidden.shape[1], hidden.shape[-1]
     out_points = grad.shape[-1] // channels
-    tiles = choose_tiles(tokens, count, channels, out_points, inner, hidden.dtype, hidden.device)
+    tiles = choose_tiles(tokens, count, channels, out_points, inner, hidden.dtype, _cores(hidden))
     shared = _shared(hidden, tiles)
     betas, beta = m_beta is not None, bias if m_beta is None else m_beta
     sizes = {"C": channels, "P": count, "G": inner}
@@ -111,7 +111,7 @@ def sampling_backward(
     per_picture = points.shape[1] * points.shape[2]
     grad_map, grad_at = feature_map.new_empty(0), points.new_empty(0)
     tile = min(64, triton.next_power_of_2(channels))
-    tiles = choose_tiles(per_picture, points.shape[2], channels, 1, 1, points.dtype, points.device)
+    tiles = choose_tiles(per_picture, points.shape[2], channels, 1, 1, points.dtype, _cores(points))
     with _on(points):
         if of_map:
             order, starts = sort_points(points, height, width, border)
@@ -179,6 +179,10 @@ def _shared(hidden: Tensor, tiles: Tiles) -> dict[str, Any]:
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
+
+
+def _cores(tensor: Tensor) -> int | None:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else None
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -39,20 +39,22 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidden: int, dtype: torch.dtype, cores: int | None) -> Tiles:
     """Tiles for T tokens of P points, C channels, O points after mixing and g hidden numbers.
 
     bfloat16 multiplies on tensor cores, whose products are at least 16 deep. float32 by default multiplies exactly, on the ordinary
     cores, and holds twice the bytes: smaller tiles. Triton's interpreter has no registers to spare, but takes its time for each program.
+
+    Args:
+        cores: multiprocessors of the GPU; None for the interpreter.
     """
     padded = max(16, _power_of_two(points))
-    if device.type == "cpu":
+    if cores is None:
         blocks = (max(16, min(32, _power_of_two(number))) for number in (tokens, channels, out_points))
         return Tiles(*blocks, points=padded, hidden=max(16, min(128, _power_of_two(hidden))), cells=256, warps=1, stages=1)
     half = dtype == torch.bfloat16
     deep, few = 16 if half else 8, (512 if half else 256) // padded
     # few tokens are spread over all multiprocessors rather than read the weights few times
-    cores = torch.cuda.get_device_properties(device).multi_processor_count
     while few > 8 and (few // 2 >= tokens or -(-tokens // few) * -(-channels // deep) < cores):
         few //= 2
     return Tiles(

@@ -1,0 +1,271 @@
+"""`python -m sparse_vlm.kernels.check`: the kernels verified against float64, and on a GPU timed against torch alone.
+
+Shape legend: B pictures, n tokens, P sampling points, C channels, O points after mixing, g width of the hidden vector, H x W the map.
+
+Notable: on a GPU it verifies the shapes of the published families, in float32 and bfloat16, then times one look and the whole
+SparseFormer-B. Times are medians of rounds in which the ways take turns. Where there is no GPU nothing is timed: --interpret verifies small
+shapes through Triton's interpreter, --compile asks the compiler for registers and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_vlm import kernels
+from sparse_vlm.geometry import Padding
+from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.cost import count_macs
+
+NAMES = ("map", "points", "hidden", "weight", "bias", "m_beta", "s_beta")
+# largest relative error of a result or gradient, by its norm
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+class Shape(NamedTuple):
+    """A look."""
+
+    batch: int
+    n: int
+    points: int
+    channels: int
+    out_points: int
+    hidden: int
+    side: int
+    betas: bool
+    padding: Padding
+
+
+PUBLISHED = {
+    "bootstrapped": Shape(2, 48, 16, 64, 32, 128, 56, False, "border"),
+    "v1 tiny": Shape(2, 49, 36, 96, 36, 64, 56, True, "zeros"),
+    "v1 base, last look": Shape(2, 81, 36, 96, 36, 192, 56, True, "zeros"),
+}
+SMALL = {
+    "bootstrapped": Shape(1, 9, 5, 20, 18, 20, 7, False, "border"),
+    "v1": Shape(1, 3, 18, 20, 18, 40, 6, True, "zeros"),
+}
+
+
+def make(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
+    """Arguments of a look, some points beyond the map, the same numbers on each call."""
+    chance = torch.Generator().manual_seed(0)
+    parameters = shape.channels**2 + shape.points * shape.out_points
+    feature_map = torch.randn(shape.batch, shape.channels, shape.side, shape.side, generator=chance)
+    points = torch.rand(shape.batch, shape.n, shape.points, 2, generator=chance) * 1.2 - 0.1
+    others = [
+        torch.randn(shape.batch, shape.n, shape.hidden, generator=chance),
+        torch.randn(parameters, shape.hidden, generator=chance) * (0.3 / shape.hidden**0.5),
+        torch.randn(parameters, generator=chance) * 0.1,
+        *([torch.randn(size, generator=chance) for size in (shape.channels, shape.out_points)] if shape.betas else [None, None]),
+    ]
+    given = [feature_map.to(dtype).contiguous(memory_format=torch.channels_last), points]
+    given += [None if each is None else each.to(dtype) for each in others]
+    return [None if each is None else each.to(device) for each in given]
+
+
+def plain_look(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
+    """A look by torch alone, sampled in float32 or float64 as the tower does."""
+    feature_map, points, hidden, weight, bias, m_beta, s_beta = given
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sampled = F.grid_sample(feature_map.to(exact), points.to(exact) * 2 - 1, padding_mode=shape.padding, align_corners=False)
+    made = F.linear(hidden, weight, bias)
+    over_channels, over_points = made.split([shape.channels**2, shape.points * shape.out_points], dim=-1)
+    x = sampled.permute(0, 2, 3, 1).to(hidden.dtype) @ over_channels.unflatten(-1, (shape.channels, shape.channels))
+    x = x if m_beta is None else F.gelu(x + m_beta)
+    x = over_points.unflatten(-1, (shape.out_points, shape.points)) @ x
+    return F.gelu(x if s_beta is None else x + s_beta.unsqueeze(-1)).flatten(-2)
+
+
+def kernel_look(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
+    """A look by the kernels."""
+    return kernels.look(*given, shape.out_points, shape.padding)
+
+
+def gradients(look: Callable[..., Tensor], given: Sequence[Tensor | None], shape: Shape) -> dict[str, Tensor]:
+    """What a look gives, and the gradient of each argument."""
+    leaves = [None if each is None else each.detach().requires_grad_() for each in given]
+    out = look(leaves, shape)
+    grad = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).bfloat16().to(out.dtype)
+    found = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)
+    names = [name for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None]
+    return {"out": out.detach(), **dict(zip(names, found, strict=True))}
+
+
+def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
+    """Errors against float64 on the CPU, and whether a second run is equal to the last bit, of each shape and dtype."""
+    rows = []
+    for name, shape in shapes.items():
+        for dtype, bound in BOUNDS.items():
+            exact = gradients(plain_look, [None if x is None else x.double() for x in make(shape, dtype)], shape)
+            given = make(shape, dtype, device)
+            found, again = (gradients(kernel_look, given, shape) for _ in range(2))
+            errors = {key: ((found[key].cpu().double() - value).norm() / value.norm()).item() for key, value in exact.items()}
+            same = all(torch.equal(found[key], again[key]) for key in found)
+            rows.append(
+                {"shape": name, "dtype": str(dtype)[6:], "errors": errors, "bound": bound, "repeats": same,
+                 "passed": same and all(error <= bound for error in errors.values())}
+            )  # fmt: skip
+    return rows
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """A step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def take_turns(ways: dict[str, Callable[[], Any]], rounds: int = 11, window: float = 0.02) -> dict[str, float]:
+    """Median milliseconds of each way, in rounds of `window` seconds each in turn, after a warm-up."""
+
+    def timed(way: Callable[[], Any], count: int) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            way()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / count * 1e3
+
+    counts = {name: max(1, round(window * 1e3 / max(1e-3, min(timed(way, 3) for _ in range(3))))) for name, way in ways.items()}
+    seen: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seen[name].append(timed(way, counts[name]))
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def row(what: str, batch: int, times: dict[str, float], **more: Any) -> dict[str, Any]:
+    """Times of several ways, and those by the kernels relative to those by torch alone."""
+    return {"what": what, "batch": batch, "ms": times, "ratio": times["kernels"] / times["plain"], **more}
+
+
+def time_looks() -> list[dict[str, Any]]:
+    """One look of the bootstrapped family in bfloat16, forward alone and with its gradients."""
+    rows, compiled = [], torch.compile(plain_look)
+    for batch in (1, 32, 256):
+        shape = PUBLISHED["bootstrapped"]._replace(batch=batch)
+        given = make(shape, torch.bfloat16, "cuda")
+        with torch.no_grad():
+            forward = {"plain": lambda g=given, s=shape: compiled(g, s), "kernels": lambda g=given, s=shape: kernel_look(g, s)}
+            rows.append(row("look", batch, take_turns({name: captured(way) for name, way in forward.items()})))
+        both = {
+            "plain": lambda g=given, s=shape: gradients(compiled, g, s),
+            "kernels": lambda g=given, s=shape: gradients(kernel_look, g, s),
+        }
+        memory = {}
+        for name, way in both.items():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            way()
+            memory[name] = (torch.cuda.max_memory_allocated() - before) // 2**20
+        rows.append(row("look with gradients", batch, take_turns(both), mebibytes=memory))
+    return rows
+
+
+def time_towers() -> list[dict[str, Any]]:
+    """SparseFormer-B in bfloat16, compiled, and the blocks of a ViT-B/32 in turn with it; at batch 1 as captured graphs."""
+    base = SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")
+    blocks = SparseFormerConfig(
+        units=(UnitConfig(768, ("ATTN", "MLP"), activation="quick_gelu"),) * 12, num_latent_tokens=49, embed_dim=512,
+        image_mean=base.image_mean, image_std=base.image_std, cls_before_unit=0, token_init="glance", glance=GlanceConfig(32, 7),
+    )  # fmt: skip
+    sparse, vit = (SparseFormer(config).eval().to("cuda", torch.bfloat16) for config in (base, blocks))
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * 8192**3 / take_turns({"peak": lambda: square @ square})["peak"] * 1e3
+    # each way compiles once and for its path: what `using` says is fixed in what is compiled
+    models = {"plain": sparse, "kernels": sparse, "ViT-B/32": vit}
+    compiled = {name: torch.compile(lambda pixels, model=model: model(pixels).image_embeds) for name, model in models.items()}
+
+    def run(name: str, pixels: Tensor) -> Tensor:
+        with torch.no_grad(), kernels.using("kernels" if name == "kernels" else "plain"):
+            return compiled[name](pixels)
+
+    rows = []
+    for batch in (1, 256):
+        pixels = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+        ways = {name: lambda name=name, pixels=pixels: run(name, pixels) for name in models}
+        if batch == 1:
+            ways = {**ways, **{f"{name}, captured": captured(way) for name, way in ways.items()}}
+        times = take_turns(ways)
+        share = 2 * count_macs(base).total * batch / times["kernels"] * 1e3 / peak
+        rows.append(
+            row("SparseFormer-B", batch, times, images_per_second={k: batch / t * 1e3 for k, t in times.items()}, share_of_peak=share)
+        )
+    return rows
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print tables."""
+    for each in found.get("verified", []):
+        worst = max(each["errors"], key=each["errors"].get)
+        print(
+            f"{each['shape']:20} {each['dtype']:9} {'passed' if each['passed'] else 'FAILED'}  largest error {each['errors'][worst]:.1e}",
+            end="",
+        )
+        print(f" ({worst}), bound {each['bound']:.0e}; a second run is {'equal' if each['repeats'] else 'NOT equal'}")
+    for each in found.get("compiled", []):
+        took = f"{each['registers']:3} registers, {each['spilled_bytes']:5} bytes spilled, {each['shared_bytes']:6} of shared memory"
+        print(f"{each['shape']:20} {each['dtype']:9} {each['kernel']:22} {took}")
+    for each in found.get("times", []):
+        ways = ", ".join(f"{name} {value:.3f} ms" for name, value in each["ms"].items())
+        print(f"{each['what']:20} batch {each['batch']:3}: {ways}; kernels by plain {each['ratio']:.2f}", end="")
+        print("".join(f"; {key} {each[key]}" for key in ("mebibytes", "images_per_second", "share_of_peak") if key in each))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 where all that was verified passed, 1 where not, 2 where there is nothing to run on."""
+    parser = argparse.ArgumentParser(prog="python -m sparse_vlm.kernels.check", description="Verify the kernels, and time them on a GPU.")
+    parser.add_argument("--interpret", action="store_true", help="verify small shapes on the CPU, through Triton's interpreter")
+    parser.add_argument("--compile", metavar="CAPABILITY", type=int, help="only compile, for compute capability 80 or 90; needs no GPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    chosen = parser.parse_args(arguments)
+    if chosen.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif chosen.compile is None and not torch.cuda.is_available():
+        print("There is no CUDA GPU here, so there is nothing to time. --interpret verifies small shapes on the CPU.", file=sys.stderr)
+        return 2
+    import triton
+
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    if chosen.interpret:
+        found |= {"machine": f"{platform.machine()}, Triton's interpreter", "verified": verify(SMALL, "cpu")}
+    elif chosen.compile is not None:
+        from sparse_vlm.kernels.resources import compile_kernels
+
+        found["capability"], found["compiled"] = chosen.compile, []
+        for name, shape in PUBLISHED.items():
+            for dtype in BOUNDS:
+                made = compile_kernels(shape.channels, shape.points, shape.out_points, shape.hidden, shape.betas, dtype, chosen.compile)
+                found["compiled"] += [{"shape": name, "dtype": str(dtype)[6:], **each} for each in made]
+    else:
+        found |= {"machine": torch.cuda.get_device_name(), "verified": verify(PUBLISHED, "cuda")}
+        if all(each["passed"] for each in found["verified"]):
+            found["times"] = time_looks() + time_towers()
+    if chosen.json:
+        print(json.dumps(found, indent=1))
+    else:
+        report(found)
+    return 0 if all(each["passed"] for each in found.get("verified", [])) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

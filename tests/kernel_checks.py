@@ -1,0 +1,218 @@
+"""The kernels against float64, through Triton's interpreter: what a look is and its gradients, as torch operators and in whole towers.
+
+Run by `test_kernels.py` in a process of its own, because the interpreter has to be chosen before triton is imported.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+
+from sparse_vlm import SparseFormer, SparseFormerConfig, kernels
+from sparse_vlm.tower import UnitConfig
+from sparse_vlm.tower.modules import AdaptiveMixing
+
+# B, n, P, C, O, g, H, W, betas, padding: more than one block of channels, of out points and of tokens; nothing a power of two
+BOOTSTRAPPED = (2, 9, 5, 36, 34, 20, 5, 7, False, "border")
+V1 = (1, 3, 18, 20, 18, 40, 6, 5, True, "zeros")
+NAMES = ("map", "points", "hidden", "weight", "bias", "m_beta", "s_beta")
+
+
+def inputs(batch, n, points, channels, out_points, inner, height, width, betas, padding, dtype=torch.float32) -> dict[str, Tensor | None]:
+    """Arguments of a look, whose values the dtype holds exactly, some points beyond the map."""
+    torch.manual_seed(0)
+    generated = channels**2 + points * out_points
+    made = [
+        torch.randn(batch, channels, height, width),
+        torch.rand(batch, n, points, 2) * 1.4 - 0.2,
+        torch.randn(batch, n, inner),
+        torch.randn(generated, inner) * (0.3 / inner**0.5),
+        torch.randn(generated) * 0.1,
+        *((torch.randn(channels), torch.randn(out_points)) if betas else (None, None)),
+    ]
+    return {
+        name: None if value is None else value.to(torch.float32 if name == "points" else dtype)
+        for name, value in zip(NAMES, made, strict=True)
+    }
+
+
+def reference(given: dict[str, Tensor | None], out_points: int, padding: str) -> Tensor:
+    """A look in float64, as the tower computes it without kernels."""
+    feature_map, points, hidden, weight, bias, m_beta, s_beta = given.values()
+    sampled = F.grid_sample(feature_map, points * 2 - 1, padding_mode=padding, align_corners=False).permute(0, 2, 3, 1)
+    generated = F.linear(hidden, weight, bias)
+    channels, count = feature_map.shape[1], points.shape[2]
+    x = sampled @ generated[..., : channels**2].unflatten(-1, (channels, channels))
+    x = x if m_beta is None else F.gelu(x + m_beta)
+    x = generated[..., channels**2 :].unflatten(-1, (out_points, count)) @ x
+    return F.gelu(x if s_beta is None else x + s_beta[:, None]).flatten(-2)
+
+
+def with_gradients(look, given: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What a look gives, and the gradient of each of its arguments."""
+    leaves = {name: None if x is None else x.to(dtype or x.dtype).requires_grad_() for name, x in given.items()}
+    out = look(leaves)
+    weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(torch.bfloat16).to(out.dtype)
+    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    return {"out": out.detach(), **dict(zip(present, torch.autograd.grad(out, list(present.values()), weights), strict=True))}
+
+
+def by_kernels(given: dict[str, Tensor | None], shape: tuple) -> dict[str, Tensor]:
+    return with_gradients(lambda leaves: kernels.look(*leaves.values(), shape[4], shape[9]), given)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bound"),
+    [(BOOTSTRAPPED, torch.float32, 2e-6), (V1, torch.float32, 2e-6), (BOOTSTRAPPED, torch.bfloat16, 3e-2), (V1, torch.bfloat16, 3e-2)],
+    ids=["bootstrapped", "v1", "bootstrapped-bfloat16", "v1-bfloat16"],
+)
+def test_a_look_and_its_gradients_are_those_of_float64(shape, dtype, bound):
+    """In bfloat16 within what the interpreter's rounding towards zero leaves of three products in a row; a GPU rounds to the nearest."""
+    given = inputs(*shape, dtype=dtype)
+    wanted = with_gradients(lambda leaves: reference(leaves, shape[4], shape[9]), given, torch.float64)
+    found = by_kernels(given, shape)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == (torch.float32 if name == "points" else dtype), name
+        assert (found[name].double() - value).norm() <= bound * value.norm(), name
+
+
+def test_gradients_are_equal_to_the_last_bit_on_each_run():
+    """Most points in one cell, so that its gradient is a sum of many."""
+    shape = (2, 4, 5, 12, 6, 10, 4, 3, False, "border")
+    given = inputs(*shape)
+    given["points"] = 0.5 + given["points"] * 0.05
+    first, second = by_kernels(given, shape), by_kernels(given, shape)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    wanted = with_gradients(lambda leaves: reference(leaves, 6, "border"), given, torch.float64)
+    assert (first["map"] - wanted["map"]).norm() <= 2e-6 * wanted["map"].norm()
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_points_that_are_no_numbers_or_far_away_read_nothing_out_of_bounds(padding):
+    given = inputs(1, 2, 4, 8, 8, 8, 3, 3, False, padding)
+    given["points"] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30]).expand(1, 2, 2, 4).mT.contiguous()
+    found = by_kernels(given, (1, 2, 4, 8, 8, 8, 3, 3, False, padding))
+    assert all(value.isfinite().all() for value in found.values())
+    assert not found["points"].any()
+    assert bool(found["map"].any()) == (padding == "border")
+
+
+def test_the_operators_keep_torchs_rules():
+    shape = (1, 2, 3, 4, 3, 5, 3, 4, True, "border")
+    given = inputs(*shape)
+    assert kernels.look(*given.values(), 3, "border").shape == (1, 2, 12)  # registers the operators
+    cells = given.pop("map").permute(0, 2, 3, 1).contiguous()
+    arguments = [cells, *given.values()]
+    ops = torch.ops.sparse_vlm
+    opcheck(ops.look.default, (*(x.requires_grad_() for x in arguments), 3, True, True))
+    plain = [x.detach() for x in arguments]
+    for save in (False, True):
+        opcheck(ops.look.default, (*plain, 3, False, save), test_utils="test_faketensor")
+    out, sampled, mixed = ops.look(*plain, 3, True, True)
+    for wanted in (False, True):
+        opcheck(ops.mixing_backward.default, (out, *plain[2:], sampled, mixed, wanted), test_utils=("test_schema", "test_faketensor"))
+        opcheck(ops.sampling_backward.default, (sampled, *plain[:2], True, wanted, True), test_utils=("test_schema", "test_faketensor"))
+
+
+def tower(**changes: object) -> SparseFormer:
+    values = {
+        "units": (UnitConfig(32, ("SAMPLING_M", "ATTN", "ROI_ADJ"), repeats=2),), "num_latent_tokens": 4, "embed_dim": 8,
+        "image_size": 24, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "conv_dim": 12, "num_points": 5, "num_heads": 2,
+        "cls_before_unit": 0, "generator_dim": 16,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = SparseFormer(SparseFormerConfig(**{**values, **changes}))
+    with torch.no_grad():
+        for parameter in made.parameters():  # what begins at zero would hide gradients
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return made
+
+
+def passed(model: SparseFormer, path: str) -> list[Tensor]:
+    """Embeddings and all gradients of a model, its looks computed so."""
+    torch.manual_seed(1)
+    with kernels.using(path):
+        embeds = model(torch.randn(2, 3, 24, 24)).image_embeds
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        grads = torch.autograd.grad(embeds.float().square().sum(), trained, allow_unused=True, materialize_grads=True)
+    return [embeds.detach(), *grads]
+
+
+FAMILIES = {
+    # as `tiny`: looks at the width of the blocks, from the first on, and a CLS token throughout
+    "tiny": {},
+    # as SparseFormer-B: a focusing unit of several looks, then a wider one, and the CLS token only after them
+    "btsp": {
+        "units": (UnitConfig(32, ("SAMPLING_M", "PE_INJECT", "ATTN", "ROI_ADJ"), repeats=2), UnitConfig(64, ("SAMPLING_M", "ATTN"))),
+        "cls_before_unit": 1,
+        "rois_init": "released",
+    },
+    "v1": {
+        "num_points": 36, "mixing_bias": True, "padding": "zeros", "cls_before_unit": None, "head": "avg", "stage_embedding": False,
+        "adjust_hidden": False, "generator_dim": 0.25, "clamp_coordinate_grad": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tower_is_the_same_by_the_kernels(family):
+    model = tower(**FAMILIES[family])
+    for plain, found in zip(passed(model, "plain"), passed(model, "kernels"), strict=True):
+        assert (found - plain).norm() <= 1e-4 * plain.norm() + 1e-7
+
+
+def test_the_kernels_are_what_a_tower_runs(monkeypatch):
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("computed without kernels")
+
+    monkeypatch.setattr(AdaptiveMixing, "forward", refuse)
+    with torch.no_grad(), kernels.using("kernels"):
+        tower()(torch.zeros(1, 3, 24, 24))
+    with pytest.raises(AssertionError, match="without kernels"):
+        tower()(torch.zeros(1, 3, 24, 24))
+
+
+def test_checkpointing_and_compiling_change_nothing():
+    model = tower(units=(UnitConfig(32, ("SAMPLING_M",)),))
+    wanted = passed(model, "kernels")
+    model.set_grad_checkpointing()
+    for value, again in zip(wanted, passed(model, "kernels"), strict=True):
+        assert torch.equal(value, again)
+    model.set_grad_checkpointing(False)
+    model.compile(fullgraph=True, backend="aot_eager")
+    for value, again in zip(wanted, passed(model, "kernels"), strict=True):
+        assert torch.allclose(value, again, atol=1e-6)
+
+
+def test_under_autocast_a_look_is_bfloat16_and_its_gradients_are_the_parameters_own():
+    model = tower(units=(UnitConfig(32, ("SAMPLING_M",)),))
+    seen: list[torch.dtype] = []
+    model.layers[0].adaptive_mixing.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    exact = passed(model, "plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = passed(model, "kernels")
+    assert seen == [torch.float32, torch.bfloat16]
+    for value, found in zip(exact[1:], rounded[1:], strict=True):
+        assert found.dtype == value.dtype
+        assert (found - value).norm() <= 0.1 * value.norm() + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float16}, "float32 or bfloat16"),
+        ({"points": 65}, "1 to 64 points"),
+        ({"tokens": 0}, "at least one token"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_plain_or_said(change, message):
+    points = torch.zeros(1, change.get("tokens", 2), change.get("points", 3), 2)
+    looked = torch.zeros(1, 4, 3, 3), points, torch.zeros(1, 2, 8, dtype=change.get("dtype"))
+    assert not kernels.usable(*looked)
+    with kernels.using("kernels"), pytest.raises(RuntimeError, match=message):
+        kernels.usable(*looked)

@@ -1,0 +1,55 @@
+"""The kernels of a look where there is no GPU: through Triton's interpreter, and not at all.
+
+The interpreter has to be chosen before triton is imported, so `kernel_checks.py` runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_vlm import kernels
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name("kernel_checks.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_on_a_processor_looks_are_plain_unless_it_interprets():
+    looked = torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 8)
+    assert not kernels.usable(*looked)
+    with kernels.using("kernels"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        kernels.usable(*looked)
+    assert not kernels.usable(*looked), "what `using` chose ends with it"
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "sparse_vlm.kernels.check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_without_a_gpu_the_check_says_so():
+    done = check()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no CUDA GPU" in done.stderr
+
+
+def test_the_check_verifies_through_the_interpreter():
+    done = check("--interpret", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [(each["shape"], each["dtype"], each["passed"]) for each in found["verified"]] == [
+        (shape, dtype, True) for shape in ("bootstrapped", "v1") for dtype in ("float32", "bfloat16")
+    ]
+    assert "times" not in found
