@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import product
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +27,7 @@ from sparse_vlm.bench.ratios import DTYPES
 from sparse_vlm.bench.turns import FEWEST, WARM_UP
 from sparse_vlm.bench.vision import load_visions, plain_attention
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower import SparseFormer, inference
 from sparse_vlm.tower import modules as tower_modules
 from sparse_vlm.tower.cost import Work, count_operations
 from sparse_vlm.train.rows import as_program
@@ -51,7 +52,7 @@ BY_MODULE = {
     "pool": "head",
     "proj": "head",
 }
-# Operations by the function of `sparse_vlm.tower.modules` that carries them out.
+# Operations by the function that carries them out, as `sparse_vlm.tower.modules` and `inference` call it.
 BY_FUNCTION = {
     "sample_bilinear": "sampling",
     "points_in_rois": "points",
@@ -84,7 +85,7 @@ class Clock:
 @contextmanager
 def clocked(tower: SparseFormer) -> Iterator[Clock]:
     """A clock that forward passes of a tower set in motion."""
-    clock, hooks, functions = Clock(), [], {}
+    clock, hooks, functions = Clock(), [], []
 
     def wrapped(function: Callable[..., Any], operation: str) -> Callable[..., Any]:
         @wraps(function)
@@ -102,16 +103,17 @@ def clocked(tower: SparseFormer) -> Iterator[Clock]:
         if operation is not None:
             hooks.append(module.register_forward_pre_hook(lambda *_, operation=operation: clock.begin(operation), prepend=True))
             hooks.append(module.register_forward_hook(lambda *_: clock.end()))
-    for name, operation in BY_FUNCTION.items():
-        functions[name] = getattr(tower_modules, name)
-        setattr(tower_modules, name, wrapped(functions[name], operation))
+    for home, (name, operation) in product((tower_modules, inference), BY_FUNCTION.items()):
+        if (function := getattr(home, name, None)) is not None:
+            functions.append((home, name, function))
+            setattr(home, name, wrapped(function, operation))
     try:
         yield clock
     finally:
         for hook in hooks:
             hook.remove()
-        for name, function in functions.items():
-            setattr(tower_modules, name, function)
+        for home, name, function in functions:
+            setattr(home, name, function)
 
 
 def _operation(name: str, module: nn.Module, tower: SparseFormer) -> str | None:

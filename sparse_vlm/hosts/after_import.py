@@ -11,9 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 # Module of a host -> our module, whose import registers what it holds.
 AFTER_IMPORT: dict[str, str] = {
@@ -26,8 +28,10 @@ AFTER_IMPORT: dict[str, str] = {
 OLDEST: dict[str, tuple[int, int]] = {"transformers": (5, 3), "timm": (1, 0)}
 
 
-class AfterImport(MetaPathFinder):
+class AfterImport:
     """Imports plug-ins after the modules that they plug into; first on `sys.meta_path`.
+
+    A finder by what it does: `importlib.abc`, whose class of finders it could inherit, takes longer to import than all else here.
 
     Args:
         table: as `AFTER_IMPORT`.
