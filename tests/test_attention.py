@@ -110,7 +110,8 @@ def test_every_part_of_a_vlm_is_told(folder):
     assert sum(found["tower"].forward.values()) == units and not found["tower"].backward
     assert found["projector, mlp"].forward == {}
     assert sum(found["projector, a resampler in its place"].forward.values()) == 1
-    assert all(sum(one.forward.values()) >= layers for part, one in found.items() if part.startswith("LLM"))
+    for part in ("prefill, one prompt", "prefill, two prompts, padded", "decode, one prompt", "decode, two prompts, padded"):
+        assert sum(found[f"LLM, {part}"].forward.values()) == layers, part
     for part, conversations in (("two conversations", 2), ("a photo with several, as one tree", 1)):
         trained = found[f"LLM, training, {part}"]
         assert trained.forward == trained.backward == {PLAIN: layers * conversations}, "packed: each by itself, plainly"

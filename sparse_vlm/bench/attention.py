@@ -126,12 +126,13 @@ def attended(vlm: VLM) -> Iterator[Attended]:
         width, square = tokens.shape[2], math.isqrt(tokens.shape[1]) ** 2
         resampler = make_projector("resampler", width, vlm.projector.linear_2.out_features, square, square).to(tokens)
         yield _used("projector, a resampler in its place", lambda: resampler(tokens[:, :square]))
+    seen = vlm.projector(tokens.to(vlm.projector.linear_1.weight.dtype)).detach()
     for name, prompts in (("one prompt", [short]), ("two prompts, padded", [short, long])):
-        inputs = _inputs(vlm, prompts, photo)
-        read = torch.inference_mode()(lambda inputs=inputs: vlm.model(**inputs, use_cache=True))
+        told = _told(vlm, prompts, photo, seen)
+        read = torch.inference_mode()(lambda told=told: vlm.model(**told, use_cache=True))
         yield _used(f"LLM, prefill, {name}", read)
         said = read()
-        mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"][:, :1].fill_(1)], dim=1)
+        mask = torch.cat([told["attention_mask"], torch.ones_like(told["attention_mask"][:, :1])], dim=1)
         following = {"input_ids": said.logits[:, -1:].argmax(-1), "attention_mask": mask, "past_key_values": said.past_key_values}
         yield _used(f"LLM, decode, {name}", torch.inference_mode()(lambda following=following: vlm.model(**following)))
     prepare(vlm, STAGES["instruct"], lora_rank=2)
@@ -147,10 +148,14 @@ def _used(part: str, call: Callable[[], Any]) -> Attended:
         return Attended(part, *kernels(call))
 
 
-def _inputs(vlm: VLM, prompts: list[list[Message]], photo: Image.Image) -> dict[str, Any]:
+def _told(vlm: VLM, prompts: list[list[Message]], photo: Image.Image, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the LLM is told: embeddings of the prompts, padded, in which `seen` (1, N, D) stands for each picture."""
     texts = [vlm.renderer.text(prompt, answer_next=True) for prompt in prompts]
     made = vlm.processor(text=texts, images=[photo] * len(prompts), padding=True, add_special_tokens=False, return_tensors="pt")
-    return dict(made.to(vlm.model.device))
+    ids = made["input_ids"].to(vlm.model.device)
+    embeds = vlm.model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == vlm.renderer.image_id)[..., None], seen.expand(len(prompts), -1, -1).to(embeds.dtype))
+    return {"inputs_embeds": embeds.detach(), "attention_mask": made["attention_mask"].to(ids.device)}
 
 
 def _step(vlm: VLM, trees: list[Any], tokens: torch.Tensor) -> None:
