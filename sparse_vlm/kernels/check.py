@@ -10,6 +10,7 @@ shapes through Triton's interpreter, --compile asks the compiler for registers a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +55,8 @@ PUBLISHED = {
     "v1 base, last look": Shape(2, 81, 36, 96, 36, 192, 56, True, "zeros"),
 }
 SMALL = {
-    "bootstrapped": Shape(1, 9, 5, 20, 18, 20, 7, False, "border"),
-    "v1": Shape(1, 3, 18, 20, 18, 40, 6, True, "zeros"),
+    "bootstrapped": Shape(1, 4, 5, 12, 6, 20, 5, False, "border"),
+    "v1": Shape(1, 3, 6, 10, 6, 18, 4, True, "zeros"),
 }
 
 
@@ -159,25 +161,25 @@ def row(what: str, batch: int, times: dict[str, float], **more: Any) -> dict[str
 
 
 def time_looks() -> list[dict[str, Any]]:
-    """One look of the bootstrapped family in bfloat16, forward alone and with its gradients."""
+    """One look of each family in bfloat16, forward alone and with its gradients."""
     rows, compiled = [], torch.compile(plain_look)
-    for batch in (1, 32, 256):
-        shape = PUBLISHED["bootstrapped"]._replace(batch=batch)
+    for name, batch in itertools.product(("bootstrapped", "v1 tiny"), (1, 32, 256)):
+        shape = PUBLISHED[name]._replace(batch=batch)
         given = make(shape, torch.bfloat16, "cuda")
         with torch.no_grad():
             forward = {"plain": lambda g=given, s=shape: compiled(g, s), "kernels": lambda g=given, s=shape: kernel_look(g, s)}
-            rows.append(row("look", batch, take_turns({name: captured(way) for name, way in forward.items()})))
+            rows.append(row(f"look, {name}", batch, take_turns({key: captured(way) for key, way in forward.items()})))
         both = {
             "plain": lambda g=given, s=shape: gradients(compiled, g, s),
             "kernels": lambda g=given, s=shape: gradients(kernel_look, g, s),
         }
         memory = {}
-        for name, way in both.items():
+        for key, way in both.items():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             way()
-            memory[name] = (torch.cuda.max_memory_allocated() - before) // 2**20
-        rows.append(row("look with gradients", batch, take_turns(both), mebibytes=memory))
+            memory[key] = (torch.cuda.max_memory_allocated() - before) // 2**20
+        rows.append(row(f"look, {name}, with gradients", batch, take_turns(both), mebibytes=memory))
     return rows
 
 
@@ -227,7 +229,7 @@ def report(found: dict[str, Any]) -> None:
         print(f"{each['shape']:20} {each['dtype']:9} {each['kernel']:22} {took}")
     for each in found.get("times", []):
         ways = ", ".join(f"{name} {value:.3f} ms" for name, value in each["ms"].items())
-        print(f"{each['what']:20} batch {each['batch']:3}: {ways}; kernels by plain {each['ratio']:.2f}", end="")
+        print(f"{each['what']:34} batch {each['batch']:3}: {ways}; kernels by plain {each['ratio']:.2f}", end="")
         print("".join(f"; {key} {each[key]}" for key in ("mebibytes", "images_per_second", "share_of_peak") if key in each))
 
 
@@ -243,9 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif chosen.compile is None and not torch.cuda.is_available():
         print("There is no CUDA GPU here, so there is nothing to time. --interpret verifies small shapes on the CPU.", file=sys.stderr)
         return 2
-    import triton
-
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": metadata.version("triton")}
     if chosen.interpret:
         found |= {"machine": f"{platform.machine()}, Triton's interpreter", "verified": verify(SMALL, "cpu")}
     elif chosen.compile is not None:

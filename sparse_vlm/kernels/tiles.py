@@ -50,8 +50,9 @@ def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidde
     """
     padded = max(16, _power_of_two(points))
     if cores is None:
-        blocks = (max(16, min(32, _power_of_two(number))) for number in (tokens, channels, out_points))
-        return Tiles(*blocks, points=padded, hidden=max(16, min(128, _power_of_two(hidden))), cells=256, warps=1, stages=1)
+        blocks = (max(16, min(32, _power_of_two(number))) for number in (channels, out_points, hidden))
+        channels, out_points, hidden = blocks
+        return Tiles(16, channels, out_points, padded, hidden, cells=256, warps=1, stages=1)
     half = dtype == torch.bfloat16
     deep, few = 16 if half else 8, (512 if half else 256) // padded
     # few tokens are spread over all multiprocessors rather than read the weights few times
