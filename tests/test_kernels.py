@@ -33,6 +33,20 @@ def test_on_a_processor_looks_are_plain_unless_it_interprets():
     assert not kernels.usable(*looked), "what `using` chose ends with it"
 
 
+@pytest.mark.parametrize(("chosen", "path"), [(None, "plain"), ("auto", "auto")])
+def test_the_kernels_have_to_be_asked_for(chosen, path):
+    environment = {name: value for name, value in os.environ.items() if name != "SPARSE_VLM_KERNELS"}
+    program = "from sparse_vlm.kernels import dispatch; print(dispatch._path)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | ({"SPARSE_VLM_KERNELS": chosen} if chosen else {}),
+    )
+    assert done.stdout.strip() == path
+
+
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "sparse_vlm.kernels.check", *arguments]

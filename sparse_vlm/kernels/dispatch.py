@@ -1,4 +1,6 @@
-"""Which way a look is computed: by the Triton kernels where they can, else by torch alone.
+"""Which way a look is computed: by torch alone, or, where that is asked for, by the Triton kernels wherever they can.
+
+Torch alone is the default because no GPU has run the kernels yet.
 
 Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
 H x W the map.
@@ -21,7 +23,7 @@ from sparse_vlm.kernels.tiles import MAX_POINTS
 Path = Literal["auto", "plain", "kernels"]
 VARIABLE = "SPARSE_VLM_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16)
-_path: Path = "plain" if os.environ.get(VARIABLE) == "plain" else "auto"
+_path: Path = "auto" if os.environ.get(VARIABLE) == "auto" else "plain"
 
 
 @contextmanager
@@ -29,10 +31,10 @@ def using(path: Path) -> Iterator[None]:
     """Compute the looks inside so.
 
     Args:
-        path: `auto`, the kernels on an NVIDIA GPU that has bfloat16 (compute capability 8.0), where triton is installed and shapes and
-            dtypes are theirs; `plain`, torch alone, also chosen for a whole process by SPARSE_VLM_KERNELS=plain in the environment;
-            `kernels`, these or an error, on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton
-            is imported).
+        path: `plain`, torch alone, as it is unless told otherwise; `auto`, the kernels on an NVIDIA GPU that has bfloat16 (compute
+            capability 8.0), where triton is installed and shapes and dtypes are theirs, also chosen for a whole process by
+            SPARSE_VLM_KERNELS=auto in the environment; `kernels`, these or an error, on CPU tensors through Triton's interpreter
+            (TRITON_INTERPRET=1 in the environment before triton is imported).
     """
     global _path
     before, _path = _path, path
