@@ -8,7 +8,6 @@ features of a (model, photos) pair are computed once in a run and shared by all 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
@@ -32,7 +30,6 @@ from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.cost import count_macs, vit_macs
 
 BATCH = 32
-FEW_TOKENS = 128  # below it, on a CPU, plain attention is faster than the fused kernel
 
 
 class Embedder(Protocol):
@@ -127,9 +124,7 @@ class ModuleEmbedder:
         """
         if region is not None:
             region = region.to(pixels.device)
-        plain = self.tokens <= FEW_TOKENS and pixels.device.type == "cpu"
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            return self.forward(pixels, region).float().cpu()
+        return self.forward(pixels, region).float().cpu()
 
 
 def budget_name(name: str, num_tokens: int | None) -> str:
@@ -174,7 +169,7 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
             raise UserError(f"{name} cannot begin in a region of a picture; measure zoom on a tower that can, as of the recipe elastic")
         return tower(pixels, region=region).image_embeds
 
-    return ModuleEmbedder(
+    embedder = ModuleEmbedder(
         name if control == "none" else f"{name}, {control}",
         model if control == "none" else f"{model}, {control}",
         "tower",
@@ -187,6 +182,8 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
         config.visual_tokens,
         count_macs(config).total,
     )
+    tower.optimize_for_inference()  # once its parameters are counted, because packed ones are none
+    return embedder
 
 
 def teacher_embedder(name: str) -> ModuleEmbedder:

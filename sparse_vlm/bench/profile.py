@@ -25,7 +25,7 @@ from torch import nn
 from sparse_vlm.bench.machine import COPIED_BYTES, describe, peaks, versions
 from sparse_vlm.bench.ratios import DTYPES
 from sparse_vlm.bench.turns import FEWEST, WARM_UP
-from sparse_vlm.bench.vision import load_visions, plain_attention
+from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import SparseFormer, inference
 from sparse_vlm.tower import modules as tower_modules
@@ -163,7 +163,7 @@ def profile(
         for name, vision in visions.items():
             tower = vision.module
             pixels = torch.randn(batch, 3, vision.size, vision.size, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-            with torch.inference_mode(), plain_attention(vision.tokens_in, pixels.device):
+            with torch.inference_mode():
                 began = time.perf_counter()
                 tower(pixels)
                 seconds = time.perf_counter() - began

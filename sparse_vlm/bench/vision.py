@@ -10,7 +10,6 @@ tokens that a language model is given; the embedding that zero-shot classificati
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_vlm.bench.pruner import PRUNERS
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import FEW_TOKENS, serves_budgets
+from sparse_vlm.eval.embedders import serves_budgets
 from sparse_vlm.geometry import crop_samples
 from sparse_vlm.preprocess import Triple
 from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
@@ -73,12 +71,6 @@ REDUCTIONS = (*PROJECTORS, *PRUNERS)
 BOX = ("tiny", *RIVALS, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
 
 
-def plain_attention(tokens: int, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within it attention is the kernel that so many tokens are fastest with: on a CPU, few of them with plain matrix products."""
-    plain = tokens <= FEW_TOKENS and device.type == "cpu"
-    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
-
-
 @dataclass
 class Vision:
     """A model under test, up to the tokens that its projector is given.
@@ -125,8 +117,7 @@ class Vision:
     def see(self, pixels: Tensor, compiled: bool = False) -> Tensor:
         """(B, 3, S, S) to (B, M, d), of a pruner (B, N, d)."""
         look = self._compiled() if compiled else self.look
-        with plain_attention(self.tokens_in, pixels.device):
-            return look(pixels)
+        return look(pixels)
 
     def optimize(self) -> None:
         """Fold the model for inference where it is a tower of ours; for good."""

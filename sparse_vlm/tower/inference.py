@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm.geometry import adjust_rois, crop_samples, encode_rois, roi_average_weights, sample_bilinear
-from sparse_vlm.tower.modules import ACTIVATIONS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
+from sparse_vlm.tower.modules import ACTIVATIONS, AdaptiveMixing, Attention, Glance, Mlp, Unit, _add_to_latents
 
 if TYPE_CHECKING:
     from sparse_vlm.tower.config import Activation
@@ -38,8 +38,6 @@ def optimize(tower: SparseFormer) -> None:
     """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
     if any(isinstance(module, PackedLinear) for module in tower.modules()):
         raise RuntimeError("this tower is optimized already")
-    if tower.feat_extractor is not None:
-        tower.feat_extractor = PreparedConvolution(tower.feat_extractor)
     if tower.glance is not None:
         tower.glance = PreparedGlance(tower.glance)
     units = iter(tower.config.units)
@@ -97,18 +95,6 @@ def _pack(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _pack(child))
     return module
-
-
-class PreparedConvolution(EarlyConvolution):
-    """The map, made in the tower's dtype and given in float32, which looks would convert it to one by one."""
-
-    def __init__(self, plain: EarlyConvolution) -> None:
-        nn.Module.__init__(self)
-        self.conv1 = plain.conv1
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C, H / 4, W / 4)."""
-        return super().forward(pixels).float()
 
 
 @dataclass
