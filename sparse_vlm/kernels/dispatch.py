@@ -58,9 +58,9 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
     if _path == "plain":
         return False
     kind = tokens.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
     if _path == "auto" and kind != "cuda":
-        return False
+        return False  # first, because the meta device has no autocast to ask for
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
     obstacle = _unfit(feature_map, points, dtype) or _absent(kind, tokens.device.index or 0)
     if obstacle is not None and _path == "kernels":
         raise RuntimeError(f"the kernels cannot compute this look: {obstacle}")
