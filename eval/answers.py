@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from sparse_vlm.photos import Photo
+from sparse_vlm.preprocess import load_crop
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM, Score
@@ -60,30 +61,39 @@ def generated(
         return model.generate(conversations, max_new_tokens=max_new_tokens)
 
     # padding is wasted work: alike lengths go together
-    return _ask_each_once(ask, photos, questions, control, on_answers, GENERATED_AT_ONCE, lambda key: len(key[1].split()))
+    size = model.tower.config.image_size
+    return _ask_each_once(ask, photos, size, questions, control, on_answers, GENERATED_AT_ONCE, lambda key: len(key[1].split()))
 
 
 def scored(model: VLM, photos: Sequence[Photo], questions: Sequence[Question], control: str, on_answers: OnAnswers) -> list[list[Score]]:
     """How likely every choice of every question is."""
     # the model reads a photo once for all questions about it that stand side by side
-    return _ask_each_once(model.score, photos, questions, control, on_answers, SCORED_AT_ONCE, lambda key: -1 if key[0] is None else key[0])
+    size = model.tower.config.image_size
+    return _ask_each_once(
+        model.score, photos, size, questions, control, on_answers, SCORED_AT_ONCE, lambda key: -1 if key[0] is None else key[0]
+    )
 
 
 def _ask_each_once(
     ask: Callable[[list[Any], list[list[str]]], list[Answer]],
     photos: Sequence[Photo],
+    size: int,
     questions: Sequence[Question],
     control: str,
     on_answers: OnAnswers,
     at_once: int,
     sort_by: Callable[[Key], int],
 ) -> list[Answer]:
-    """Answers in the order of the questions; a key is (shown photo, question, choices)."""
+    """Answers in the order of the questions; a key is (shown photo, question, choices).
+
+    Args:
+        size: of the pictures that the model's tower sees, in pixels; photos are decoded no larger than that needs.
+    """
     if control == "wrong-image" and len(photos) < 2:
         raise ValueError("no other photo to show")
     keys: list[Key] = [(shown_photo(question.photo, len(photos), control), question.text, question.choices) for question in questions]
     order = sorted(dict.fromkeys(keys), key=sort_by)
-    load = lru_cache(maxsize=at_once)(lambda index: photos[index].load())
+    load = lru_cache(maxsize=at_once)(lambda index: load_crop(photos[index], size))
     found: dict[Key, Answer] = {}
     on_answers(0, len(order))
     for start in range(0, len(order), at_once):

@@ -118,6 +118,10 @@ class FakeVLM:
     class model:
         dtype = torch.float32
 
+    class tower:
+        class config:
+            image_size = 32
+
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None]] = []
 

@@ -59,6 +59,9 @@ def test_document_and_table(small, capsys):
     assert "| sparse-vlm | 2 |" in table and "| tiny | 1 |" in table
     assert all(line.count("|") == 5 for line in table.splitlines() if line)
 
+    main([str(EXAMPLES)], limit=1, rounds=0)
+    assert capsys.readouterr().out == table[table.index("| cosine") :], "the same photos, so the same cosines"
+
 
 def test_too_few_rounds_are_refused(tmp_path):
     with pytest.raises(UserError, match="--rounds is 2; a median needs 3"):

@@ -211,17 +211,20 @@ def agree(photos: dict[float, list[Photo]], how: dict[str, Way], teacher: str | 
 def as_table(times: Sequence[Time], agreements: Sequence[Agreement]) -> str:
     """Markdown: milliseconds of a picture, and cosines."""
     heads = [f"{megapixels:g} MP" for megapixels in MEGAPIXELS]
-    lines = [f"| ms a picture, median [quartiles] | threads | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
-    for name in dict.fromkeys(time.what for time in times if time.megapixels is not None):
-        for threads in THREADS:
-            cells = [_spread(time) for time in times if (time.what, time.threads) == (name, threads)]
-            lines.append(f"| {name} | {threads} | {' | '.join(cells)} |")
-    lines += ["", "| the tower for a picture, ms | threads | alone | in a batch |", "|---|---:|---:|---:|"]
-    for name in dict.fromkeys(time.what for time in times if time.megapixels is None):
-        for threads in THREADS:
-            cells = [_spread(time) for time in times if (time.what, time.threads) == (name, threads)]
-            lines.append(f"| {name} | {threads} | {' | '.join(cells)} |")
-    lines += ["", f"| cosine to {PLAIN}: lowest, median | model | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads)]
+    lines: list[str] = []
+    for first, columns, own in (
+        ("ms a picture, median [quartiles]", heads, [time for time in times if time.megapixels is not None]),
+        ("the tower for a picture, ms", ["alone", f"in a batch of {AT_ONCE}"], [time for time in times if time.megapixels is None]),
+    ):
+        if not own:
+            continue
+        lines += [f"| {first} | threads | {' | '.join(columns)} |", "|---|---:|" + "---:|" * len(columns)]
+        for name in dict.fromkeys(time.what for time in own):
+            for threads in THREADS:
+                cells = [_spread(time) for time in own if (time.what, time.threads) == (name, threads)]
+                lines.append(f"| {name} | {threads} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += [f"| cosine to {PLAIN}: lowest, median | model | {' | '.join(heads)} |", "|---|---|" + "---:|" * len(heads)]
     for name in dict.fromkeys(one.way for one in agreements if one.way != PLAIN):
         for model in dict.fromkeys(one.model for one in agreements):
             cells = [f"{one.lowest:.5f}, {one.median:.5f}" for one in agreements if (one.way, one.model) == (name, model)]
@@ -237,7 +240,7 @@ def main(
     image: Annotated[list[str] | None, typer.Option(help="Photos: a picture, folder or tar; repeat it. One is made unless given.")] = None,
     limit: Annotated[int, typer.Option(help="Photos at most, evenly spread.", min=1)] = 8,
     teacher: Annotated[str | None, typer.Option(help="A teacher whose embeddings are compared as well.")] = None,
-    rounds: Annotated[int, typer.Option(help="Turns of each after the warm-up, of which the median counts.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Turns of each after the warm-up, of which the median counts; 0 leaves times out.")] = 7,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write one JSON document; - is stdout.")] = None,
 ) -> None:
     """What decoding and resizing a photo costs by us, by Pillow and by torchvision, beside towers, and whether the embeddings agree.
@@ -253,7 +256,7 @@ def main(
         images = [made_picture()[2]]
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(images, Path(folder))
-        times, agreements = time_all(photos, how, rounds), agree(photos, how, teacher)
+        times, agreements = time_all(photos, how, rounds) if rounds else [], agree(photos, how, teacher)
         sizes = [{"megapixels": mp, "photos": len(every), "bytes": round(median(p.size for p in every))} for mp, every in photos.items()]
     if json_file is None:
         sys.stdout.write(as_table(times, agreements))
