@@ -1,11 +1,12 @@
 """Attention over a packed row: sequences of a batch lie one after the other, without padding, and none sees another.
 
-Shape legend: S tokens of the row, L of its longest sequence, l of one of them, H heads, H' of keys and values, d size of a head.
+Shape legend: S tokens of the row, B sequences, L tokens of the longest, H heads, H' of keys and values, d size of a head.
 All of an LLM but attention treats each token by itself, and so does in a packed row what it does in a padded batch, without the padding.
-Attention is computed for each sequence alone, as the model's own code computes it (`PACKED`, any mask), or by flash-attention, which takes
-the places where sequences begin and plain causal attention only (`between`).
+For attention alone sequences are laid apart again, padded, and computed as the model's own code computes it (`PACKED`, any mask); or
+flash-attention is told where they begin, which takes plain causal attention only (`between`).
 
-Notable: a mask over the whole row would do as well, but attention over it costs S * S instead of the sum of l * l.
+Notable: neither a mask over the whole row, which costs S * S, nor a call for each sequence pays on a processor: many small products with a
+shape of their own each took longer than what padding costs (docs/attention.md).
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ PACKED = "sparse_vlm_packed"  # how transformers knows it, and what `set_attn_im
 CAUSAL = {"full_attention", "sliding_attention"}  # layers of which no token is seen but through attention
 
 
-def segments(lengths: Sequence[int]) -> dict[str, Any]:
-    """What `PACKED` must be told, for the LLM's call; nothing where sequences are padded."""
-    return {"segments": tuple(lengths)} if lengths else {}
+def apart(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What `PACKED` must be told, for the LLM's call: where each token of the row lies in the padded batch, flattened."""
+    longest = max(lengths)
+    places = [torch.arange(length) + i * longest for i, length in enumerate(lengths)]
+    return {"padded_places": torch.cat(places).to(device)}
 
 
 def between(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -35,31 +38,62 @@ def between(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
+class _Spread(torch.autograd.Function):
+    """Rows to their places among more rows, the others zero; each place is taken once, so that its gradient is a choice of rows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, places: Tensor, count: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None  # type: ignore[attr-defined]
+
+
+class _Choice(torch.autograd.Function):
+    """The inverse of `_Spread`; torch's own gradient of a choice would add where nothing is to be added."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)  # type: ignore[attr-defined]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None  # type: ignore[attr-defined]
+
+
 def attend_apart(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segments: Sequence[int] | None = None,
+    padded_places: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' interface of an attention function; with `segments` for each of a row's sequences alone.
+    """transformers' interface of an attention function; with `padded_places` for each of a row's sequences alone.
 
     Args:
         query, key, value: (1, H or H', S, d).
-        attention_mask: (1, 1, S, L), added to the scores; columns are tokens of the row's own sequence.
-        segments: the sequences' lengths; without it the batch is a padded one.
+        attention_mask: (B, 1, L, L) of the padded batch, added to the scores.
+        padded_places: (S,), from `apart`; without it the batch is a padded one.
         options: the model's own, passed on.
 
     Returns:
         (1, S, H, d), and the weights where the batch is a padded one.
     """
     own = _own_attention(module)
-    if segments is None:
+    if padded_places is None:
         return own(module, query, key, value, attention_mask, **options)
-    parts = zip(*(side.split(segments, dim=2) for side in (query, key, value, attention_mask)), strict=True)
-    return torch.cat([own(module, q, k, v, mask[..., : q.shape[2]], **options)[0] for q, k, v, mask in parts], dim=1), None
+    batch, length = attention_mask.shape[0], attention_mask.shape[-1]
+    laid = [_Spread.apply(side[0].transpose(0, 1), padded_places, batch * length) for side in (query, key, value)]
+    sides = (side.unflatten(0, (batch, length)).transpose(1, 2) for side in laid)  # each (B, H or H', L, d)
+    out, _ = own(module, *sides, attention_mask, **options)  # (B, L, H, d)
+    return _Choice.apply(out.flatten(0, 1), padded_places)[None], None
 
 
 def _own_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_vlm.vlm.packed import between, segments
+from sparse_vlm.vlm.packed import apart, between
 from sparse_vlm.vlm.prompts import Rendered
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TreeBatch:
     Attributes:
         input_ids: (B, L), packed (1, S).
         position_ids: of the same shape, depth in the tree.
-        attention_mask: (B, 1, L, L) bool, true where a token sees another; packed (1, 1, S, L), where columns are tokens of the row's tree.
+        attention_mask: (B, 1, L, L) bool, true where a token sees another; of a packed batch the same as if it were padded.
         target_positions: (T,) into the flattened input_ids.
         target_ids: (T,).
         target_owners: (T, 2): tree in the batch, sequence in the tree.
@@ -127,31 +127,25 @@ def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
     mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
     for b, tree in enumerate(trees):
         input_ids[b, : len(tree)] = torch.tensor(tree.ids)
-        position_ids[b, : len(tree)], mask[b, : len(tree), : len(tree)] = _depth_and_sight(tree)
+        sees, depth = mask[b], []
+        for i, parent in enumerate(tree.parents):
+            depth.append(depth[parent] + 1 if parent >= 0 else 0)
+            if parent >= 0:
+                sees[i] |= sees[parent]
+        position_ids[b, : len(tree)] = torch.tensor(depth)
     return TreeBatch(input_ids, position_ids, mask.unsqueeze(1), *_targets(trees, [b * length for b in range(len(trees))]))
 
 
 def pack(trees: Sequence[TokenTree]) -> TreeBatch:
     """Trees one after the other in a single row, without padding."""
+    padded = collate(trees, pad_id=0)
     lengths = tuple(map(len, trees))
+    rows = [
+        torch.cat([row[:length] for row, length in zip(side, lengths, strict=True)])[None]
+        for side in (padded.input_ids, padded.position_ids)
+    ]
     starts = [0, *itertools.accumulate(lengths)]
-    mask = torch.zeros(starts[-1], max(lengths), dtype=torch.bool)
-    depths = []
-    for start, tree in zip(starts, trees, strict=False):
-        depth, mask[start : start + len(tree), : len(tree)] = _depth_and_sight(tree)
-        depths.append(depth)
-    input_ids = torch.tensor([token for tree in trees for token in tree.ids])
-    return TreeBatch(input_ids[None], torch.cat(depths)[None], mask[None, None], *_targets(trees, starts), lengths)
-
-
-def _depth_and_sight(tree: TokenTree) -> tuple[Tensor, Tensor]:
-    """How deep each token stands (L,), and which tokens it sees (L, L): itself and its ancestors."""
-    sees, depth = torch.eye(len(tree), dtype=torch.bool), []
-    for i, parent in enumerate(tree.parents):
-        depth.append(depth[parent] + 1 if parent >= 0 else 0)
-        if parent >= 0:
-            sees[i] |= sees[parent]
-    return torch.tensor(depth), sees
+    return TreeBatch(*rows, padded.attention_mask, *_targets(trees, starts), lengths)
 
 
 def _targets(trees: Sequence[TokenTree], starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,17 +176,17 @@ def target_log_probs(
         if int(here.sum()) != image_features.shape[0] * image_features.shape[1]:
             raise ValueError(f"{int(here.sum())} image placeholders for {image_features.shape[0]} x {image_features.shape[1]} image tokens")
         embeds = embeds.masked_scatter(here.unsqueeze(-1), image_features.to(embeds.dtype))
-    positions, mask, apart = batch.position_ids, None, {}
+    positions, mask, told = batch.position_ids, None, {}
     if not plain_causal:
         # added to the scores rather than boolean, which plain and fused attention both take
         mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
-        apart = segments(batch.lengths)
+        told = apart(batch.lengths, embeds.device) if batch.lengths else {}
     elif batch.lengths:
-        apart = between(batch.lengths, embeds.device)
+        told = between(batch.lengths, embeds.device)
     else:
         # padding stands last, where a causal mask hides it from all that is read; counted on, so that nothing looks like a new sequence
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
-    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **apart)
+    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **told)
     states = out.last_hidden_state.flatten(0, 1)
     positions, index = batch.target_positions.unique(return_inverse=True)
     logits = model.lm_head(states[positions]).float()
