@@ -58,12 +58,12 @@ def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, emb
 
 
 RIVALS: dict[str, Rival] = {
-    "vit-s14": _vit("ViT-S/14 at 224 pixels, the shape of tiny's teacher", 384, 12, 14, norm_pre=False, activation="gelu"),
     "clip-b32": _vit("CLIP ViT-B/32 at 224 pixels", 768, 12, 32),
     "clip-b16": _vit("CLIP ViT-B/16 at 224 pixels", 768, 12, 16),
     "siglip-b16": _vit("SigLIP ViT-B/16 at 224 pixels", 768, 12, 16, embed=768, **SIGLIP),
     "clip-l14": _vit("CLIP ViT-L/14 at 224 pixels", 1024, 24, 14, embed=768),
     "clip-l14-336": _vit("CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower", 1024, 24, 14, 336, 768),
+    "vit-s14": _vit("ViT-S/14 at 224 pixels, the shape of tiny's teacher", 384, 12, 14, norm_pre=False, activation="gelu"),
     "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
     "sparseformer-l": Rival("SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")),
 }
