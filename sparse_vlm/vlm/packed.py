@@ -26,10 +26,12 @@ CAUSAL = {"full_attention", "sliding_attention"}  # layers of which no token is 
 
 
 def apart(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What `PACKED` must be told, for the LLM's call: where each token of the row lies in the padded batch, flattened."""
+    """What `PACKED` must be told: of each token of the row its place in the padded batch, flattened, and the reverse."""
     longest = max(lengths)
-    places = [torch.arange(length) + i * longest for i, length in enumerate(lengths)]
-    return {"padded_places": torch.cat(places).to(device)}
+    padded = torch.cat([torch.arange(length) + i * longest for i, length in enumerate(lengths)])
+    row = torch.zeros(len(lengths) * longest, dtype=torch.long)
+    row[padded] = torch.arange(len(padded))
+    return {"padded_places": padded.to(device), "row_places": row.to(device)}
 
 
 def between(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -38,32 +40,20 @@ def between(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
-class _Spread(torch.autograd.Function):
-    """Rows to their places among more rows, the others zero; each place is taken once, so that its gradient is a choice of rows."""
+class _Move(torch.autograd.Function):
+    """Rows to other places and back, which is cheaper than torch's own gradient, that would add what comes from several places.
+
+    In padding any row will do, there and in the gradient: it sees itself alone, and nothing that is read sees it.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, places: Tensor, count: int) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(places)
-        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, places, rows)
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, there: Tensor, back: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(back)
+        return rows.index_select(0, there)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None  # type: ignore[attr-defined]
-
-
-class _Choice(torch.autograd.Function):
-    """The inverse of `_Spread`; torch's own gradient of a choice would add where nothing is to be added."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(places)
-        ctx.count = len(rows)  # type: ignore[attr-defined]
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (places,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, places, gradient), None  # type: ignore[attr-defined]
 
 
 def attend_apart(
@@ -73,6 +63,7 @@ def attend_apart(
     value: Tensor,
     attention_mask: Tensor | None,
     padded_places: Tensor | None = None,
+    row_places: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' interface of an attention function; with `padded_places` for each of a row's sequences alone.
@@ -80,7 +71,7 @@ def attend_apart(
     Args:
         query, key, value: (1, H or H', S, d).
         attention_mask: (B, 1, L, L) of the padded batch, added to the scores.
-        padded_places: (S,), from `apart`; without it the batch is a padded one.
+        padded_places, row_places: (S,) and (B * L,), from `apart`; without them the batch is a padded one.
         options: the model's own, passed on.
 
     Returns:
@@ -90,10 +81,10 @@ def attend_apart(
     if padded_places is None:
         return own(module, query, key, value, attention_mask, **options)
     batch, length = attention_mask.shape[0], attention_mask.shape[-1]
-    laid = [_Spread.apply(side[0].transpose(0, 1), padded_places, batch * length) for side in (query, key, value)]
+    laid = [_Move.apply(side[0].transpose(0, 1), row_places, padded_places) for side in (query, key, value)]
     sides = (side.unflatten(0, (batch, length)).transpose(1, 2) for side in laid)  # each (B, H or H', L, d)
     out, _ = own(module, *sides, attention_mask, **options)  # (B, L, H, d)
-    return _Choice.apply(out.flatten(0, 1), padded_places)[None], None
+    return _Move.apply(out.flatten(0, 1), padded_places, row_places)[None], None
 
 
 def _own_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
