@@ -29,7 +29,6 @@ from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.parts import FLASH, SDPA, Group
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.vlm import VLM
-from sparse_vlm.vlm.packed import PACKED
 from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, pack, target_log_probs
 
 
@@ -147,7 +146,7 @@ class Samples(Dataset):
 
 
 class Gather:
-    """Samples and their pictures to a batch: what `Learner` takes, and the samples' names; packed where the LLM's attention allows it."""
+    """Samples and their pictures to a batch: what `Learner` takes, and the samples' names; packed for flash-attention."""
 
     def __init__(self, vlm: VLM) -> None:
         self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id
@@ -160,9 +159,8 @@ class Gather:
         trees = [sample.tree for sample, _ in items]
         pictures = [shown for _, shown in items if shown is not None]
         chains = all(map(is_chain, trees))
-        packed = self.attention == PACKED or (self.attention == FLASH and chains)
         return {
-            "trees": pack(trees) if packed else collate(trees, self.pad_id),
+            "trees": pack(trees) if chains and self.attention == FLASH else collate(trees, self.pad_id),
             "pictures": torch.cat(pictures) if pictures else None,
             "chains": chains,
             "names": [sample.name for sample, _ in items],

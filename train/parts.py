@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import VLM
-from sparse_vlm.vlm.packed import PACKED, packable, packable_plainly
 
 
 @dataclass(frozen=True)
@@ -179,20 +179,26 @@ def computes_in_bfloat16(vlm: VLM) -> bool:
 
 FLASH = "flash_attention_2"
 SDPA = "sdpa"
+ATTENTION_ALONE = {"full_attention", "sliding_attention"}  # kinds of layers, as transformers names them
+
+
+def packable(language: PreTrainedModel) -> bool:
+    """Whether all tokens of an LLM meet in attention alone, so that sequences can be kept apart there: no recurrences, no convolutions."""
+    kinds = getattr(language.config, "layer_types", None) or ATTENTION_ALONE
+    return not language._is_stateful and set(kinds) <= ATTENTION_ALONE
 
 
 def choose_attention(vlm: VLM) -> str:
     """Set how the LLM computes attention, and say it.
 
-    A tree needs a mask of its own, which flash-attention does not take: batches of plain conversations go through it, trees through SDPA
-    (`train.learner`). On a processor both lie packed in one row.
+    A tree needs a mask of its own, which flash-attention does not take: batches of plain conversations go through it, packed into one row,
+    trees through SDPA (`train.learner`).
     """
     language = vlm.model.model.language_model
     if vlm.model.device.type == "cpu":
         # at a few hundred tokens a tree, plain attention takes a quarter less of a step than the fused kernel
-        packs = packable_plainly(language)
-        language.set_attn_implementation(PACKED if packs else "eager")
-        return f"plain (on a processor faster than SDPA at these lengths), {'packed without padding' if packs else 'padded'}"
+        language.set_attn_implementation("eager")
+        return "plain (on a processor faster than SDPA at these lengths)"
     if is_flash_attn_2_available() and language._supports_flash_attn and packable(language) and computes_in_bfloat16(vlm):
         language.set_attn_implementation(FLASH)
         return (

@@ -6,9 +6,8 @@ into a prefix tree: a token sees its ancestors alone, stands at the position tha
 compute in its own conversation (a test compares the two).
 
 Notable: the tree needs nothing but an attention mask and position ids, which the stock models take. Trees of a batch are padded to the
-longest (`collate`), or lie one after the other in a single row without padding (`pack`), where the LLM's attention knows how to keep them
-apart (`sparse_vlm.vlm.packed`, and flash-attention). The LLM's head, a fifth of a small model's work, runs at the positions that have a
-target and nowhere else.
+longest (`collate`); conversations that are no trees may lie one after the other in a single row (`pack`), for flash-attention, which knows
+how to keep them apart. The LLM's head, a fifth of a small model's work, runs at the positions that have a target and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_vlm.vlm.packed import apart, between
 from sparse_vlm.vlm.prompts import Rendered
 
 if TYPE_CHECKING:
@@ -94,21 +92,21 @@ def is_chain(tree: TokenTree) -> bool:
 
 @dataclass
 class TreeBatch:
-    """Trees, padded, or packed into one row, (1, S).
+    """Trees, padded, or conversations packed into one row, (1, S).
 
     Attributes:
         input_ids: (B, L), packed (1, S).
         position_ids: of the same shape, depth in the tree.
-        attention_mask: (B, 1, L, L) bool, true where a token sees another; of a packed batch the same as if it were padded.
+        attention_mask: (B, 1, L, L) bool, true where a token sees another; None of a packed batch.
         target_positions: (T,) into the flattened input_ids.
         target_ids: (T,).
         target_owners: (T, 2): tree in the batch, sequence in the tree.
-        lengths: tokens of each tree of a packed batch; empty where trees are padded.
+        lengths: tokens of each conversation of a packed batch; empty where trees are padded.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     target_positions: Tensor
     target_ids: Tensor
     target_owners: Tensor
@@ -136,16 +134,19 @@ def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
     return TreeBatch(input_ids, position_ids, mask.unsqueeze(1), *_targets(trees, [b * length for b in range(len(trees))]))
 
 
-def pack(trees: Sequence[TokenTree]) -> TreeBatch:
-    """Trees one after the other in a single row, without padding."""
-    padded = collate(trees, pad_id=0)
-    lengths = tuple(map(len, trees))
-    rows = [
-        torch.cat([row[:length] for row, length in zip(side, lengths, strict=True)])[None]
-        for side in (padded.input_ids, padded.position_ids)
-    ]
+def pack(chains: Sequence[TokenTree]) -> TreeBatch:
+    """Conversations one after the other in a single row, without padding.
+
+    Raises:
+        ValueError: one of them is a tree, which needs a mask.
+    """
+    if not all(map(is_chain, chains)):
+        raise ValueError("only single conversations can be packed")
+    lengths = tuple(map(len, chains))
+    input_ids = torch.tensor([token for chain in chains for token in chain.ids])
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
     starts = [0, *itertools.accumulate(lengths)]
-    return TreeBatch(*rows, padded.attention_mask, *_targets(trees, starts), lengths)
+    return TreeBatch(input_ids[None], position_ids[None], None, *_targets(chains, starts), lengths)
 
 
 def _targets(trees: Sequence[TokenTree], starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +164,7 @@ def target_log_probs(
 
     Args:
         model: its LLM sees the trees; PEFT's layers may be inside.
-        batch: packed only where the LLM's attention keeps the trees of a row apart: `packed.PACKED`, or flash-attention if `plain_causal`.
+        batch: packed only where `plain_causal` and the LLM's attention is flash-attention.
         image_features: (pictures, N, width of the LLM), projected, in the order of the placeholders; None without pictures.
         plain_causal: every tree is one conversation (`is_chain`), so that the LLM's own causal mask will do, which flash-attention needs.
 
@@ -180,9 +181,8 @@ def target_log_probs(
     if not plain_causal:
         # added to the scores rather than boolean, which plain and fused attention both take
         mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
-        told = apart(batch.lengths, embeds.device) if batch.lengths else {}
     elif batch.lengths:
-        told = between(batch.lengths, embeds.device)
+        told = _bounds(batch.lengths, embeds.device)
     else:
         # padding stands last, where a causal mask hides it from all that is read; counted on, so that nothing looks like a new sequence
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
@@ -191,3 +191,9 @@ def target_log_probs(
     positions, index = batch.target_positions.unique(return_inverse=True)
     logits = model.lm_head(states[positions]).float()
     return F.log_softmax(logits, dim=-1)[index, batch.target_ids]
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What flash-attention must be told of a packed row, as transformers passes it on: where conversations begin and how long they are."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}
