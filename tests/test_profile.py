@@ -131,5 +131,7 @@ def test_a_ratio_is_of_rounds_that_both_took_part_in(small: None) -> None:
         ratios([Comparison("all", "plain", 1.0)], ["float32"], [1], rounds=2)
     with pytest.raises(UserError, match="--form folded: known are plain, optimized"):
         comparing.main(form=["folded"])
+    with pytest.raises(UserError, match="--beside clip-z: known are clip-b32, clip-b16, vit-s14"):
+        comparing.main(beside=["clip-z"])
     data = comparing.document([Ratio("a", "b", 0.5, "float32", 1, 2, 1.0, 2.0, 0.5, 0.4, 0.6, 3)])
     assert data["ratios"][0]["holds"] is True and data["machine"]["cores"] >= 1

@@ -160,6 +160,7 @@ def document(found: Iterable[Ratio]) -> dict[str, Any]:
 
 
 def main(
+    beside: Annotated[list[str] | None, typer.Option(help="Rivals to compare with; repeat it. All unless given.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. Both unless given.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Pictures at once; repeat it. 1 and 8 unless given.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
@@ -168,12 +169,14 @@ def main(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Times of our towers by those of ViTs on this machine, taken in turn."""
-    for option, given, known in (("dtype", dtype, DTYPES), ("form", form, FORMS)):
+    rivals = [comparison.rival for comparison in COMPARISONS]
+    for option, given, known in (("beside", beside, rivals), ("dtype", dtype, DTYPES), ("form", form, FORMS)):
         if unknown := set(given or ()) - set(known):
             raise UserError(f"--{option} {sorted(unknown)[0]}: known are {', '.join(known)}")
     if threads:
         torch.set_num_threads(threads)
-    found = ratios(dtypes=dtype or tuple(DTYPES), batches=batch or (1, 8), rounds=rounds, forms=form or FORMS)
+    compared = [comparison for comparison in COMPARISONS if comparison.rival in (beside or rivals)]
+    found = ratios(compared, dtype or tuple(DTYPES), batch or (1, 8), rounds, forms=form or FORMS)
     if json_:
         sys.stdout.write(json.dumps(document(found), indent=1) + "\n")
     else:
