@@ -250,7 +250,7 @@ def optimizer(model):
 for name in (sys.argv[1], sys.argv[1] + "?unfreeze=true"):
     plain = Model(name)
     plain.vision_tower.load_model()
-    with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32):
+    with deepspeed.zero.Init(config_dict_or_path=config):  # a dtype of one's own is lost on processors without float16
         model = Model(name)
         assert hasattr(model.mm_projector.weight, "ds_id"), "DeepSpeed has taken what was made here"
     model.vision_tower.load_model()
