@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -18,15 +20,17 @@ def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def use_processors(threads: int | None = None) -> None:
+def use_processors(threads: int | None = None, keep_memory: bool = True) -> None:
     """Set up the processors for long work: how many threads compute, and that freed memory is kept.
 
     Args:
         threads: as torch decides unless given.
+        keep_memory: whether to `keep_freed_memory`.
     """
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
@@ -41,6 +45,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
+    """What a tower that learns runs its SDPA in: on a processor plain attention is faster than the fused kernel, at its few tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # not in the torch of old LLaVA environments, which import this module
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def own_device() -> torch.device:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -31,3 +34,12 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json(where: str, document: Any) -> None:
+    """Write a JSON document to a file, whole, or to stdout where its name is `-`."""
+    text = json.dumps(document, indent=1) + "\n"
+    if where == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(where), text)

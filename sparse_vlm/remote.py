@@ -102,9 +102,7 @@ def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
                 picture = row.pop(columns[0])
                 data = picture["bytes"] or Path(picture["path"]).read_bytes()
                 for suffix, content in ((suffix_of(data), data), ("json", json.dumps(_info(row, labels)).encode())):
-                    member = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+                    add_member(archive, f"{number:09d}.{suffix}", content)
                 on_progress(pattern, number + 1, 0)
     except UserError:
         part.unlink(missing_ok=True)
@@ -115,6 +113,13 @@ def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
             f"{pattern}: datasets could not read it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
     os.replace(part, path)
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file to a tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
 
 
 def suffix_of(data: bytes) -> str:

@@ -10,7 +10,6 @@ the student. A run that is interrupted (Ctrl-C saves first) goes on from its las
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import random
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import native_dtype, own_device, rank
+from sparse_vlm.devices import few_tokens, native_dtype, own_device, rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
@@ -41,6 +39,17 @@ from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, late
 from sparse_vlm.train.zero import announce, whole
 
 
+def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
+    """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
+    new = {row.target for row in mapping if row.fate == "new"}
+    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer of bootstrapping."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
 class BootstrapTrainer(Trainer):
     """The Trainer with our parameter groups, and an evaluation that measures the averaged weights by centred cosine."""
 
@@ -55,7 +64,7 @@ class BootstrapTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's groups."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98), fused=True)
+            self.optimizer = adamw(self.groups)
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -201,8 +210,7 @@ def bootstrap(
             callbacks=[AveragedWeights(model, average, recipe.ema), MarkWhole(), stop, ProgressLine("views", recipe.batch_size)],
         )
         trainer.remove_callback(PrinterCallback)
-        new = {row.target for row in mapping if row.fate == "new"}
-        trainer.groups = parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+        trainer.groups = groups_of(tower, mapping, recipe)
         # only now is the tower where it will be trained
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
@@ -212,8 +220,7 @@ def bootstrap(
         if checkpoint is not None:
             for name, value in load_file(checkpoint / "average.safetensors").items():
                 average[name].copy_(value)
-        # plain attention is faster than the fused kernels at fifty tokens on a CPU
-        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():
+        with few_tokens(own):
             if checkpoint is None:
                 trainer.evaluate()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -6,13 +6,10 @@ Everything else is frozen: it has no gradient, is in no checkpoint, and stays in
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -207,11 +204,6 @@ def choose_attention(vlm: VLM) -> str:
         )
     language.set_attn_implementation(SDPA)
     return "SDPA (flash-attention 2 is used where flash-attn is installed and the LLM computes in bfloat16)"
-
-
-def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
-    """What a tower's SDPA runs in: on a processor plain attention is faster than the fused kernel, at its few tokens."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def save_memory(vlm: VLM, shared_weights: bool = False) -> None:

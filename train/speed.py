@@ -8,7 +8,6 @@ Notable: the parts of a step are timed one after the other, as the Trainer carri
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import time
@@ -17,12 +16,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_vlm.bench.machine import describe, peaks, synchronize, versions
-from sparse_vlm.devices import keep_freed_memory, native_dtype, own_device
+from sparse_vlm.devices import few_tokens, native_dtype, own_device, use_processors
 from sparse_vlm.distill.live import LiveTeacher
-from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
+from sparse_vlm.distill.objective import Distillation, update_average
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.inherit import inherit
@@ -30,6 +28,7 @@ from sparse_vlm.photos import PhotoSet
 from sparse_vlm.recipes import changed, get_recipe
 from sparse_vlm.teacher import load_teacher
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.train.bootstrap import adamw, groups_of
 from sparse_vlm.train.lessons import LiveViews, gather
 from sparse_vlm.train.rows import as_program
 from sparse_vlm.train.scaling import view_cost
@@ -61,14 +60,13 @@ class Step:
         self.bf16 = native_dtype(self.device) == torch.bfloat16
         self.cost = view_cost(self.recipe, source.spec)
         tower = SparseFormer(self.recipe.config(source.spec))
-        new = {row.target for row in inherit(tower, source, self.recipe) if row.fate == "new"}
+        mapping = inherit(tower, source, self.recipe)
         views = ViewSet(PhotoSet(data), 2, source.spec.image_size, seed)
         self._lessons = LiveViews(views, range(len(views.photos), len(views)), tower.config.image_size)  # of the second view: a random crop
         self._ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), self.device)
         means = torch.zeros(source.spec.embed_dim), torch.zeros(source.spec.width)
         self._model = Distillation(tower, *means, self.recipe.dense_weight, self.recipe.relation_weight).to(self.device)
-        groups = parameter_groups(tower, new, self.recipe.lr, self.recipe.new_boost, self.recipe.lr_rois, self.recipe.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        self._optimizer = adamw(groups_of(tower, mapping, self.recipe))
         self._average = {name: p.detach().clone() for name, p in tower.named_parameters()}
         self._next = 0
         self.calls: dict[str, Callable[[Any], Any]] = dict(
@@ -101,8 +99,7 @@ class Step:
     def run(self) -> dict[str, float]:
         """One step; seconds of each part."""
         state, seconds = None, {}
-        # as the run itself: plain attention is faster than the fused kernels at fifty tokens on a CPU
-        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
+        with few_tokens(self.device):
             for name, call in self.calls.items():
                 synchronize(self.device)
                 began = time.perf_counter()
@@ -153,10 +150,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Time the parts of a step."""
-    if threads:
-        torch.set_num_threads(threads)
-    if keep_memory:
-        keep_freed_memory()
+    use_processors(threads, keep_memory)
     step = Step(recipe, change or [], teacher, data, batch)
     document: dict[str, Any] = {"recipe": recipe, "changes": change or [], "keeps_memory": keep_memory}
     document |= {"machine": describe(step.device), "versions": versions()}

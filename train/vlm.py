@@ -27,12 +27,12 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from sparse_vlm.data.samples import Sample, TokenBank
-from sparse_vlm.devices import rank
+from sparse_vlm.devices import few_tokens, rank
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.finite import FiniteSteps
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
-from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, few_tokens, prepare, save_memory
+from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, reporters

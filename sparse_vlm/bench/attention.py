@@ -9,14 +9,12 @@ it launches, on a processor as on a GPU. Attention without such an operator show
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -26,12 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparse_vlm.bench.machine import describe, versions
 from sparse_vlm.data.samples import Sample
-from sparse_vlm.devices import own_device
+from sparse_vlm.devices import few_tokens, own_device
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.files import write_json
 from sparse_vlm.projectors import make_projector
 from sparse_vlm.train.learner import Gather, Learner
-from sparse_vlm.train.parts import choose_attention, computes_in_bfloat16, few_tokens, prepare
+from sparse_vlm.train.parts import choose_attention, computes_in_bfloat16, prepare
 from sparse_vlm.train.rows import as_program
 from sparse_vlm.train.vlm import STAGES
 from sparse_vlm.vlm import VLM
@@ -198,11 +196,7 @@ def main(
         sys.stdout.write(as_table(found))
         return
     about = {"format": FORMAT, "model": model, "dtype": dtype, "machine": describe(where), "versions": versions()}
-    text = json.dumps({**about, "parts": [asdict(one) for one in found]}, indent=1) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(Path(json_file), text)
+    write_json(json_file, {**about, "parts": [asdict(one) for one in found]})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ A picture is always decoded by one thread; several threads decode several pictur
 from __future__ import annotations
 
 import io
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +34,7 @@ from sparse_vlm.bench.turns import FEWEST, Piece, take_turns
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.files import write_json
 from sparse_vlm.photos import Photo, PhotoSet
 from sparse_vlm.preprocess import load_crop, normalize, preprocess, to_uint8
 from sparse_vlm.teacher import load_teacher
@@ -270,11 +269,7 @@ def main(
         "times": [asdict(time) for time in times],
         "agreement": [asdict(one) for one in agreements],
     }
-    text = json.dumps(document, indent=1) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(Path(json_file), text)
+    write_json(json_file, document)
 
 
 if __name__ == "__main__":

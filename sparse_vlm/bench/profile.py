@@ -8,7 +8,6 @@ also measured without them.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from sparse_vlm.bench.ratios import DTYPES
 from sparse_vlm.bench.turns import FEWEST, WARM_UP
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_json
 from sparse_vlm.tower import SparseFormer, inference
 from sparse_vlm.tower import modules as tower_modules
 from sparse_vlm.tower.cost import Work, count_operations
@@ -234,11 +234,10 @@ def main(
     measured = [profile(model, name, batch, rounds, optimized) for name in dict.fromkeys(dtype or DTYPES)]
     data = {"format": "sparse-vlm/profile/1", "machine": describe(torch.device("cpu")), "versions": versions()}
     data |= {"peaks": [peak for peak, _ in measured], "models": [row for _, found in measured for row in found]}
-    text = json.dumps(data, indent=1) + "\n"
-    if json_file not in (None, "-"):
-        with open(json_file, "w", encoding="utf-8") as file:
-            file.write(text)
-    sys.stdout.write(text if json_file == "-" else "\n".join(as_table(peak, row) for peak, found in measured for row in found))
+    if json_file is not None:
+        write_json(json_file, data)
+    if json_file != "-":
+        sys.stdout.write("\n".join(as_table(peak, row) for peak, found in measured for row in found))
 
 
 if __name__ == "__main__":

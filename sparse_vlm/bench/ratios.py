@@ -7,7 +7,6 @@ language model is given, and both are of one form: plain, or after `optimize_for
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from sparse_vlm.bench.machine import describe, versions
 from sparse_vlm.bench.turns import FEWEST, Piece, take_turns
 from sparse_vlm.bench.vision import Vision, load_visions
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_json
 from sparse_vlm.train.rows import as_program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -178,7 +178,7 @@ def main(
     compared = [comparison for comparison in COMPARISONS if comparison.rival in (beside or rivals)]
     found = ratios(compared, dtype or tuple(DTYPES), batch or (1, 8), rounds, forms=form or FORMS)
     if json_:
-        sys.stdout.write(json.dumps(document(found), indent=1) + "\n")
+        write_json("-", document(found))
     else:
         sys.stdout.write(as_table(found))
 

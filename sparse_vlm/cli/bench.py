@@ -6,7 +6,6 @@ that Ctrl-C, or a failure, leaves all that was finished.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import nullcontext
@@ -87,7 +86,7 @@ def bench(
         from sparse_vlm.bench.vision import BOX
         from sparse_vlm.cli.progress import counting
         from sparse_vlm.devices import native_dtype, own_device
-        from sparse_vlm.files import write_text
+        from sparse_vlm.files import write_json
 
         if threads:
             torch.set_num_threads(threads)
@@ -111,7 +110,7 @@ def bench(
 
         def write(document: dict[str, Any]) -> None:
             for file in files:
-                write_text(file, json.dumps(document, indent=1) + "\n")
+                write_json(str(file), document)
 
         run = Bench(settings, write)
     try:
@@ -122,7 +121,7 @@ def bench(
         if out is not None:
             save(document, out)
         if json_file == "-":
-            sys.stdout.write(json.dumps(document, indent=1) + "\n")
+            write_json("-", document)
         elif document["measurements"]:
             # a narrow terminal wraps lines, which is better than numbers that are cut
             console = Console(width=max(NARROWEST, Console().width if sys.stdout.isatty() else 200))

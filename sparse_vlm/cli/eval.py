@@ -6,7 +6,6 @@ every ten seconds elsewhere.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -58,19 +57,17 @@ def eval(
     from sparse_vlm.devices import use_processors
     from sparse_vlm.eval.report import as_json, as_tables, save
     from sparse_vlm.eval.run import evaluate
-    from sparse_vlm.files import write_text
+    from sparse_vlm.files import write_json
 
     use_processors(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     with progress:
         keep = (lambda report: None) if out is None else (lambda report: save(report, out))
         report = evaluate(model or [], names, data, teacher, text, control, limit, progress, tokens or [], keep)
-    document = json.dumps(as_json(report), indent=1) + "\n"
-    if json_file == "-":
-        sys.stdout.write(document)
-        return
     if json_file is not None:
-        write_text(Path(json_file), document)
+        write_json(json_file, as_json(report))
+    if json_file == "-":
+        return
     console = Console() if sys.stdout.isatty() else Console(width=240)
     for table in as_tables(report):
         console.print(table)

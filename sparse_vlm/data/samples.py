@@ -264,13 +264,8 @@ class TokenBank:
         missing = self.missing(wanted)
         for start in range(0, len(missing), BATCH):
             part = missing[start : start + BATCH]
-
-            def name_bad(place: int, error: PhotoError, part: Sequence[int] = part) -> None:
-                if on_bad is None:
-                    raise error
-                on_bad(part[place], error)
-
-            crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=name_bad)
+            named = on_bad and (lambda place, error, part=part: on_bad(part[place], error))
+            crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=named)
             images = {index: crop for index, crop in zip(part, crops, strict=True) if crop is not None}
             if images:
                 chosen = list(images)

@@ -26,7 +26,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
 from sparse_vlm.photos import Photo, PhotoError, PhotoSet
 from sparse_vlm.preprocess import OVERSAMPLING, resize
-from sparse_vlm.remote import suffix_of
+from sparse_vlm.remote import add_member, suffix_of
 
 FORMAT = "sparse-vlm/shards/1"
 INDEX = "shards.json"
@@ -160,9 +160,9 @@ def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: 
             entry["photos"] += 1
             entry["copied"] += data[1]
             entry["source_bytes"] += photo.size
-            _add(archive, f"{key}.{suffix_of(data[0])}", data[0])
+            add_member(archive, f"{key}.{suffix_of(data[0])}", data[0])
             if photo.info:
-                _add(archive, f"{key}.json", json.dumps(photo.info, ensure_ascii=False).encode())
+                add_member(archive, f"{key}.json", json.dumps(photo.info, ensure_ascii=False).encode())
     return entry | {"bytes": path.stat().st_size}
 
 
@@ -195,12 +195,6 @@ def shrink(photo: Photo, side: int) -> tuple[bytes, bool]:
     stream = io.BytesIO()
     resize(draft, side).save(stream, "JPEG", quality=QUALITY, subsampling=0)
     return stream.getvalue(), False
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
 
 
 def summary(index: dict[str, Any]) -> str:
