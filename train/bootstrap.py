@@ -33,7 +33,7 @@ from sparse_vlm.inherit import Row
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, held_out_lessons, live_means
+from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, lessons_now, live_means
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 from sparse_vlm.train.zero import announce, whole
@@ -181,7 +181,7 @@ def bootstrap(
         lessons, tests, means = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.means()
     else:
         ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
-        lessons, tests, means = LiveViews(views, rows, size), held_out_lessons(views, test_rows, size, ask), live_means(views, indices, ask)
+        lessons, tests, means = LiveViews(views, rows, size), lessons_now(views, test_rows, size, ask), live_means(views, indices, ask)
 
     model = Distillation(tower, *means, recipe.dense_weight, recipe.relation_weight)
     if deepspeed is not None:

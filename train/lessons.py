@@ -19,7 +19,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo, PhotoError
 
 HELD_OUT_ONE_IN = 100
-HELD_OUT_AT_MOST = 512  # where the teacher is asked for them at the start of every run
+AT_MOST = 512  # photos to evaluate on, where the teacher is asked for them at the start of every run
 MEANS_FROM = 1024
 ASKED_AT_ONCE = 8
 
@@ -78,9 +78,9 @@ def held_out(photos: Sequence[Photo]) -> list[int]:
     return [i for i, photo in enumerate(photos) if zlib.crc32(photo.key.encode()) % HELD_OUT_ONE_IN == 0]
 
 
-def held_out_lessons(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Lesson]:
-    """Lessons on held-out photos, the teacher asked now: at most `HELD_OUT_AT_MOST`, spread evenly, those that can be read."""
-    count = min(len(indices), HELD_OUT_AT_MOST)
+def lessons_now(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Lesson]:
+    """Lessons on photos as evaluation sees them, the teacher asked now: at most `AT_MOST`, spread evenly, those that can be read."""
+    count = min(len(indices), AT_MOST)
     spread = [indices[i * len(indices) // count] for i in range(count)]
     shown = LiveViews(views, spread, size)
     lessons: list[Lesson] = []
