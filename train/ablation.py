@@ -102,12 +102,15 @@ class Outcomes:
 
     def __init__(self, out: Path, views: int) -> None:
         self.out, self.views, self.path = out, views, out / "results.json"
-        self._kept: dict[str, dict[str, float]] = {}
-        if self.path.exists():
-            document = json.loads(self.path.read_text())
-            if document["views"] != views:
-                raise UserError(f"{self.path} is of runs of {document['views']:,} views, these are of {views:,}; choose another --out")
-            self._kept = document["runs"]
+        self._kept = self._read()
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        if not self.path.exists():
+            return {}
+        document = json.loads(self.path.read_text())
+        if document["views"] != self.views:
+            raise UserError(f"{self.path} is of runs of {document['views']:,} views, these are of {self.views:,}; choose another --out")
+        return document["runs"]
 
     def of(self, row: AblationRow, seed: int) -> Outcome | None:
         """A run's outcome, or None while it is not finished."""
@@ -120,7 +123,8 @@ class Outcomes:
         return Outcome(**self._kept[name]) if name in self._kept else None
 
     def write(self) -> None:
-        """Keep what is known."""
+        """Keep what is known, with what another process may have finished since."""
+        self._kept = self._read() | self._kept
         write_text(self.path, json.dumps({"views": self.views, "runs": self._kept}, indent=1, sort_keys=True) + "\n")
 
 

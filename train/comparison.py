@@ -92,17 +92,21 @@ class Scores:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.path = plan, plan.out / "results.json"
-        self.runs: dict[str, dict[str, float]] = {}
-        if self.path.exists():
-            document = json.loads(self.path.read_text())
-            if document["settings"] != plan.settings():
-                raise UserError(f"{self.path} is of {document['settings']}, this is {plan.settings()}; choose another --out")
-            self.runs = document["runs"]
+        self.runs = self._read()
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        if not self.path.exists():
+            return {}
+        document = json.loads(self.path.read_text())
+        if document["settings"] != self.plan.settings():
+            raise UserError(f"{self.path} is of {document['settings']}, this is {self.plan.settings()}; choose another --out")
+        return document["runs"]
 
     def take(self, rival: Rival, seed: int) -> None:
         """Read what an evaluation wrote."""
         report = json.loads((self.plan.out / f"{rival.name}-seed{seed}" / "eval" / "report.json").read_text())
         rows = {row["task"]: row["metrics"] for row in report["results"] if row["control"] == "none"}
+        self.runs = self._read()  # another process may have finished rows since
         self.runs[f"{rival.name}-seed{seed}"] = {f"{task} {name}": rows[task][name]["value"] for task, name in METRICS}
         document = {"settings": self.plan.settings(), "runs": self.runs}
         write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
