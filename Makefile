@@ -28,9 +28,8 @@ chat: .venv/installed
 		$(BIN)/sparse-vlm chat --image "$(IMAGE)" --question "$(QUESTION)"; \
 	fi
 
-# Most tests use one core, so several run at once; each worker begins with a part of the list, which keeps tests of one file together.
 test: lint
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest
 
 bench: .venv/installed
 	$(BIN)/python -m sparse_vlm.bench.guard --baseline docs/ratios.json

@@ -14,9 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # tests that run at once share the processors, with what they start
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -144,7 +144,7 @@ def table(rows: tuple[AblationRow, ...], seeds: list[int], outcomes: Outcomes) -
                 each = [getattr(outcome, side) for outcome in known.values()]
                 reference = {seed: outcomes.of(rows[0], seed) for seed in known}
                 paired = [getattr(known[seed], side) - getattr(other, side) for seed, other in reference.items() if other]
-                cells += [f"{statistics.fmean(each):.3f}", f"{max(each) - min(each):.3f}"]
+                cells += [f"{statistics.fmean(each):.3f}", f"{max(each) - min(each):.3f}" if len(each) > 1 else ""]
                 cells.append(f"{statistics.fmean(paired):+.3f}" if paired and row is not rows[0] else "")
         changed = ", ".join([f"`--recipe {row.recipe}`", *(f"`--set {change}`" for change in row.changes)])
         lines.append(f"| {row.group} | {row.name} | {changed} | {cells[0]} | {len(known)} | {' | '.join(cells[1:])} |")
