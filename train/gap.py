@@ -11,7 +11,6 @@ would not help, and more steps or more tokens might.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from sparse_vlm.distill.objective import Distillation
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.metrics import Metric, mean
+from sparse_vlm.files import write_json
 from sparse_vlm.photos import PhotoSet
 from sparse_vlm.teacher import load_teacher
 from sparse_vlm.tower import SparseFormer
@@ -97,7 +97,7 @@ def main(
     use_processors(threads)
     rows = measure(student, teacher, data, tokens or [None])
     if as_json:
-        print(json.dumps([{**row, **{key: row[key].as_json() for key in SIDES}} for row in rows], indent=1))
+        write_json("-", [{**row, **{key: row[key].as_json() for key in SIDES}} for row in rows])
     else:
         print(table(rows), end="")
 

@@ -8,7 +8,6 @@ Notable: the parts of a step are timed one after the other, as the Trainer carri
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, update_average
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_json
 from sparse_vlm.inherit import inherit
 from sparse_vlm.photos import PhotoSet
 from sparse_vlm.recipes import changed, get_recipe
@@ -155,7 +155,10 @@ def main(
     document: dict[str, Any] = {"recipe": recipe, "changes": change or [], "keeps_memory": keep_memory}
     document |= {"machine": describe(step.device), "versions": versions()}
     document |= measure(step, rounds)
-    print(json.dumps(document, indent=1) if as_json else table(document), end="\n" if as_json else "")
+    if as_json:
+        write_json("-", document)
+    else:
+        print(table(document), end="")
 
 
 if __name__ == "__main__":
