@@ -59,15 +59,3 @@ def test_what_is_missing_is_run_and_the_rest_is_not(tmp_path: Path, monkeypatch:
         invoke("--samples", "3", "--out", str(tmp_path))
     with pytest.raises(UserError, match="no such row; there are tiny, pool"):
         invoke("--only", "average")
-
-
-def test_processes_keep_each_others_rows(tmp_path: Path) -> None:
-    plan = comparison.Plan("V", "I", ("a",), "E", tmp_path, 49, 30, 960, 1)
-    here, there = comparison.Scores(plan), comparison.Scores(plan)
-    for scores, rival in ((here, comparison.RIVALS[0]), (there, comparison.RIVALS[1])):
-        folder = tmp_path / f"{rival.name}-seed0" / "eval"
-        folder.mkdir(parents=True)
-        rows = [{"task": task, "control": "none", "metrics": {name: {"value": 0.5}}} for task, name in comparison.METRICS]
-        (folder / "report.json").write_text(json.dumps({"results": rows}))
-        scores.take(rival, 0)
-    assert set(comparison.Scores(plan).runs) == {"tiny-seed0", "pool-seed0"}

@@ -22,10 +22,9 @@ from typing import Annotated
 import typer
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.tower.cost import count_macs
-from sparse_vlm.train.rows import as_program, carry_out
+from sparse_vlm.train.rows import FinishedRuns, as_program, carry_out
 
 
 @dataclass(frozen=True)
@@ -95,37 +94,20 @@ class Outcomes:
     Args:
         out: folder of the runs.
         views: that each run learns from.
-
-    Raises:
-        UserError: `results.json` is of runs of another length.
     """
 
     def __init__(self, out: Path, views: int) -> None:
-        self.out, self.views, self.path = out, views, out / "results.json"
-        self._kept = self._read()
-
-    def _read(self) -> dict[str, dict[str, float]]:
-        if not self.path.exists():
-            return {}
-        document = json.loads(self.path.read_text())
-        if document["views"] != self.views:
-            raise UserError(f"{self.path} is of runs of {document['views']:,} views, these are of {self.views:,}; choose another --out")
-        return document["runs"]
+        self.out, self._finished = out, FinishedRuns(out / "results.json", {"views": views})
 
     def of(self, row: AblationRow, seed: int) -> Outcome | None:
         """A run's outcome, or None while it is not finished."""
         name = f"{row.slug}-seed{seed}"
         path = self.out / name / "training.json"
-        if name not in self._kept and path.exists():
+        if name not in self._finished.runs and path.exists():
             last = [entry for entry in json.loads(path.read_text())["history"] if "eval_cosine" in entry][-1]
             config = SparseFormerConfig.from_dict(json.loads((self.out / name / "config.json").read_text()))
-            self._kept[name] = vars(Outcome(last["eval_cosine"], last["eval_token_cosine"], count_macs(config).total / 1e9))
-        return Outcome(**self._kept[name]) if name in self._kept else None
-
-    def write(self) -> None:
-        """Keep what is known, with what another process may have finished since."""
-        self._kept = self._read() | self._kept
-        write_text(self.path, json.dumps({"views": self.views, "runs": self._kept}, indent=1, sort_keys=True) + "\n")
+            self._finished.add(name, vars(Outcome(last["eval_cosine"], last["eval_token_cosine"], count_macs(config).total / 1e9)))
+        return Outcome(**self._finished.runs[name]) if name in self._finished.runs else None
 
 
 def table(rows: tuple[AblationRow, ...], seeds: list[int], outcomes: Outcomes) -> str:
@@ -175,9 +157,7 @@ def main(
             line = command(row, number, teacher, data, views, out)
             print(shlex.join(line), file=sys.stderr, flush=True)
             carry_out([*line, "--threads", str(threads)])
-    text = table(rows, seeds, outcomes)
-    outcomes.write()
-    print(text, end="")
+    print(table(rows, seeds, outcomes), end="")
 
 
 if __name__ == "__main__":

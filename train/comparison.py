@@ -21,8 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
-from sparse_vlm.train.rows import as_program, carry_out
+from sparse_vlm.train.rows import FinishedRuns, as_program, carry_out
 
 TASKS = "captions,pope,aokvqa"
 METRICS = {("captions", "CIDEr"): 100.0, ("pope", "accuracy"): 100.0, ("aokvqa", "accuracy"): 100.0}
@@ -84,39 +83,28 @@ class Plan:
 
 
 class Scores:
-    """What is finished, by row and seed; kept in `results.json`.
-
-    Raises:
-        UserError: the file is of another plan.
-    """
+    """What is finished, by row and seed; kept in `results.json`."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.path = plan, plan.out / "results.json"
-        self.runs = self._read()
+        self.plan, self.finished = plan, FinishedRuns(plan.out / "results.json", plan.settings())
 
-    def _read(self) -> dict[str, dict[str, float]]:
-        if not self.path.exists():
-            return {}
-        document = json.loads(self.path.read_text())
-        if document["settings"] != self.plan.settings():
-            raise UserError(f"{self.path} is of {document['settings']}, this is {self.plan.settings()}; choose another --out")
-        return document["runs"]
+    def has(self, rival: Rival, seed: int) -> bool:
+        """Whether a row is finished."""
+        return f"{rival.name}-seed{seed}" in self.finished.runs
 
     def take(self, rival: Rival, seed: int) -> None:
         """Read what an evaluation wrote."""
-        report = json.loads((self.plan.out / f"{rival.name}-seed{seed}" / "eval" / "report.json").read_text())
+        name = f"{rival.name}-seed{seed}"
+        report = json.loads((self.plan.out / name / "eval" / "report.json").read_text())
         rows = {row["task"]: row["metrics"] for row in report["results"] if row["control"] == "none"}
-        self.runs = self._read()  # another process may have finished rows since
-        self.runs[f"{rival.name}-seed{seed}"] = {f"{task} {name}": rows[task][name]["value"] for task, name in METRICS}
-        document = {"settings": self.plan.settings(), "runs": self.runs}
-        write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+        self.finished.add(name, {f"{task} {metric}": rows[task][metric]["value"] for task, metric in METRICS})
 
     def table(self, rivals: tuple[Rival, ...], seeds: list[int]) -> str:
         """Markdown: mean over the finished seeds, and spread (largest minus smallest)."""
         names = [f"{task} {name}" for task, name in METRICS]
         lines = [f"| | what | seeds | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
         for rival in rivals:
-            known = [self.runs[key] for seed in seeds if (key := f"{rival.name}-seed{seed}") in self.runs]
+            known = [self.finished.runs[f"{rival.name}-seed{seed}"] for seed in seeds if self.has(rival, seed)]
             cells = []
             for name, scale in zip(names, METRICS.values(), strict=True):
                 each = [scale * run[name] for run in known]
@@ -148,7 +136,7 @@ def main(
     scores = Scores(plan)
     for number in seeds if not show else ():
         for rival in rivals:
-            if f"{rival.name}-seed{number}" in scores.runs:
+            if scores.has(rival, number):
                 continue
             for line in plan.commands(rival, number):
                 print(shlex.join(line), file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
-"""What tables of runs share: a row's command is one of ours, carried out by the interpreter's own `sparse-vlm`."""
+"""What tables of runs share: where finished runs are kept, and rows' commands, carried out by the interpreter's own `sparse-vlm`."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,37 @@ from typing import Any
 import typer
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import write_text
+
+
+class FinishedRuns:
+    """The numbers of finished runs, by name: one JSON file, `{"settings": ..., "runs": {name: {number's name: value}}}`.
+
+    Args:
+        path: of the file; it need not exist.
+        settings: what runs must share to be compared, of JSON types.
+
+    Raises:
+        UserError: the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.runs = self._read()
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        if not self.path.exists():
+            return {}
+        document = json.loads(self.path.read_text())
+        if document["settings"] != self.settings:
+            raise UserError(f"{self.path} is of {document['settings']}, this is {self.settings}; choose another --out")
+        return document["runs"]
+
+    def add(self, name: str, run: dict[str, float]) -> None:
+        """Keep a run, beside those that another process may have kept since."""
+        self.runs = self._read() | {name: run}
+        document = {"settings": self.settings, "runs": self.runs}
+        write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 def carry_out(line: list[str]) -> None:
