@@ -49,9 +49,8 @@ def bootstrap(
     import dataclasses
 
     import torch
-    from rich.console import Console
 
-    from sparse_vlm.cli.progress import counting, fetching
+    from sparse_vlm.cli.progress import counting, fetching, for_people
     from sparse_vlm.devices import own_device, rank, use_processors
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.distill.views import ViewSet
@@ -66,7 +65,7 @@ def bootstrap(
 
     # of the processes that torchrun starts, one fills the cache and speaks
     first = rank() == 0
-    console = Console(quiet=not first)
+    console = for_people(quiet=not first)
     chosen = changed(get_recipe(recipe), change or [])
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)

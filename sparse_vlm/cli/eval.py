@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sparse_vlm.cli.progress import for_people
 from sparse_vlm.errors import UserError
 
 LINE_EVERY_S = 10.0
@@ -68,7 +69,7 @@ def eval(
         write_json(json_file, as_json(report))
     if json_file == "-":
         return
-    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console = for_people()
     for table in as_tables(report):
         console.print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 30.0
 LARGE_MIB = 50
+# columns of stdout where no terminal is: tables keep their rows, and paths are not broken
+UNBOUNDED = 240
+
+
+def for_people(quiet: bool = False) -> Console:
+    """A console on stdout, as wide as the terminal that it is."""
+    from rich.console import Console
+
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else UNBOUNDED)
 
 
 @contextmanager
