@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
+from subprocess import CompletedProcess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROOT = Path(__file__).resolve().parents[1]
+import forks
+import pytest
 
 
 @pytest.fixture
@@ -26,11 +24,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+def command() -> Callable[..., CompletedProcess[str]]:
     """Runs `sparse-vlm` with the given arguments in a process of its own."""
-
-    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-c", "from sparse_vlm.cli import main; main()", *arguments]
-        return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
-
-    return run
+    return forks.sparse_vlm

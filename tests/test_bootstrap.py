@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,8 @@ from sparse_vlm.photos import PhotoSet  # noqa: E402
 from sparse_vlm.preprocess import normalize  # noqa: E402
 from sparse_vlm.recipes import RECIPES, changed  # noqa: E402
 from sparse_vlm.teacher import Teacher, TeacherError, load_teacher  # noqa: E402
+
+SPARSE_VLM = str(Path(sys.executable).with_name("sparse-vlm"))
 
 
 def write_teacher(folder: Path, **vision: object) -> str:
@@ -107,17 +110,7 @@ def test_an_inherited_block_computes_what_the_teachers_block_computes(teacher: T
 
 def test_with_one_cell_a_patch_the_student_begins_as_the_teacher(teacher: Teacher, teacher_name: str, tmp_path: Path) -> None:
     """The warm start adds nothing but pooling: where a cell is a patch, student and teacher agree."""
-    line = [
-        str(Path(sys.executable).with_name("sparse-vlm")),
-        "bootstrap",
-        "--recipe",
-        "vit",
-        "--teacher",
-        teacher_name,
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    done = forks.sparse_vlm("bootstrap", "--recipe", "vit", "--teacher", teacher_name, "--out", str(tmp_path))
     assert done.returncode == 0 and "nothing was to be trained" in done.stdout, done.stdout + done.stderr
     tower = SparseFormer.from_pretrained(tmp_path)
     pixels = torch.randn(2, 3, 56, 56)
@@ -239,18 +232,26 @@ def test_rates_are_relative_to_the_size_of_what_they_change(teacher: Teacher) ->
     assert groups["rois layers.0.roi_offset_bias"]["weight_decay"] == groups["inherited norm.weight"]["weight_decay"] == 0
 
 
-def command(teacher_name: str, photos: Path, out: Path, views: int) -> list[str]:
-    verb = [str(Path(sys.executable).with_name("sparse-vlm")), "bootstrap", "--recipe", "tiny", "--threads", "1"]
-    run = ["--data", str(photos), "--out", str(out), "--cache", str(out.parent / "cache"), "--views", str(views)]
-    return [*verb, "--teacher", teacher_name, *run]
+def arguments(teacher_name: str, photos: Path, out: Path, views: int) -> list[str]:
+    where = ["--data", str(photos), "--out", str(out), "--cache", str(out.parent / "cache"), "--views", str(views)]
+    return ["bootstrap", "--recipe", "tiny", "--threads", "1", "--teacher", teacher_name, *where]
+
+
+def run(line: list[str], launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, in one process or in those of a launcher."""
+    if launcher:
+        done = subprocess.run([*launcher, SPARSE_VLM, *line], capture_output=True, text=True, timeout=300)
+    else:
+        done = forks.sparse_vlm(*line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 @pytest.fixture(scope="module")
 def finished(teacher_name: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run to its end."""
     out = tmp_path_factory.mktemp("run") / "student"
-    done = subprocess.run(command(teacher_name, photos, out, 1280), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(arguments(teacher_name, photos, out, 1280))
     return out
 
 
@@ -282,11 +283,10 @@ def test_a_student_learns_from_a_teacher_that_answers_at_every_step(recipe: str,
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     (folder / "broken.png").write_bytes(b"no picture")
-    line = command(teacher_name, folder, tmp_path / "student", 480)
+    line = arguments(teacher_name, folder, tmp_path / "student", 480)
     line[line.index("tiny")] = recipe
     options = ["--set", "views_per_photo=0", *(["--set", "resolution=64"] if recipe == "tiny" else [])]
-    done = subprocess.run([*line, *options], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run([*line, *options])
     assert "no view is shown twice" in done.stdout
     assert "left out: 1 of 161 photos cannot be read" in done.stdout and "broken.png" in done.stdout
     assert not (tmp_path / "cache").exists()
@@ -296,10 +296,9 @@ def test_a_student_learns_from_a_teacher_that_answers_at_every_step(recipe: str,
 
 
 def test_a_student_of_any_budget_learns_from_all_of_the_teachers_patches(teacher_name: str, photos: Path, tmp_path: Path) -> None:
-    line = command(teacher_name, photos, tmp_path / "student", 320)
+    line = arguments(teacher_name, photos, tmp_path / "student", 320)
     line[line.index("tiny")] = "elastic"
-    done = subprocess.run([*line, "--gradient-checkpointing"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run([*line, "--gradient-checkpointing"])
     assert "computed again in the backward pass" in done.stdout
     tower = SparseFormer.from_pretrained(tmp_path / "student", num_tokens=20)
     assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 21, 64)
@@ -344,29 +343,26 @@ def test_photos_that_cannot_be_read_are_named_and_left_out(teacher_name: str, ph
     whole = (folder / "003.png").read_bytes()
     (folder / "003.png").write_bytes(whole[: len(whole) // 2])
     (folder / "004.png").write_text("no picture")
-    done = subprocess.run(command(teacher_name, folder, tmp_path / "student", 320), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = " ".join(done.stdout.split())
+    said = run(arguments(teacher_name, folder, tmp_path / "student", 320)).stdout
     assert "left out: 2 of 160 photos cannot be read" in said and "003.png: truncated" in said and "004.png: not an image" in said
     history = json.loads((tmp_path / "student" / "training.json").read_text())["history"]
     assert all(h["loss"] < 2 for h in history if "loss" in h)
 
 
-def stop_and_go_on(line: list[str], out: Path, how: signal.Signals) -> None:
-    """Run a command until its first checkpoint, stop it some steps later, and run it again to its end."""
-    run = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def stop_and_go_on(line: list[str], out: Path, how: signal.Signals, launcher: list[str] | None = None) -> None:
+    """Run the command until its first checkpoint, stop it some steps later, and run it again to its end."""
+    first = subprocess.Popen([*(launcher or []), SPARSE_VLM, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
     while not list(out.glob("checkpoints/checkpoint-*/complete")):
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
         time.sleep(0.05)
     time.sleep(random.random())
-    run.send_signal(how)
-    log, _ = run.communicate(timeout=120)
-    assert run.returncode != 0 and not (out / "model.safetensors").exists(), log
+    first.send_signal(how)
+    log, _ = first.communicate(timeout=120)
+    assert first.returncode != 0 and not (out / "model.safetensors").exists(), log
     if how != signal.SIGKILL:
         assert "give the same command again" in log, log
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(line, launcher)
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -380,7 +376,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     shutil.copytree(finished.parent / "cache", tmp_path / "cache")
     out = tmp_path / "student"
-    stop_and_go_on(command(teacher_name, photos, out, 1280), out, how)
+    stop_and_go_on(arguments(teacher_name, photos, out, 1280), out, how)
     assert_same(out, finished)
 
 
@@ -388,13 +384,12 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
 def alone(teacher_name: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """What one process learns."""
     out = tmp_path_factory.mktemp("alone") / "student"
-    return learn(out, command(teacher_name, photos, out, 320))[1]
+    return learn(out, arguments(teacher_name, photos, out, 320))[1]
 
 
-def learn(out: Path, line: list[str]) -> tuple[str, list[float]]:
+def learn(out: Path, line: list[str], launcher: list[str] | None = None) -> tuple[str, list[float]]:
     """What a run says, and its losses."""
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(line, launcher)
     losses = losses_of(out)
     assert len(losses) == 18 + 4
     assert not list(out.glob("*.tmp"))
@@ -416,7 +411,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def test_two_processes_learn_what_one_does(engine: str, teacher_name: str, photos: Path, alone: list[float], tmp_path: Path) -> None:
     out = tmp_path / "two" / "student"
     options = ["--deepspeed", engine] if engine else []
-    said, losses = learn(out, [*TWO, *command(teacher_name, photos, out, 320), *options])
+    said, losses = learn(out, [*arguments(teacher_name, photos, out, 320), *options], TWO)
     assert losses == pytest.approx(alone, rel=2e-2)  # bfloat16, where the machine has it
     assert said.count("student written to") == 1
     assert {path.name for path in out.glob("*.safetensors")} == {"model.safetensors"}
@@ -425,13 +420,13 @@ def test_two_processes_learn_what_one_does(engine: str, teacher_name: str, photo
     if engine == "zero3":
         shutil.copytree(tmp_path / "two" / "cache", tmp_path / "again" / "cache")
         again = tmp_path / "again" / "student"
-        stop_and_go_on([*TWO, *command(teacher_name, photos, again, 320), *options], again, signal.SIGTERM)
+        stop_and_go_on([*arguments(teacher_name, photos, again, 320), *options], again, signal.SIGTERM, TWO)
         # DeepSpeed restores its states, but not to the last bit
         assert losses_of(again) == pytest.approx(losses, rel=2e-2)
 
 
 def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Path, finished: Path) -> None:
-    done = subprocess.run(command(teacher_name, photos, finished, 640), capture_output=True, text=True, timeout=120)
+    done = forks.sparse_vlm(*arguments(teacher_name, photos, finished, 640))
     assert done.returncode == 2
     assert re.search(r"another views", done.stderr) and "Traceback" not in done.stderr
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_vlm
@@ -179,22 +179,14 @@ def test_a_vlm_keeps_the_budget_it_was_made_with(tmp_path: Path) -> None:
         VLM.from_pretrained(tmp_path / "vlm", num_tokens=49)
 
 
-def test_the_command_line_looks_with_as_many_tokens_as_asked(tmp_path: Path) -> None:
+def test_the_command_line_looks_with_as_many_tokens_as_asked(command: Callable[..., Any], tmp_path: Path) -> None:
     elastic(looks=True).save_pretrained(tmp_path / "tower")
     tiny_vlm.picture("red").save(tmp_path / "red.png")
-    verb = [
-        str(Path(sys.executable).with_name("sparse-vlm")),
-        "look",
-        str(tmp_path / "red.png"),
-        "--model",
-        str(tmp_path / "tower"),
-        "--json",
-        "--tokens",
-    ]
-    done = subprocess.run([*verb, "7"], capture_output=True, text=True, timeout=120)
+    verb = ["look", str(tmp_path / "red.png"), "--model", str(tmp_path / "tower"), "--json", "--tokens"]
+    done = command(*verb, "7")
     assert done.returncode == 0, done.stderr
     assert {len(step["rois"]) for step in json.loads(done.stdout)["steps"]} == {7}
-    done = subprocess.run([*verb, "64"], capture_output=True, text=True, timeout=120)
+    done = command(*verb, "64")
     assert done.returncode == 2 and "made for 4 to 25" in done.stderr and "Traceback" not in done.stderr
 
 

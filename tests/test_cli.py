@@ -140,12 +140,12 @@ def test_zoo_pull_believes_no_file_of_the_wrong_size(command, home):
     assert done.stderr.splitlines()[-1].startswith(f"sparse-vlm: {name}: could not be fetched; the hub")
 
 
-def test_help_is_quick(command):
+def test_help_is_quick():
     """The best of three, so that a busy machine does not fail it."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        command("--help")
+        subprocess.run([sys.executable, "-c", "from sparse_vlm.cli import main; main()", "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 1.0
 

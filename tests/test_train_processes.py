@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import tiny_vlm
 
@@ -16,9 +17,11 @@ from sparse_vlm import VLM
 def run(folder: Path, name: str, launcher: list[str], verb: list[str]) -> tuple[str, list[float]]:
     """What a run says, and its losses; each looks into a cache of its own."""
     where = ["--out", str(folder / name), "--cache", str(folder / f"{name}-cache")]
-    done = subprocess.run(
-        [*launcher, str(Path(sys.executable).with_name("sparse-vlm")), *verb, *where], capture_output=True, text=True, timeout=300
-    )
+    if launcher:
+        line = [*launcher, str(Path(sys.executable).with_name("sparse-vlm")), *verb, *where]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    else:
+        done = forks.sparse_vlm(*verb, *where)
     assert done.returncode == 0, done.stdout + done.stderr
     history = json.loads((folder / name / "training.json").read_text())["history"]
     return done.stdout, [entry["loss"] for entry in history if "loss" in entry]

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import tiny_vlm
 import torch
@@ -40,14 +41,17 @@ def verb(tmp_path_factory) -> list[str]:
 
 
 def start(line: list[str], out: Path, more: list[str]) -> subprocess.Popen[str]:
-    where = ["--out", str(out), "--cache", str(out.parent / "cache")]
-    command = str(Path(sys.executable).with_name("sparse-vlm"))
-    line = [*(TWO if "--deepspeed" in more else []), command, *line, *where, *more]
+    """Two processes."""
+    line = [*TWO, str(Path(sys.executable).with_name("sparse-vlm")), *line, *where(out), *more]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def where(out: Path) -> list[str]:
+    return ["--out", str(out), "--cache", str(out.parent / "cache")]
+
+
 def learn(line: list[str], out: Path, more: list[str]) -> list[float]:
-    """Losses of a whole run."""
+    """Losses of a whole run of two processes."""
     said, complaints = start(line, out, more).communicate(timeout=200)
     assert "model written to" in said, said + complaints
     return losses(out)
@@ -65,7 +69,10 @@ MORE = ["--rank", "2", "--tune-tower", "--gradient-checkpointing"]
 @pytest.fixture(scope="module")
 def alone(verb, tmp_path_factory) -> list[float]:
     """Losses of one process."""
-    return learn(verb, tmp_path_factory.mktemp("alone") / "run", MORE)
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = forks.sparse_vlm(*verb, *where(out), *MORE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(out)
 
 
 def check_whole(out: Path) -> None:
