@@ -64,6 +64,7 @@ RIVALS: dict[str, Rival] = {
     "clip-l14": _vit("CLIP ViT-L/14 at 224 pixels", 1024, 24, 14, embed=768),
     "clip-l14-336": _vit("CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower", 1024, 24, 14, 336, 768),
     "vit-s14": _vit("ViT-S/14 at 224 pixels, the shape of tiny's teacher", 384, 12, 14, norm_pre=False, activation="gelu"),
+    "vit-s32": _vit("the same blocks on 49 patches, as tiny's tokens are", 384, 12, 32, norm_pre=False, activation="gelu"),
     "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
     "sparseformer-l": Rival("SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")),
 }
