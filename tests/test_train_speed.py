@@ -18,11 +18,12 @@ import resource, sys, torch
 from sparse_vlm.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
+seen = []
 for turn in range(12):
-    if turn == 8:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 << 20, dtype=torch.uint8)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(seen[8:]))  # a system may take memory away that nobody has used for a while
 """
 
 
@@ -32,8 +33,8 @@ def test_kept_memory_is_not_cleared_again() -> None:
         int(subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True).stdout)
         for kind in ("kept", "returned")
     ]
-    assert faults[0] < 64  # pages
-    assert faults[1] >= 4 * 32  # a page may be a large one, of 2 MiB
+    assert faults[0] < 16  # pages of a turn
+    assert faults[1] >= 32  # a page may be a large one, of 2 MiB
 
 
 def test_a_step_is_measured_in_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
