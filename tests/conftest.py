@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import commands
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import forks
-import pytest
 
 
 @pytest.fixture
@@ -26,4 +26,4 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def command() -> Callable[..., CompletedProcess[str]]:
     """Runs `sparse-vlm` with the given arguments in a process of its own."""
-    return forks.sparse_vlm
+    return commands.run_command

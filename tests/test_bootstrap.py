@@ -10,14 +10,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import forks
 import numpy as np
 import pytest
 import torch
+from commands import ALONE, TWO, finish, run_command
 from PIL import Image
 
 open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
@@ -34,8 +33,6 @@ from sparse_vlm.photos import PhotoSet  # noqa: E402
 from sparse_vlm.preprocess import normalize  # noqa: E402
 from sparse_vlm.recipes import RECIPES, changed  # noqa: E402
 from sparse_vlm.teacher import Teacher, TeacherError, load_teacher  # noqa: E402
-
-SPARSE_VLM = str(Path(sys.executable).with_name("sparse-vlm"))
 
 
 def write_teacher(folder: Path, **vision: object) -> str:
@@ -110,7 +107,7 @@ def test_an_inherited_block_computes_what_the_teachers_block_computes(teacher: T
 
 def test_with_one_cell_a_patch_the_student_begins_as_the_teacher(teacher: Teacher, teacher_name: str, tmp_path: Path) -> None:
     """The warm start adds nothing but pooling: where a cell is a patch, student and teacher agree."""
-    done = forks.sparse_vlm("bootstrap", "--recipe", "vit", "--teacher", teacher_name, "--out", str(tmp_path))
+    done = run_command("bootstrap", "--recipe", "vit", "--teacher", teacher_name, "--out", str(tmp_path))
     assert done.returncode == 0 and "nothing was to be trained" in done.stdout, done.stdout + done.stderr
     tower = SparseFormer.from_pretrained(tmp_path)
     pixels = torch.randn(2, 3, 56, 56)
@@ -237,21 +234,11 @@ def arguments(teacher_name: str, photos: Path, out: Path, views: int) -> list[st
     return ["bootstrap", "--recipe", "tiny", "--threads", "1", "--teacher", teacher_name, *where]
 
 
-def run(line: list[str], launcher: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, in one process or in those of a launcher."""
-    if launcher:
-        done = subprocess.run([*launcher, SPARSE_VLM, *line], capture_output=True, text=True, timeout=300)
-    else:
-        done = forks.sparse_vlm(*line)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def finished(teacher_name: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run to its end."""
     out = tmp_path_factory.mktemp("run") / "student"
-    run(arguments(teacher_name, photos, out, 1280))
+    finish(*arguments(teacher_name, photos, out, 1280))
     return out
 
 
@@ -286,9 +273,9 @@ def test_a_student_learns_from_a_teacher_that_answers_at_every_step(recipe: str,
     line = arguments(teacher_name, folder, tmp_path / "student", 480)
     line[line.index("tiny")] = recipe
     options = ["--set", "views_per_photo=0", *(["--set", "resolution=64"] if recipe == "tiny" else [])]
-    done = run([*line, *options])
-    assert "no view is shown twice" in done.stdout
-    assert "left out: 1 of 161 photos cannot be read" in done.stdout and "broken.png" in done.stdout
+    said = finish(*line, *options)
+    assert "no view is shown twice" in said
+    assert "left out: 1 of 161 photos cannot be read" in said and "broken.png" in said
     assert not (tmp_path / "cache").exists()
     curve = [h["eval_loss"] for h in json.loads((tmp_path / "student" / "training.json").read_text())["history"] if "eval_loss" in h]
     assert curve[-1] < curve[0]
@@ -298,8 +285,7 @@ def test_a_student_learns_from_a_teacher_that_answers_at_every_step(recipe: str,
 def test_a_student_of_any_budget_learns_from_all_of_the_teachers_patches(teacher_name: str, photos: Path, tmp_path: Path) -> None:
     line = arguments(teacher_name, photos, tmp_path / "student", 320)
     line[line.index("tiny")] = "elastic"
-    done = run([*line, "--gradient-checkpointing"])
-    assert "computed again in the backward pass" in done.stdout
+    assert "computed again in the backward pass" in finish(*line, "--gradient-checkpointing")
     tower = SparseFormer.from_pretrained(tmp_path / "student", num_tokens=20)
     assert tower(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 21, 64)
     assert torch.equal(SparseFormer.from_pretrained(tmp_path / "student").initial_roi.weight, grid_rois(49))
@@ -343,15 +329,15 @@ def test_photos_that_cannot_be_read_are_named_and_left_out(teacher_name: str, ph
     whole = (folder / "003.png").read_bytes()
     (folder / "003.png").write_bytes(whole[: len(whole) // 2])
     (folder / "004.png").write_text("no picture")
-    said = run(arguments(teacher_name, folder, tmp_path / "student", 320)).stdout
+    said = finish(*arguments(teacher_name, folder, tmp_path / "student", 320))
     assert "left out: 2 of 160 photos cannot be read" in said and "003.png: truncated" in said and "004.png: not an image" in said
     history = json.loads((tmp_path / "student" / "training.json").read_text())["history"]
     assert all(h["loss"] < 2 for h in history if "loss" in h)
 
 
-def stop_and_go_on(line: list[str], out: Path, how: signal.Signals, launcher: list[str] | None = None) -> None:
+def stop_and_go_on(line: list[str], out: Path, how: signal.Signals, start: list[str] = ALONE) -> None:
     """Run the command until its first checkpoint, stop it some steps later, and run it again to its end."""
-    first = subprocess.Popen([*(launcher or []), SPARSE_VLM, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = subprocess.Popen([*start, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
     while not list(out.glob("checkpoints/checkpoint-*/complete")):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
@@ -362,7 +348,7 @@ def stop_and_go_on(line: list[str], out: Path, how: signal.Signals, launcher: li
     assert first.returncode != 0 and not (out / "model.safetensors").exists(), log
     if how != signal.SIGKILL:
         assert "give the same command again" in log, log
-    run(line, launcher)
+    finish(*line, start=start)
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -387,13 +373,13 @@ def alone(teacher_name: str, photos: Path, tmp_path_factory: pytest.TempPathFact
     return learn(out, arguments(teacher_name, photos, out, 320))[1]
 
 
-def learn(out: Path, line: list[str], launcher: list[str] | None = None) -> tuple[str, list[float]]:
+def learn(out: Path, line: list[str], start: list[str] = ALONE) -> tuple[str, list[float]]:
     """What a run says, and its losses."""
-    done = run(line, launcher)
+    said = finish(*line, start=start)
     losses = losses_of(out)
     assert len(losses) == 18 + 4
     assert not list(out.glob("*.tmp"))
-    return done.stdout, losses
+    return said, losses
 
 
 def losses_of(out: Path) -> list[float]:
@@ -403,7 +389,6 @@ def losses_of(out: Path) -> list[float]:
     return losses + list({h["step"]: h["eval_loss"] for h in history if "eval_loss" in h}.values())
 
 
-TWO = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="sharing optimizer and weights needs DeepSpeed")
 
 
@@ -426,7 +411,7 @@ def test_two_processes_learn_what_one_does(engine: str, teacher_name: str, photo
 
 
 def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Path, finished: Path) -> None:
-    done = forks.sparse_vlm(*arguments(teacher_name, photos, finished, 640))
+    done = run_command(*arguments(teacher_name, photos, finished, 640))
     assert done.returncode == 2
     assert re.search(r"another views", done.stderr) and "Traceback" not in done.stderr
 

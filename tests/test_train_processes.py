@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import forks
 import pytest
 import tiny_vlm
+from commands import ALONE, TWO, finish
 
 from sparse_vlm import VLM
 
 
-def run(folder: Path, name: str, launcher: list[str], verb: list[str]) -> tuple[str, list[float]]:
+def run(folder: Path, name: str, verb: list[str], start: list[str]) -> tuple[str, list[float]]:
     """What a run says, and its losses; each looks into a cache of its own."""
-    where = ["--out", str(folder / name), "--cache", str(folder / f"{name}-cache")]
-    if launcher:
-        line = [*launcher, str(Path(sys.executable).with_name("sparse-vlm")), *verb, *where]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    else:
-        done = forks.sparse_vlm(*verb, *where)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = finish(*verb, "--out", str(folder / name), "--cache", str(folder / f"{name}-cache"), start=start)
     history = json.loads((folder / name / "training.json").read_text())["history"]
-    return done.stdout, [entry["loss"] for entry in history if "loss" in entry]
+    return said, [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -56,9 +48,8 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     verb += ["--batch-size", "4", "--lr", "1e-2", "--lr-llm", "1e-2", "--threads", "1"]
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
-    _, alone = run(tmp_path, "one", [], verb)
-    said, together = run(tmp_path, "two", torchrun, verb)
+    _, alone = run(tmp_path, "one", verb, ALONE)
+    said, together = run(tmp_path, "two", verb, TWO)
     assert len(alone) == 9
     assert together == pytest.approx(alone, rel=1e-2)
     assert said.count("model written to") == 1

@@ -6,20 +6,18 @@ import importlib.util
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import forks
 import pytest
 import tiny_vlm
 import torch
+from commands import TWO, finish
 from safetensors.torch import load_file
 
 from sparse_vlm import VLM
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="sharing optimizer and weights needs DeepSpeed")
-TWO = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python"]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +40,7 @@ def verb(tmp_path_factory) -> list[str]:
 
 def start(line: list[str], out: Path, more: list[str]) -> subprocess.Popen[str]:
     """Two processes."""
-    line = [*TWO, str(Path(sys.executable).with_name("sparse-vlm")), *line, *where(out), *more]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*TWO, *line, *where(out), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def where(out: Path) -> list[str]:
@@ -70,8 +67,7 @@ MORE = ["--rank", "2", "--tune-tower", "--gradient-checkpointing"]
 def alone(verb, tmp_path_factory) -> list[float]:
     """Losses of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    done = forks.sparse_vlm(*verb, *where(out), *MORE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish(*verb, *where(out), *MORE)
     return losses(out)
 
 

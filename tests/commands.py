@@ -1,4 +1,4 @@
-"""`sparse-vlm` in a process forked from one that has imported what it needs: apart as a user's, without the seconds that imports take."""
+"""Running `sparse-vlm`: forked from a process that has imported what it needs, which spares seconds; or as torchrun starts two."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ALONE = [str(Path(sys.executable).with_name("sparse-vlm"))]
+TWO = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python", *ALONE]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["open_clip", "matplotlib.pyplot", "sparse_vlm.train.bootstrap", "sparse_vlm.train.vlm", "sparse_vlm.eval"])
 
 
-def sparse_vlm(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run the command at the top of the checkout, and tell how it ended and what it said.
 
     Raises:
@@ -31,6 +33,14 @@ def sparse_vlm(*arguments: str, env: Mapping[str, str] | None = None, timeout: f
             process.join()
             raise subprocess.TimeoutExpired(["sparse-vlm", *arguments], timeout, *(path.read_text() for path in said))
         return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in said))
+
+
+def finish(*arguments: str, start: list[str] = ALONE) -> str:
+    """Run the command, as `ALONE` or `TWO` start it, to an end without errors; what it said."""
+    line = [*start, *arguments]
+    done = run_command(*arguments) if start is ALONE else subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _run(arguments: tuple[str, ...], env: dict[str, str], said: list[Path]) -> None:
