@@ -94,6 +94,9 @@ class Outcomes:
     Args:
         out: folder of the runs.
         views: that each run learns from.
+
+    Raises:
+        UserError: `results.json` is of runs of another length.
     """
 
     def __init__(self, out: Path, views: int) -> None:

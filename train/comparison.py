@@ -83,7 +83,11 @@ class Plan:
 
 
 class Scores:
-    """What is finished, by row and seed; kept in `results.json`."""
+    """What is finished, by row and seed; kept in `results.json`.
+
+    Raises:
+        UserError: the file is of another plan.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.finished = plan, FinishedRuns(plan.out / "results.json", plan.settings())

@@ -34,8 +34,8 @@ class FinishedRuns:
         if not self.path.exists():
             return {}
         document = json.loads(self.path.read_text())
-        if document["settings"] != self.settings:
-            raise UserError(f"{self.path} is of {document['settings']}, this is {self.settings}; choose another --out")
+        if (settings := document.get("settings")) != self.settings:
+            raise UserError(f"{self.path} is of {settings}, this is {self.settings}; choose another --out")
         return document["runs"]
 
     def add(self, name: str, run: dict[str, float]) -> None:

@@ -7,7 +7,6 @@ that Ctrl-C, or a failure, leaves all that was finished.
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,7 +83,7 @@ def bench(
         from sparse_vlm.bench.report import as_tables, notes, save
         from sparse_vlm.bench.run import Bench, Settings
         from sparse_vlm.bench.vision import BOX
-        from sparse_vlm.cli.progress import counting
+        from sparse_vlm.cli.progress import counting, for_people
         from sparse_vlm.devices import native_dtype, own_device
         from sparse_vlm.files import write_json
 
@@ -124,7 +123,8 @@ def bench(
             write_json("-", document)
         elif document["measurements"]:
             # a narrow terminal wraps lines, which is better than numbers that are cut
-            console = Console(width=max(NARROWEST, Console().width if sys.stdout.isatty() else 200))
+            console = for_people()
+            console.width = max(NARROWEST, console.width)
             for table in as_tables(document):
                 console.print(table)
             lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
