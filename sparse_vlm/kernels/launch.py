@@ -10,14 +10,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparse_vlm.kernels.backward import hidden_backward, points_backward, sampled_backward, weight_backward
-from sparse_vlm.kernels.forward import look_forward
+from sparse_vlm.kernels.forward import look_forward, mix_forward
 from sparse_vlm.kernels.spread import coordinates_backward, map_backward
-from sparse_vlm.kernels.tiles import Tiles, choose_tiles
+from sparse_vlm.kernels.tiles import Tiles, choose_mixing_tiles, choose_tiles
 
 SHARES = 8  # of the tokens, whose parts of a weight's gradient are added up at the end: enough programs, and memory that T does not change
 
@@ -43,12 +44,23 @@ def forward(
     out = hidden.new_empty(*hidden.shape[:2], out_points * channels)
     kept = (*hidden.shape[:2], count, channels) if save else (0,)
     sampled, mixed = hidden.new_empty(kept), hidden.new_empty(kept)
+    if not save:
+        made = F.linear(hidden, weight, bias)
+        mixing = choose_mixing_tiles(tokens, count, channels, out_points, _cores(hidden))
+        with _on(hidden):
+            mix_forward[(tokens * triton.cdiv(channels, mixing.channels),)](
+                feature_map, points, made, bias if m_beta is None else m_beta, bias if s_beta is None else s_beta, out,
+                hidden.shape[1], height, width, C=channels, P=count, O=out_points, TILE_P=mixing.points, TILE_I=mixing.read,
+                TILE_C=mixing.channels, TILE_O=mixing.out_points, BORDER=border, BETAS=m_beta is not None, **_multiplied(hidden),
+                num_warps=mixing.warps, num_stages=1,
+            )  # fmt: skip
+        return out, sampled, mixed
     tiles = choose_tiles(tokens, count, channels, out_points, inner, hidden.dtype, _cores(hidden))
     with _on(hidden):
         look_forward[(_programs(tokens, channels, tiles),)](
             feature_map, points, hidden, weight, bias, bias if m_beta is None else m_beta, bias if s_beta is None else s_beta,
             out, sampled, mixed, tokens, hidden.shape[1], height, width, C=channels, P=count, O=out_points, G=inner,
-            TILE_O=tiles.out_points, BORDER=border, BETAS=m_beta is not None, SAVE=save, **_shared(hidden, tiles),
+            TILE_I=tiles.read, TILE_O=tiles.out_points, BORDER=border, BETAS=m_beta is not None, **_shared(hidden, tiles),
         )  # fmt: skip
     return out, sampled, mixed
 
@@ -167,17 +179,24 @@ def _programs(tokens: int, channels: int, tiles: Tiles) -> int:
 
 
 def _shared(hidden: Tensor, tiles: Tiles) -> dict[str, Any]:
-    """Arguments that every kernel of mixing has."""
-    exact = hidden.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    """Arguments that every fused kernel of mixing has."""
     return {
         "TILE_T": tiles.tokens,
         "TILE_P": tiles.points,
         "TILE_C": tiles.channels,
         "TILE_G": tiles.hidden,
-        "OPERAND": tl.bfloat16 if hidden.dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
-        "PRECISION": "ieee" if exact else "tf32",
+        **_multiplied(hidden),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+    }
+
+
+def _multiplied(hidden: Tensor) -> dict[str, Any]:
+    """How products are made."""
+    exact = hidden.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "OPERAND": tl.bfloat16 if hidden.dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
+        "PRECISION": "ieee" if exact else "tf32",
     }
 
 

@@ -37,7 +37,7 @@ def compile_kernels(
     tiles = choose_tiles(MANY, points, channels, out_points, hidden, dtype, cores=1)
     constants = {
         "C": channels, "P": points, "O": out_points, "G": hidden, "TILE_T": tiles.tokens, "TILE_P": tiles.points,
-        "TILE_C": tiles.channels, "TILE_O": tiles.out_points, "TILE_G": tiles.hidden, "BORDER": True, "BETAS": betas, "SAVE": True,
+        "TILE_I": tiles.read, "TILE_C": tiles.channels, "TILE_O": tiles.out_points, "TILE_G": tiles.hidden, "BORDER": True, "BETAS": betas, "SAVE": True,
         "OPERAND": getattr(tl, "bfloat16" if dtype == torch.bfloat16 else "float32"), "PRECISION": "ieee",
     }  # fmt: skip
     mixing = [forward.look_forward, backward.points_backward, backward.sampled_backward, backward.hidden_backward]

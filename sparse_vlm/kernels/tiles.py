@@ -20,7 +20,8 @@ class Tiles:
 
     Attributes:
         tokens: tokens of a program (TILE_T).
-        channels: channels of a block, of those read as well as of those written by channel mixing (TILE_C).
+        read: channels that the forward kernel samples at once (TILE_I).
+        channels: channels of a block that channel mixing makes; backward of those read as well (TILE_C).
         out_points: points after mixing, of a block (TILE_O).
         points: P, padded (TILE_P).
         hidden: columns of the hidden vector that are multiplied at once (TILE_G).
@@ -30,6 +31,7 @@ class Tiles:
     """
 
     tokens: int
+    read: int
     channels: int
     out_points: int
     points: int
@@ -52,14 +54,15 @@ def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidde
     if cores is None:
         blocks = (max(16, min(32, _power_of_two(number))) for number in (channels, out_points, hidden))
         channels, out_points, hidden = blocks
-        return Tiles(16, channels, out_points, padded, hidden, cells=256, warps=1, stages=1)
+        return Tiles(16, channels, channels, out_points, padded, hidden, cells=256, warps=1, stages=1)
     half = dtype == torch.bfloat16
-    deep, few = 16 if half else 8, (512 if half else 256) // padded
+    deep, few = 16, (512 if half else 128) // padded
     # few tokens are spread over all multiprocessors rather than read the weights few times
     while few > 8 and (few // 2 >= tokens or -(-tokens // few) * -(-channels // deep) < cores):
         few //= 2
     return Tiles(
         tokens=max(8, few),
+        read=deep,
         channels=deep,
         out_points=deep,
         points=padded,
@@ -67,6 +70,33 @@ def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidde
         cells=16,
         warps=8,
         stages=1,
+    )
+
+
+@dataclass(frozen=True)
+class MixingTiles:
+    """Sizes of the blocks of a program that has one token: channels read at once (TILE_I) and written (TILE_C), O and P padded."""
+
+    read: int
+    channels: int
+    out_points: int
+    points: int
+    warps: int
+
+
+def choose_mixing_tiles(tokens: int, points: int, channels: int, out_points: int, cores: int | None) -> MixingTiles:
+    """Tiles of `forward.mix_forward`; the arguments are those of `choose_tiles`."""
+    padded, wide = max(16, _power_of_two(points)), max(16, _power_of_two(channels))
+    written = min(64, wide) if padded == 16 else min(128, wide)
+    # few tokens are spread over all multiprocessors, at the price of sampling for each block of channels
+    while cores is not None and written > 16 and tokens * -(-channels // written) < cores:
+        written //= 2
+    return MixingTiles(
+        read=min(64 if padded == 16 else 32, wide),
+        channels=written,
+        out_points=max(16, _power_of_two(out_points)),
+        points=padded,
+        warps=2 if padded == 16 else 4,
     )
 
 
