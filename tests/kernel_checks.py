@@ -78,6 +78,35 @@ def test_a_look_and_its_gradients_are_those_of_float64(shape, dtype, bound):
     for name, value in wanted.items():
         assert found[name].dtype == (torch.float32 if name == "points" else dtype), name
         assert (found[name].double() - value).norm() <= bound * value.norm(), name
+    with torch.no_grad():  # other kernels
+        alone = kernels.look(*given.values(), shape[4], shape[9])
+    assert alone.dtype == dtype
+    assert (alone.double() - wanted["out"]).norm() <= bound * wanted["out"].norm()
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(24, 24, 12), (19, 30, 40)])
+def test_the_early_convolution_is_that_of_float64(height, width, channels):
+    torch.manual_seed(0)
+    pixels, weight, bias = (torch.randn(size).bfloat16() for size in ((2, 3, height, width), (channels, 3, 7, 7), (channels,)))
+    wanted = F.conv2d(pixels.double(), weight.double(), bias.double(), stride=2, padding=3)
+    with kernels.using("kernels"):
+        found = kernels.convolve(pixels, weight, bias)
+        assert found.shape == wanted.shape and found.is_contiguous(memory_format=torch.channels_last)
+        assert (found.double() - wanted).norm() <= 1e-2 * wanted.norm()
+        torch.library.opcheck(torch.ops.sparse_vlm.early_convolution, (pixels, weight, bias))
+        assert kernels.convolve(pixels, weight.clone().requires_grad_(), bias) is None, "it has no gradients"
+        assert kernels.convolve(pixels.float(), weight.float(), bias.float()) is None, "it is for bfloat16"
+    assert kernels.convolve(pixels, weight, bias) is None, "not asked for"
+
+
+def test_a_tower_in_bfloat16_runs_it_where_nothing_learns():
+    model, pixels = tower().bfloat16(), torch.randn(2, 3, 24, 24).bfloat16()
+    with torch.no_grad():
+        plain = model(pixels).image_embeds.float()
+        with kernels.using("kernels"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.feat_extractor.conv1, "forward", None)  # would not be callable
+            found = model(pixels).image_embeds.float()
+    assert F.cosine_similarity(found, plain).min() > 0.99
 
 
 def test_gradients_are_equal_to_the_last_bit_on_each_run():

@@ -64,6 +64,7 @@ def test_the_check_verifies_through_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert [(each["shape"], each["dtype"], each["passed"]) for each in found["verified"]] == [
-        (shape, dtype, True) for shape in ("bootstrapped", "v1") for dtype in ("float32", "bfloat16")
+        *((shape, dtype, True) for shape in ("bootstrapped", "v1") for dtype in ("float32", "bfloat16")),
+        ("early convolution", "bfloat16", True),
     ]
     assert "times" not in found

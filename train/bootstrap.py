@@ -38,6 +38,8 @@ from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 from sparse_vlm.train.zero import announce, whole
 
+SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
+
 
 def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
     """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
@@ -192,7 +194,7 @@ def bootstrap(
         device,
         steps,
         recipe.batch_size,
-        save_steps=max(1, min(100, steps // 4)),
+        save_steps=max(1, min(SAVE_EVERY[device], steps // 4)),
         warmup_steps=min(recipe.warmup_steps, steps // 5),
         deepspeed=deepspeed,
         bf16=bf16,

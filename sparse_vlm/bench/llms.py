@@ -149,7 +149,8 @@ class Language:
         if plan.trained and whole:
             self.model = load_llm(plan.name, dtype).model
         else:
-            self.model = AutoModelForCausalLM.from_config(_cut(plan.config, self.built), dtype=dtype)
+            with device:  # a GPU draws billions of random weights sooner than a processor
+                self.model = AutoModelForCausalLM.from_config(_cut(plan.config, self.built), dtype=dtype)
         self.weights = "trained" if plan.trained and whole else "random"
         self.model.requires_grad_(False).eval().to(device)
         self._cache_shapes = self._probe()

@@ -1,5 +1,5 @@
 """A look in one kernel: bilinear sampling, parameter generation and mixing, so that a token's parameters never reach memory."""
 
-from sparse_vlm.kernels.dispatch import look, usable, using
+from sparse_vlm.kernels.dispatch import convolve, look, usable, using
 
-__all__ = ["look", "usable", "using"]
+__all__ = ["convolve", "look", "usable", "using"]

@@ -113,6 +113,9 @@ def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
             exact = gradients(plain_look, [None if x is None else x.double() for x in make(shape, dtype)], shape)
             given = make(shape, dtype, device)
             found, again = (gradients(kernel_look, given, shape) for _ in range(2))
+            exact["out, no gradients"] = exact["out"]
+            with torch.no_grad():  # by other kernels
+                found["out, no gradients"], again["out, no gradients"] = (kernel_look(given, shape) for _ in range(2))
             errors = {key: ((found[key].cpu().double() - value).norm() / value.norm()).item() for key, value in exact.items()}
             same = all(torch.equal(found[key], again[key]) for key in found)
             rows.append(
@@ -120,6 +123,20 @@ def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
                  "passed": same and all(error <= bound for error in errors.values())}
             )  # fmt: skip
     return rows
+
+
+def verify_convolution(device: str, batch: int = 2, side: int = 224, channels: int = 64) -> list[dict[str, Any]]:
+    """The early convolution against float64 on the CPU; a row as of `verify`."""
+    chance, dtype = torch.Generator().manual_seed(0), torch.bfloat16
+    sizes = (batch, 3, side, side), (channels, 3, 7, 7), (channels,)
+    given = [torch.randn(size, generator=chance).to(dtype) for size in sizes]
+    exact = F.conv2d(*(each.double() for each in given), stride=2, padding=3)
+    with torch.no_grad(), kernels.using("kernels"):
+        found, again = (kernels.convolve(*(each.to(device) for each in given)) for _ in range(2))
+    error, same = ((found.cpu().double() - exact).norm() / exact.norm()).item(), torch.equal(found, again)
+    passed = same and error <= BOUNDS[dtype]
+    row = {"shape": "early convolution", "dtype": str(dtype)[6:], "errors": {"out": error}, "bound": BOUNDS[dtype], "repeats": same}
+    return [row | {"passed": passed}]
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:
@@ -247,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     found: dict[str, Any] = {"torch": torch.__version__, "triton": metadata.version("triton")}
     if chosen.interpret:
-        found |= {"machine": f"{platform.machine()}, Triton's interpreter", "verified": verify(SMALL, "cpu")}
+        found |= {"machine": f"{platform.machine()}, Triton's interpreter", "verified": verify(SMALL, "cpu") + verify_convolution("cpu", side=23, channels=12)}
     elif chosen.compile is not None:
         from sparse_vlm.kernels.resources import compile_kernels
 
@@ -257,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 made = compile_kernels(shape.channels, shape.points, shape.out_points, shape.hidden, shape.betas, dtype, chosen.compile)
                 found["compiled"] += [{"shape": name, "dtype": str(dtype)[6:], **each} for each in made]
     else:
-        found |= {"machine": torch.cuda.get_device_name(), "verified": verify(PUBLISHED, "cuda")}
+        found |= {"machine": torch.cuda.get_device_name(), "verified": verify(PUBLISHED, "cuda") + verify_convolution("cuda")}
         if all(each["passed"] for each in found["verified"]):
             found["times"] = time_looks() + time_towers()
     if chosen.json:

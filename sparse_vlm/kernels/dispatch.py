@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_vlm.geometry import Padding
-from sparse_vlm.kernels.tiles import MAX_POINTS
+from sparse_vlm.kernels.tiles import MAX_CHANNELS, MAX_POINTS
 
 Path = Literal["auto", "plain", "kernels"]
 VARIABLE = "SPARSE_VLM_KERNELS"
@@ -105,6 +105,29 @@ def look(
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (*given, *betas))
     out, _, _ = torch.ops.sparse_vlm.look(*(each.contiguous() for each in given), *betas, out_points, padding == "border", save)
     return out
+
+
+def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
+    """The early convolution (7 x 7, stride 2, padding 3) by its kernel, or None where torch is to compute it.
+
+    It has no gradients and is for bfloat16: in float32 libraries multiply in TF32, and are as fast.
+
+    Args:
+        pixels: (B, 3, h, w).
+        weight, bias: (C, 3, 7, 7) and (C,), of at most 128 channels.
+
+    Returns:
+        (B, C, ceil(h / 2), ceil(w / 2)), channels last in memory.
+    """
+    kind = pixels.device.type
+    if _path == "plain" or (_path == "auto" and kind != "cuda") or torch.is_autocast_enabled(kind):
+        return None
+    learns = torch.is_grad_enabled() and (pixels.requires_grad or weight.requires_grad or bias.requires_grad)
+    if learns or any(each.dtype != torch.bfloat16 for each in (pixels, weight)) or weight.shape[0] > MAX_CHANNELS:
+        return None
+    if _absent(kind, pixels.device.index or 0) is not None:
+        return None
+    return torch.ops.sparse_vlm.early_convolution(pixels.contiguous(), weight.contiguous(), bias).permute(0, 3, 1, 2)
 
 
 def _unfit(feature_map: Tensor, points: Tensor, dtype: torch.dtype) -> str | None:

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_vlm.kernels import stem
 from sparse_vlm.kernels.backward import hidden_backward, points_backward, sampled_backward, weight_backward
 from sparse_vlm.kernels.forward import look_forward, mix_forward
 from sparse_vlm.kernels.spread import coordinates_backward, map_backward
 from sparse_vlm.kernels.tiles import Tiles, choose_mixing_tiles, choose_tiles
 
 SHARES = 8  # of the tokens, whose parts of a weight's gradient are added up at the end: enough programs, and memory that T does not change
+CONVOLVED = 128  # positions of a program of the early convolution
 
 # the interpreter takes over when a kernel is decorated, so this is what every kernel of this process is
 INTERPRETED = not isinstance(look_forward, triton.JITFunction)
@@ -151,6 +153,19 @@ def sampling_backward(
                 BORDER=border,
             )  # fmt: skip
     return grad_map, grad_at
+
+
+def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Arguments and result as `ops.early_convolution`'s."""
+    batch, _, height, width = pixels.shape
+    out = pixels.new_empty(batch, (height + 1) // 2, (width + 1) // 2, weight.shape[0])
+    positions = batch * out.shape[1] * out.shape[2]
+    with _on(pixels):
+        stem.early_convolution[(triton.cdiv(positions, CONVOLVED),)](
+            pixels, weight, bias, out, positions, height, width, out.shape[1], out.shape[2], C=weight.shape[0], TILE_N=CONVOLVED,
+            TILE_C=max(16, triton.next_power_of_2(weight.shape[0])), TILE_K=32, **_multiplied(pixels), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return out
 
 
 def sort_points(points: Tensor, height: int, width: int, border: bool) -> tuple[Tensor, Tensor]:

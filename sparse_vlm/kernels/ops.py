@@ -1,6 +1,6 @@
 """The kernels as torch operators, so that torch.compile, CUDA graphs, checkpointing and `torch.library.opcheck` know them.
 
-Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector, J = C * C + O * P
+Shape legend: B pictures of h x w pixels, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector, J = C * C + O * P
 parameters a token, H x W the map.
 
 Notable: triton is imported when an operator first runs. Inputs are contiguous and of the dtypes that `dispatch` sees to: points float32,
@@ -162,3 +162,17 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 
 look.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("sparse_vlm::early_convolution", mutates_args=(), schema="(Tensor pixels, Tensor weight, Tensor bias) -> Tensor")
+def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Pixels (B, 3, h, w) with weight (C, 3, 7, 7) and bias (C,), stride 2 and padding 3, to (B, ceil(h / 2), ceil(w / 2), C); no gradients."""
+    from sparse_vlm.kernels import launch
+
+    return launch.early_convolution(pixels, weight, bias)
+
+
+@early_convolution.register_fake
+def _(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    batch, _, height, width = pixels.shape
+    return pixels.new_empty(batch, (height + 1) // 2, (width + 1) // 2, weight.shape[0])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_POINTS = 64  # a program holds all points of its tokens
+MAX_CHANNELS = 128  # of the early convolution, whose programs make all of them
 
 
 @dataclass(frozen=True)
