@@ -215,6 +215,7 @@ RECIPES: dict[str, Recipe] = {
         student=_elastic,
         blocks=_each_block,
         lr=1.4e-3,
+        dense_weight=1.0,
     ),
     "tiny-pool": Recipe(
         summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",

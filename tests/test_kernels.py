@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sparse_vlm import kernels
+from sparse_vlm.kernels import dispatch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -33,8 +34,8 @@ def test_on_a_processor_looks_are_plain_unless_it_interprets():
     assert not kernels.usable(*looked), "what `using` chose ends with it"
 
 
-@pytest.mark.parametrize(("chosen", "path"), [(None, "plain"), ("auto", "auto")])
-def test_the_kernels_have_to_be_asked_for(chosen, path):
+@pytest.mark.parametrize(("chosen", "path"), [(None, "auto"), ("plain", "plain")])
+def test_the_kernels_can_be_turned_off_for_a_process(chosen, path):
     environment = {name: value for name, value in os.environ.items() if name != "SPARSE_VLM_KERNELS"}
     program = "from sparse_vlm.kernels import dispatch; print(dispatch._path)"
     done = subprocess.run(
@@ -45,6 +46,19 @@ def test_the_kernels_have_to_be_asked_for(chosen, path):
         env=environment | ({"SPARSE_VLM_KERNELS": chosen} if chosen else {}),
     )
     assert done.stdout.strip() == path
+
+
+def test_by_themselves_they_run_where_they_are_faster(monkeypatch):
+    """A GPU that is not there, with many pictures, or few of a tower that is captured; not on a processor, nor where something learns."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    still, learning = torch.zeros(1), torch.zeros(1, requires_grad=True)
+    assert dispatch._wanted("cuda", 64, (still,)) and not dispatch._wanted("cuda", 63, (still,))
+    assert not dispatch._wanted("cpu", 64, (still,))
+    assert not dispatch._wanted("cuda", 64, (still, learning))
+    with torch.no_grad():
+        assert dispatch._wanted("cuda", 64, (still, learning))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert dispatch._wanted("cuda", 1, (still,))
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:

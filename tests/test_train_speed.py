@@ -51,7 +51,7 @@ def test_a_step_is_measured_in_its_parts(tmp_path: Path, capsys: pytest.CaptureF
     assert rates["live"] == pytest.approx(1000 / sum(ms.values()))
     assert rates["cached"] == pytest.approx(1000 / (sum(ms.values()) - ms["teacher"]))
     assert 0 < document["share_of_peak"]["student"] < 1  # toy numbers, but a share of what the machine can do
-    assert f"| backward | student | {ms['backward']:.1f} |" in speed.table(document)
+    assert f"| backward | student | {ms['backward']:.3g} |" in speed.table(document)
 
 
 def test_a_recipe_that_trains_nothing_has_no_speed(tmp_path: Path) -> None:

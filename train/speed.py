@@ -130,9 +130,9 @@ def measure(step: Step, rounds: int) -> dict[str, Any]:
 def table(document: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| part | what | ms a view |", "|---|---|---:|"]
-    lines += [f"| {part} | {what} | {document['ms'][part]:.1f} |" for part, what in PARTS.items()]
+    lines += [f"| {part} | {what} | {document['ms'][part]:.3g} |" for part, what in PARTS.items()]
     for name, what in {"cached": "teacher's answers cached", "live": "teacher asked at every step"}.items():
-        lines.append(f"| views/s | {what} | {document['views_per_second'][name]:.1f} |")
+        lines.append(f"| views/s | {what} | {document['views_per_second'][name]:.3g} |")
     for who, share in document["share_of_peak"].items():
         lines.append(f"| {who}: share of peak | {document['gmacs'][who]:.2f} GMACs a view | {share:.0%} |")
     return "\n".join(lines) + "\n"

@@ -74,7 +74,7 @@ def sampled_backward(
     grad_sampled = tl.zeros((TILE_T, TILE_P, TILE_C), tl.float32)
     for first_out in range(0, C, TILE_C):
         grad_mixed = read_block(grad_mixed_ptr, token, p, first_out + tl.arange(0, TILE_C), mask, P, C)
-        row, row_mask = channel_rows(first_in, first_out, C, TILE_C, TILE_C)
+        row, row_mask = channel_rows(first_in, first_out, C, TILE_C)
         made = generate(
             hidden_ptr, weight_ptr, bias_ptr, token, mask, row, row_mask, G, TILE_T, TILE_C * TILE_C, TILE_G, OPERAND, PRECISION
         )
@@ -136,7 +136,7 @@ def hidden_backward(
         grad = grad_channel_block(
             sampled_ptr, grad_mixed_ptr, token, mask, first_in, first_out, C, P, TILE_T, TILE_P, TILE_C, OPERAND, PRECISION
         )
-        row, row_mask = channel_rows(first_in, first_out, C, TILE_C, TILE_C)
+        row, row_mask = channel_rows(first_in, first_out, C, TILE_C)
         weight = tl.load(weight_ptr + row[:, None] * G + g[None, :], mask=row_mask[:, None] & (g < G)[None, :], other=0.0)
         total = product(tl.trans(weight), tl.trans(grad), total, dtype, OPERAND, PRECISION)
     for first in range(0, O, TILE_O):
@@ -172,7 +172,7 @@ def weight_backward(
     if POINTS:
         row, row_mask = point_rows(first, C, P, O, TILE_O, TILE_P)
     else:
-        row, row_mask = channel_rows(first_in, first_out, C, TILE_C, TILE_C)
+        row, row_mask = channel_rows(first_in, first_out, C, TILE_C)
     total = tl.zeros((rows, TILE_G), tl.float32)
     bias = tl.zeros((rows,), tl.float32)
     for tile in range(share, tl.cdiv(tokens, TILE_T), shares):

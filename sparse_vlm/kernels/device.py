@@ -1,7 +1,7 @@
 """What the kernels share: products, GELU, bilinear corners, and blocks of the generated parameters.
 
-Shape legend: TILE_T tokens, TILE_P points (P and padding), TILE_I channels read, TILE_C channels made and TILE_O points after mixing of a
-block; G width of the hidden vector. C x C and O x P are the two matrices that a token generates, row by row, as the generator's rows lie in memory.
+Shape legend: TILE_T tokens, TILE_P points (P and padding), TILE_C channels and TILE_O points after mixing of a block; G width of the
+hidden vector. C x C and O x P are the two matrices that a token generates, row by row, as the generator's rows lie in memory.
 
 Notable: Triton's interpreter multiplies bfloat16 as if it were integers, so products take operands of type OPERAND: that of the inputs on
 a GPU, float32 under the interpreter, in either case after they were rounded to DTYPE.
@@ -76,9 +76,9 @@ def write_block(ptr, value, token, row, column, mask, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def channel_rows(first_in, first_out, C: tl.constexpr, TILE_I: tl.constexpr, TILE_C: tl.constexpr):
-    """Generator rows of a block of the channel matrix, (TILE_I * TILE_C,), and which of them exist."""
-    j = tl.arange(0, TILE_I * TILE_C)
+def channel_rows(first_in, first_out, C: tl.constexpr, TILE_C: tl.constexpr):
+    """Generator rows of a block of the channel matrix, (TILE_C * TILE_C,), and which of them exist."""
+    j = tl.arange(0, TILE_C * TILE_C)
     i, c = first_in + j // TILE_C, first_out + j % TILE_C
     return i * C + c, (i < C) & (c < C)
 

@@ -1,6 +1,7 @@
-"""Which way a look is computed: by torch alone, or, where that is asked for, by the Triton kernels wherever they can.
+"""Which way a look, and the early convolution, is computed: by torch alone, or by the Triton kernels where these are faster.
 
-Torch alone is the default because no GPU has run the kernels yet.
+On an H100 they are where nothing learns, in about half the time (docs/kernels.md). With gradients torch alone, compiled, is as fast or
+faster, and takes up to twice the memory; few pictures in an uncompiled tower wait for Python, and torch alone makes fewer calls.
 
 Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
 H x W the map.
@@ -23,7 +24,8 @@ from sparse_vlm.kernels.tiles import MAX_CHANNELS, MAX_POINTS
 Path = Literal["auto", "plain", "kernels"]
 VARIABLE = "SPARSE_VLM_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16)
-_path: Path = "auto" if os.environ.get(VARIABLE) == "auto" else "plain"
+MANY = 64  # pictures from which on an uncompiled tower waits for the GPU
+_path: Path = "plain" if os.environ.get(VARIABLE) == "plain" else "auto"
 
 
 @contextmanager
@@ -31,10 +33,11 @@ def using(path: Path) -> Iterator[None]:
     """Compute the looks inside so.
 
     Args:
-        path: `plain`, torch alone, as it is unless told otherwise; `auto`, the kernels on an NVIDIA GPU that has bfloat16 (compute
-            capability 8.0), where triton is installed and shapes and dtypes are theirs, also chosen for a whole process by
-            SPARSE_VLM_KERNELS=auto in the environment; `kernels`, these or an error, on CPU tensors through Triton's interpreter
-            (TRITON_INTERPRET=1 in the environment before triton is imported).
+        path: `auto`, as it is unless told otherwise: the kernels on an NVIDIA GPU that has bfloat16 (compute capability 8.0), where triton
+            is installed, shapes and dtypes are theirs, nothing learns, and the tower is compiled, captured or given at least 64 pictures;
+            `plain`, torch alone, also chosen for a whole process by SPARSE_VLM_KERNELS=plain in the environment; `kernels`, these or an
+            error, also where something learns, and on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1 in the environment
+            before triton is imported).
     """
     global _path
     before, _path = _path, path
@@ -55,10 +58,8 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
     Raises:
         RuntimeError: inside `using("kernels")` where it cannot; the message says why.
     """
-    if _path == "plain":
-        return False
     kind = tokens.device.type
-    if _path == "auto" and kind != "cuda":
+    if not _wanted(kind, len(points), (feature_map, points, tokens)):
         return False  # first, because the meta device has no autocast to ask for
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
     obstacle = _unfit(feature_map, points, dtype) or _absent(kind, tokens.device.index or 0)
@@ -119,15 +120,27 @@ def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     Returns:
         (B, C, ceil(h / 2), ceil(w / 2)), channels last in memory.
     """
-    kind = pixels.device.type
-    if _path == "plain" or (_path == "auto" and kind != "cuda") or torch.is_autocast_enabled(kind):
+    kind, given = pixels.device.type, (pixels, weight, bias)
+    if not _wanted(kind, len(pixels), given) or _learns(given) or torch.is_autocast_enabled(kind):
         return None
-    learns = torch.is_grad_enabled() and (pixels.requires_grad or weight.requires_grad or bias.requires_grad)
-    if learns or any(each.dtype != torch.bfloat16 for each in (pixels, weight)) or weight.shape[0] > MAX_CHANNELS:
+    if any(each.dtype != torch.bfloat16 for each in (pixels, weight)) or weight.shape[0] > MAX_CHANNELS:
         return None
     if _absent(kind, pixels.device.index or 0) is not None:
         return None
     return torch.ops.sparse_vlm.early_convolution(pixels.contiguous(), weight.contiguous(), bias).permute(0, 3, 1, 2)
+
+
+def _learns(given: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in given)
+
+
+def _wanted(kind: str, pictures: int, given: tuple[Tensor, ...]) -> bool:
+    """Whether the kernels are to compute something of these tensors, if they can."""
+    if _path != "auto":
+        return _path == "kernels"
+    if kind != "cuda" or _learns(given):
+        return False
+    return pictures >= MANY or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def _unfit(feature_map: Tensor, points: Tensor, dtype: torch.dtype) -> str | None:

@@ -1,7 +1,8 @@
 """A look, forward: sample, generate, mix over channels, mix over points, GELU.
 
-Shape legend: T tokens of all pictures, P sampling points, C channels, O points after mixing, G width of the hidden vector, J = C * C + O * P
-parameters a token. A program has TILE_T tokens, or one, and writes TILE_C channels; the other tile names are those of `tiles.Tiles`.
+Shape legend: T tokens of all pictures, P sampling points, C channels, O points after mixing, G width of the hidden vector,
+J = C * C + O * P parameters a token. A program has TILE_T tokens, or one, and writes TILE_C channels of them; the other tile names are
+those of `tiles`.
 
 Notable: with gradients all of it is one kernel, because memory is what is short then. Without, a matrix product generates and one kernel
 does the rest: the parameters go through memory once, which a GPU does sooner than it generates them in small blocks (docs/kernels.md).
@@ -18,7 +19,7 @@ def look_forward(
     map_ptr, points_ptr, hidden_ptr, weight_ptr, bias_ptr, m_beta_ptr, s_beta_ptr, out_ptr, sampled_ptr, mixed_ptr,
     tokens, per_picture, height, width,
     C: tl.constexpr, P: tl.constexpr, O: tl.constexpr, G: tl.constexpr,  # noqa: E741
-    TILE_T: tl.constexpr, TILE_P: tl.constexpr, TILE_I: tl.constexpr, TILE_C: tl.constexpr, TILE_O: tl.constexpr, TILE_G: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr, TILE_O: tl.constexpr, TILE_G: tl.constexpr,
     BORDER: tl.constexpr, BETAS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Map (B, H, W, C), points (T, P, 2) float32, hidden (T, G), weight (J, G) to out (T, O, C), and what the backward pass needs.
@@ -43,8 +44,8 @@ def look_forward(
     down = down * width
 
     mixed = tl.zeros((TILE_T, TILE_P, TILE_C), tl.float32)
-    for first_in in range(0, C, TILE_I):
-        i = first_in + tl.arange(0, TILE_I)
+    for first_in in range(0, C, TILE_C):
+        i = first_in + tl.arange(0, TILE_C)
         channel = i[None, None, :]
         wanted = here & (channel < C)
         sampled = read_cells(map_ptr, cell, channel, wanted, C) * (above * left)
@@ -53,11 +54,11 @@ def look_forward(
         sampled += read_cells(map_ptr, cell + down + across, channel, wanted, C) * (below * right)
         if first_out == 0:
             write_block(sampled_ptr, sampled, token, p, i, mask, P, C)
-        row, row_mask = channel_rows(first_in, first_out, C, TILE_I, TILE_C)
+        row, row_mask = channel_rows(first_in, first_out, C, TILE_C)
         over_channels = generate(
-            hidden_ptr, weight_ptr, bias_ptr, token, mask, row, row_mask, G, TILE_T, TILE_I * TILE_C, TILE_G, OPERAND, PRECISION
+            hidden_ptr, weight_ptr, bias_ptr, token, mask, row, row_mask, G, TILE_T, TILE_C * TILE_C, TILE_G, OPERAND, PRECISION
         )
-        mixed = product(sampled, tl.reshape(over_channels, (TILE_T, TILE_I, TILE_C)), mixed, dtype, OPERAND, PRECISION)
+        mixed = product(sampled, tl.reshape(over_channels, (TILE_T, TILE_C, TILE_C)), mixed, dtype, OPERAND, PRECISION)
     write_block(mixed_ptr, mixed, token, p, c, mask, P, C)
     mixed = mixed.to(dtype).to(tl.float32)  # what the backward pass will read
     if BETAS:

@@ -22,7 +22,7 @@ from sparse_vlm.kernels.spread import coordinates_backward, map_backward
 from sparse_vlm.kernels.tiles import Tiles, choose_mixing_tiles, choose_tiles
 
 SHARES = 8  # of the tokens, whose parts of a weight's gradient are added up at the end: enough programs, and memory that T does not change
-CONVOLVED = 128  # positions of a program of the early convolution
+CONVOLVED = 64  # positions of a program of the early convolution
 
 # the interpreter takes over when a kernel is decorated, so this is what every kernel of this process is
 INTERPRETED = not isinstance(look_forward, triton.JITFunction)
@@ -62,7 +62,7 @@ def forward(
         look_forward[(_programs(tokens, channels, tiles),)](
             feature_map, points, hidden, weight, bias, bias if m_beta is None else m_beta, bias if s_beta is None else s_beta,
             out, sampled, mixed, tokens, hidden.shape[1], height, width, C=channels, P=count, O=out_points, G=inner,
-            TILE_I=tiles.read, TILE_O=tiles.out_points, BORDER=border, BETAS=m_beta is not None, **_shared(hidden, tiles),
+            TILE_O=tiles.out_points, BORDER=border, BETAS=m_beta is not None, **_shared(hidden, tiles),
         )  # fmt: skip
     return out, sampled, mixed
 
@@ -163,7 +163,7 @@ def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with _on(pixels):
         stem.early_convolution[(triton.cdiv(positions, CONVOLVED),)](
             pixels, weight, bias, out, positions, height, width, out.shape[1], out.shape[2], C=weight.shape[0], TILE_N=CONVOLVED,
-            TILE_C=max(16, triton.next_power_of_2(weight.shape[0])), TILE_K=32, **_multiplied(pixels), num_warps=4, num_stages=1,
+            TILE_C=max(16, triton.next_power_of_2(weight.shape[0])), TILE_K=16, **_multiplied(pixels), num_warps=4, num_stages=1,
         )  # fmt: skip
     return out
 

@@ -1,7 +1,7 @@
 """The kernels as torch operators, so that torch.compile, CUDA graphs, checkpointing and `torch.library.opcheck` know them.
 
-Shape legend: B pictures of h x w pixels, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector, J = C * C + O * P
-parameters a token, H x W the map.
+Shape legend: B pictures of h x w pixels, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector,
+J = C * C + O * P parameters a token, H x W the map.
 
 Notable: triton is imported when an operator first runs. Inputs are contiguous and of the dtypes that `dispatch` sees to: points float32,
 the map float32 or bfloat16, all else of one dtype of the two.
@@ -166,7 +166,7 @@ look.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("sparse_vlm::early_convolution", mutates_args=(), schema="(Tensor pixels, Tensor weight, Tensor bias) -> Tensor")
 def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Pixels (B, 3, h, w) with weight (C, 3, 7, 7) and bias (C,), stride 2 and padding 3, to (B, ceil(h / 2), ceil(w / 2), C); no gradients."""
+    """Pixels (B, 3, h, w) with weight (C, 3, 7, 7) and bias (C,) to (B, ceil(h / 2), ceil(w / 2), C): stride 2, padding 3, no gradients."""
     from sparse_vlm.kernels import launch
 
     return launch.early_convolution(pixels, weight, bias)

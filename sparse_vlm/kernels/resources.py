@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_vlm.kernels import backward, forward, spread
-from sparse_vlm.kernels.tiles import choose_tiles
+from sparse_vlm.kernels.tiles import choose_mixing_tiles, choose_tiles
 
 MANY = 10_000  # tokens, enough that tiles are as large as they get
 FLOATS = {"points_ptr", "grad_at_ptr", "grad_weight_ptr", "grad_bias_ptr"}
@@ -37,16 +37,19 @@ def compile_kernels(
     tiles = choose_tiles(MANY, points, channels, out_points, hidden, dtype, cores=1)
     constants = {
         "C": channels, "P": points, "O": out_points, "G": hidden, "TILE_T": tiles.tokens, "TILE_P": tiles.points,
-        "TILE_I": tiles.read, "TILE_C": tiles.channels, "TILE_O": tiles.out_points, "TILE_G": tiles.hidden, "BORDER": True, "BETAS": betas, "SAVE": True,
+        "TILE_C": tiles.channels, "TILE_O": tiles.out_points, "TILE_G": tiles.hidden, "BORDER": True, "BETAS": betas,
         "OPERAND": getattr(tl, "bfloat16" if dtype == torch.bfloat16 else "float32"), "PRECISION": "ieee",
     }  # fmt: skip
-    mixing = [forward.look_forward, backward.points_backward, backward.sampled_backward, backward.hidden_backward]
-    made = [_compile(kernel, constants, dtype, tiles.warps, tiles.stages, capability) for kernel in mixing]
+    fused = [forward.look_forward, backward.points_backward, backward.sampled_backward, backward.hidden_backward]
+    made = [_compile(kernel, constants, dtype, tiles.warps, tiles.stages, capability) for kernel in fused]
     for of_points in (False, True):
         rows = {**constants, "POINTS": of_points, "TILE_T": max(16, tiles.tokens)}
         made.append(_compile(backward.weight_backward, rows, dtype, tiles.warps, tiles.stages, capability))
     sampling = {**constants, "TILE_N": tiles.cells, "TILE_C": min(64, triton.next_power_of_2(channels))}
     made += [_compile(kernel, sampling, dtype, 4, 3, capability) for kernel in (spread.map_backward, spread.coordinates_backward)]
+    mixing = choose_mixing_tiles(MANY, points, channels, out_points, cores=1)
+    one = {**constants, "TILE_P": mixing.points, "TILE_I": mixing.read, "TILE_C": mixing.channels, "TILE_O": mixing.out_points}
+    made.append(_compile(forward.mix_forward, one, dtype, mixing.warps, 1, capability))
     return made
 
 

@@ -2,7 +2,8 @@
 
 Shape legend: T tokens of all pictures, P sampling points, C channels, O points after mixing, g width of the generator's hidden vector.
 
-Notable: this is all the tuning there is. The sizes follow from what fits a streaming multiprocessor (docs/kernels.md), not from timing.
+Notable: this is all the tuning there is. Without gradients the sizes are the fastest of those that were timed on an H100 in bfloat16
+(docs/kernels.md); the others follow from what fits a streaming multiprocessor.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ class Tiles:
 
     Attributes:
         tokens: tokens of a program (TILE_T).
-        read: channels that the forward kernel samples at once (TILE_I).
-        channels: channels of a block that channel mixing makes; backward of those read as well (TILE_C).
+        channels: channels of a block, of those read as well as of those written by channel mixing (TILE_C).
         out_points: points after mixing, of a block (TILE_O).
         points: P, padded (TILE_P).
         hidden: columns of the hidden vector that are multiplied at once (TILE_G).
@@ -32,7 +32,6 @@ class Tiles:
     """
 
     tokens: int
-    read: int
     channels: int
     out_points: int
     points: int
@@ -55,7 +54,7 @@ def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidde
     if cores is None:
         blocks = (max(16, min(32, _power_of_two(number))) for number in (channels, out_points, hidden))
         channels, out_points, hidden = blocks
-        return Tiles(16, channels, channels, out_points, padded, hidden, cells=256, warps=1, stages=1)
+        return Tiles(16, channels, out_points, padded, hidden, cells=256, warps=1, stages=1)
     half = dtype == torch.bfloat16
     deep, few = 16, (512 if half else 128) // padded
     # few tokens are spread over all multiprocessors rather than read the weights few times
@@ -63,7 +62,6 @@ def choose_tiles(tokens: int, points: int, channels: int, out_points: int, hidde
         few //= 2
     return Tiles(
         tokens=max(8, few),
-        read=deep,
         channels=deep,
         out_points=deep,
         points=padded,
@@ -88,16 +86,14 @@ class MixingTiles:
 def choose_mixing_tiles(tokens: int, points: int, channels: int, out_points: int, cores: int | None) -> MixingTiles:
     """Tiles of `forward.mix_forward`; the arguments are those of `choose_tiles`."""
     padded, wide = max(16, _power_of_two(points)), max(16, _power_of_two(channels))
-    written = min(64, wide) if padded == 16 else min(128, wide)
-    # few tokens are spread over all multiprocessors, at the price of sampling for each block of channels
-    while cores is not None and written > 16 and tokens * -(-channels // written) < cores:
-        written //= 2
+    block = 64 if padded == 16 else 32
     return MixingTiles(
-        read=min(64 if padded == 16 else 32, wide),
-        channels=written,
+        read=min(block, wide),
+        channels=min(block, wide),
         out_points=max(16, _power_of_two(out_points)),
         points=padded,
-        warps=2 if padded == 16 else 4,
+        # more warps for many points, and where multiprocessors have no other tokens to turn to
+        warps=4 if padded > 16 or (cores is not None and tokens < cores) else 2,
     )
 
 
