@@ -93,7 +93,7 @@ def test_the_early_convolution_is_that_of_float64(height, width, channels):
         found = kernels.convolve(pixels, weight, bias)
         assert found.shape == wanted.shape and found.is_contiguous(memory_format=torch.channels_last)
         assert (found.double() - wanted).norm() <= 1e-2 * wanted.norm()
-        torch.library.opcheck(torch.ops.sparse_vlm.early_convolution, (pixels, weight, bias))
+        opcheck(torch.ops.sparse_vlm.early_convolution, (pixels, weight, bias))
         assert kernels.convolve(pixels, weight.clone().requires_grad_(), bias) is None, "it has no gradients"
         assert kernels.convolve(pixels.float(), weight.float(), bias.float()) is None, "it is for bfloat16"
     assert kernels.convolve(pixels, weight, bias) is None, "not asked for"

@@ -1,4 +1,4 @@
-"""A look in one kernel: bilinear sampling, parameter generation and mixing, so that a token's parameters never reach memory."""
+"""Looks (bilinear sampling, parameter generation and mixing, fused) and the early convolution as Triton kernels."""
 
 from sparse_vlm.kernels.dispatch import convolve, look, usable, using
 

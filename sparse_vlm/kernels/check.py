@@ -105,6 +105,12 @@ def gradients(look: Callable[..., Tensor], given: Sequence[Tensor | None], shape
     return {"out": out.detach(), **dict(zip(names, found, strict=True))}
 
 
+def judged(name: str, dtype: torch.dtype, errors: dict[str, float], bound: float, same: bool) -> dict[str, Any]:
+    """A row of what was verified; it passed where every error is within the bound and a second run was the same."""
+    passed = same and all(error <= bound for error in errors.values())
+    return {"shape": name, "dtype": str(dtype)[6:], "errors": errors, "bound": bound, "repeats": same, "passed": passed}
+
+
 def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
     """Errors against float64 on the CPU, and whether a second run is equal to the last bit, of each shape and dtype."""
     rows = []
@@ -118,10 +124,7 @@ def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
                 found["out, no gradients"], again["out, no gradients"] = (kernel_look(given, shape) for _ in range(2))
             errors = {key: ((found[key].cpu().double() - value).norm() / value.norm()).item() for key, value in exact.items()}
             same = all(torch.equal(found[key], again[key]) for key in found)
-            rows.append(
-                {"shape": name, "dtype": str(dtype)[6:], "errors": errors, "bound": bound, "repeats": same,
-                 "passed": same and all(error <= bound for error in errors.values())}
-            )  # fmt: skip
+            rows.append(judged(name, dtype, errors, bound, same))
     return rows
 
 
@@ -134,9 +137,7 @@ def verify_convolution(device: str, batch: int = 2, side: int = 224, channels: i
     with torch.no_grad(), kernels.using("kernels"):
         found, again = (kernels.convolve(*(each.to(device) for each in given)) for _ in range(2))
     error, same = ((found.cpu().double() - exact).norm() / exact.norm()).item(), torch.equal(found, again)
-    passed = same and error <= BOUNDS[dtype]
-    row = {"shape": "early convolution", "dtype": str(dtype)[6:], "errors": {"out": error}, "bound": BOUNDS[dtype], "repeats": same}
-    return [row | {"passed": passed}]
+    return [judged("early convolution", dtype, {"out": error}, BOUNDS[dtype], same)]
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:

@@ -1,6 +1,6 @@
 """Which way a look, and the early convolution, is computed: by torch alone, or by the Triton kernels where these are faster.
 
-On an H100 they are where nothing learns, in about half the time (docs/kernels.md). With gradients torch alone, compiled, is as fast or
+On an H100 they are where nothing learns, in about half the time (docs/kernels.md). With gradients torch alone, compiled, is mostly
 faster, and takes up to twice the memory; few pictures in an uncompiled tower wait for Python, and torch alone makes fewer calls.
 
 Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
