@@ -59,7 +59,8 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
         RuntimeError: inside `using("kernels")` where it cannot; the message says why.
     """
     kind = tokens.device.type
-    if not _wanted(kind, len(points), (feature_map, points, tokens)):
+    # shape[0] and not len() here and below: an export traces the count of pictures as unknown, and len() would fix it
+    if not _wanted(kind, points.shape[0], (feature_map, points, tokens)):
         return False  # first, because the meta device has no autocast to ask for
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
     obstacle = _unfit(feature_map, points, dtype) or _absent(kind, tokens.device.index or 0)
@@ -121,7 +122,7 @@ def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
         (B, C, ceil(h / 2), ceil(w / 2)), channels last in memory.
     """
     kind, given = pixels.device.type, (pixels, weight, bias)
-    if not _wanted(kind, len(pixels), given) or _learns(given) or torch.is_autocast_enabled(kind):
+    if not _wanted(kind, pixels.shape[0], given) or _learns(given) or torch.is_autocast_enabled(kind):
         return None
     if any(each.dtype != torch.bfloat16 for each in (pixels, weight)) or weight.shape[0] > MAX_CHANNELS:
         return None
