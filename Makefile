@@ -29,7 +29,7 @@ chat: .venv/installed
 	fi
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed
 	$(BIN)/python -m sparse_vlm.bench.guard --baseline docs/ratios.json

@@ -13,6 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; before torch is imported, for it and for the commands that tests run
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.projectors import PROJECTORS
 from sparse_vlm.train import comparison
 
-ARGUMENTS = ["--vit", "build/vit", "--init", "build/read", "--data", "a.tar", "--eval-data", "data"]
+ARGUMENTS = ["--vit", "tiny", "--init", "build/read", "--data", "a.tar", "--eval-data", "data"]
 
 
 def invoke(*arguments: str) -> str:
@@ -53,7 +53,7 @@ def test_what_is_missing_is_run_and_the_rest_is_not(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(subprocess, "run", run)
     said = invoke("--only", "pool", "--seed", "0", "--seed", "1", "--out", str(tmp_path))
     assert ran == ["train", "train", "eval"] * 2
-    assert "| pool | the whole ViT, tokens averaged | 2 | 55.0 (10.0) | 55.0 (10.0) | 55.0 (10.0) |" in said
+    assert "| pool | the whole ViT, tokens averaged | 1.59 | 2 | 55.0 (10.0) | 55.0 (10.0) | 55.0 (10.0) |" in said
     assert invoke("--only", "pool", "--seed", "0", "--seed", "1", "--out", str(tmp_path)) == said and len(ran) == 6
     with pytest.raises(UserError, match="choose another --out"):
         invoke("--samples", "3", "--out", str(tmp_path))

@@ -21,6 +21,8 @@ from typing import Annotated, Any
 import typer
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower.cost import count_macs
 from sparse_vlm.train.rows import FinishedRuns, as_program, carry_out
 
 TASKS = "captions,pope,aokvqa"
@@ -77,6 +79,11 @@ class Plan:
             ["sparse-vlm", *judge, "--threads", str(self.threads), "--out", str(folder / "eval")],
         ]
 
+    def tower_gmacs(self, rival: Rival) -> float:
+        """What the tower of a row costs for a picture, in billions of multiply-accumulates; its projector is not in it."""
+        tower = SparseFormer.from_pretrained(rival.tower or self.vit, num_tokens=self.tokens if rival.tower else None)
+        return count_macs(tower.config).total / 1e9
+
     def settings(self) -> dict[str, Any]:
         """What makes two runs comparable."""
         return {"tokens": self.tokens, "align_steps": self.align_steps, "samples": self.samples, "data": list(self.data)}
@@ -106,14 +113,15 @@ class Scores:
     def table(self, rivals: tuple[Rival, ...], seeds: list[int]) -> str:
         """Markdown: mean over the finished seeds, and spread (largest minus smallest)."""
         names = [f"{task} {name}" for task, name in METRICS]
-        lines = [f"| | what | seeds | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
+        lines = [f"| | what | tower, GMACs | seeds | {' | '.join(names)} |", "|---|---|---:|---:|" + "---:|" * len(names)]
         for rival in rivals:
             known = [self.finished.runs[f"{rival.name}-seed{seed}"] for seed in seeds if self.has(rival, seed)]
             cells = []
             for name, scale in zip(names, METRICS.values(), strict=True):
                 each = [scale * run[name] for run in known]
                 cells.append(f"{statistics.fmean(each):.1f} ({max(each) - min(each):.1f})" if each else "")
-            lines.append(f"| {rival.name} | {rival.what} | {len(known)} | {' | '.join(cells)} |")
+            cost = self.plan.tower_gmacs(rival)
+            lines.append(f"| {rival.name} | {rival.what} | {cost:.2f} | {len(known)} | {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
 
