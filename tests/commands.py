@@ -1,12 +1,17 @@
-"""Running `sparse-vlm`: forked from a process that has imported what it needs, which spares seconds; or as torchrun starts two."""
+"""Running `sparse-vlm` in one process or two, forked from one that has imported what they need, which spares many seconds.
+
+`ALONE` and `TWO` are how a user starts them, for tests that stop a run by a signal.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,28 +22,59 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["open_clip", "matplotlib.pyplot", "sparse_vlm.train.bootstrap", "sparse_vlm.train.vlm", "sparse_vlm.eval"])
 
 
-def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Run the command at the top of the checkout, and tell how it ended and what it said.
 
     Raises:
         subprocess.TimeoutExpired: it ran for more than `timeout` seconds, and was killed.
     """
+    return _run_processes(arguments, [dict(env or os.environ)], timeout)
+
+
+def run_two(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """The same in two processes that find each other as torchrun lets them; what they said, one after the other.
+
+    Raises:
+        subprocess.TimeoutExpired: they ran for more than `timeout` seconds, and were killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    return _run_processes(arguments, [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], timeout)
+
+
+def _run_processes(arguments: tuple[str, ...], envs: list[dict[str, str]], timeout: float) -> subprocess.CompletedProcess[str]:
+    """One process for each environment; the exit code is the first that is not 0."""
+    until = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _FORKS.Process(target=_run, args=(arguments, dict(env or os.environ), said))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
+        said = [[Path(folder) / f"{name}{number}" for name in ("stdout", "stderr")] for number in range(len(envs))]
+        processes = [_FORKS.Process(target=_run, args=(arguments, env, paths)) for env, paths in zip(envs, said, strict=True)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(until - time.monotonic(), 0))
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired(["sparse-vlm", *arguments], timeout, *(path.read_text() for path in said))
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in said))
+        streams = ["".join(path.read_text() for path in paths if path.exists()) for paths in zip(*said, strict=True)]
+        if late:
+            raise subprocess.TimeoutExpired(["sparse-vlm", *arguments], timeout, *streams)
+        codes = [process.exitcode or 0 for process in processes]
+        return subprocess.CompletedProcess(arguments, next(filter(None, codes), 0), *streams)
 
 
 def finish(*arguments: str, start: list[str] = ALONE) -> str:
-    """Run the command, as `ALONE` or `TWO` start it, to an end without errors; what it said."""
-    line = [*start, *arguments]
-    done = run_command(*arguments) if start is ALONE else subprocess.run(line, capture_output=True, text=True, timeout=300)
+    """Run the command to an end without errors, in one process (`ALONE`) or in two (`TWO`); what it said."""
+    done = run_command(*arguments) if start is ALONE else run_two(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -338,13 +338,13 @@ def test_photos_that_cannot_be_read_are_named_and_left_out(teacher_name: str, ph
 def stop_and_go_on(line: list[str], out: Path, how: signal.Signals, start: list[str] = ALONE) -> None:
     """Run the command until its first checkpoint, stop it some steps later, and run it again to its end."""
     first = subprocess.Popen([*start, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not list(out.glob("checkpoints/checkpoint-*/complete")):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
         time.sleep(0.05)
     time.sleep(random.random())
     first.send_signal(how)
-    log, _ = first.communicate(timeout=120)
+    log, _ = first.communicate(timeout=200)
     assert first.returncode != 0 and not (out / "model.safetensors").exists(), log
     if how != signal.SIGKILL:
         assert "give the same command again" in log, log

@@ -43,7 +43,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
         pytest.skip(f"LLaVA 1.2.2 and transformers 4.37 do not install here: {done.stderr.strip().splitlines()[-1:]}")
     line = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "llava_checks.py"), str(folder / "models")]
     paths = os.pathsep.join([str(folder / "world"), str(ROOT)])
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": paths})
+    done = subprocess.run(line, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -277,6 +277,6 @@ def test_zero3_learns_what_one_process_does(name: str, tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-W", "ignore", str(tmp_path / "zero3.py"), name]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=200, env={**os.environ, **alone})
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, env={**os.environ, **alone})
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("learnt") == 2

@@ -16,6 +16,7 @@ pytest.importorskip("open_clip", reason="teachers need open_clip and timm")
 import open_clip
 import timm
 import transformers
+from safetensors.torch import load_file, save_file
 
 from sparse_vlm import SparseFormer
 from sparse_vlm.errors import UserError
@@ -41,6 +42,12 @@ def of_trunk(name: str) -> Teacher:
     from open_clip.timm_model import TimmModel
 
     return timm_vit.read_trunk(name, TimmModel(name, embed_dim=512, pool="token"), HALF)
+
+
+def of_open_clip_toy(**more: object) -> Teacher:
+    """Two blocks of open_clip's own class."""
+    sizes = {"image_size": 64, "patch_size": 16, "width": 128, "layers": 2, "heads": 2, "mlp_ratio": 4.0, "output_dim": 32}
+    return open_clip_vit.read("toy", open_clip.transformer.VisionTransformer(**sizes, **more), HALF, "")
 
 
 def of_transformers(kind: str, **more: object) -> Teacher:
@@ -71,14 +78,20 @@ TRUE_SIZE: dict[str, tuple[Callable[[], Teacher], str, str]] = {
     "SigLIP B/16 of transformers": (lambda: of_transformers("siglip"), "vision_model.encoder.layers", "gelu_tanh"),
     "DINOv2 B/14 of transformers": (lambda: of_transformers("dinov2", image_size=224, patch_size=14), "encoder.layer", "gelu"),
 }
-LARGE: dict[str, tuple[Callable[[], Teacher], int, str]] = {
-    "CLIP L/14 of OpenAI": (lambda: of_open_clip("ViT-L-14-quickgelu"), 224, "paper-clip-large"),
-    "CLIP L/14-336 of OpenAI": (lambda: of_open_clip("ViT-L-14-336-quickgelu"), 336, "paper-clip-large"),
-    "AugReg L/16": (lambda: of_timm("vit_large_patch16_224"), 224, "paper-augreg-large"),
-    "AugReg L/16-384": (lambda: of_timm("vit_large_patch16_384"), 384, "paper-augreg-large"),
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+# name: (how to make it, its pixels, activation, the paper's recipe of its family)
+LARGE: dict[str, tuple[Callable[[], Teacher], int, str, str]] = {
+    "CLIP L/14 of OpenAI": (lambda: of_open_clip("ViT-L-14-quickgelu"), 224, "quick_gelu", "paper-clip-large"),
+    "CLIP L/14-336 of OpenAI": (lambda: of_open_clip("ViT-L-14-336-quickgelu"), 336, "quick_gelu", "paper-clip-large"),
+    "CLIP L/14 of LAION and DataComp": (lambda: of_open_clip("ViT-L-14"), 224, "gelu", "paper-clip-large"),
+    "CLIP L/14 of transformers": (lambda: of_transformers("clip", **CLIP_L), 224, "quick_gelu", "paper-clip-large"),
+    "CLIP L/14-336 of transformers": (lambda: of_transformers("clip", image_size=336, **CLIP_L), 336, "quick_gelu", "paper-clip-large"),
+    "AugReg L/16": (lambda: of_timm("vit_large_patch16_224"), 224, "gelu", "paper-augreg-large"),
+    "AugReg L/16-384": (lambda: of_timm("vit_large_patch16_384"), 384, "gelu", "paper-augreg-large"),
     "DINOv2 L/14 of transformers": (
         lambda: of_transformers("dinov2", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14),
         518,
+        "gelu",
         "tiny",
     ),
 }
@@ -164,10 +177,11 @@ def reread(teacher: Teacher) -> Teacher:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_large_ones_are_accounted_for_on_the_meta_device(name: str) -> None:
-    make, size, paper = LARGE[name]
+    make, size, activation, paper = LARGE[name]
     for recipe in dict.fromkeys(("tiny", paper)):
         teacher, tower = on_meta(make, RECIPES[recipe])
         assert (teacher.spec.image_size, teacher.spec.num_blocks, teacher.spec.width) == (size, 24, 1024)
+        assert teacher.spec.activation == tower.config.units[-1].activation == activation
         assert tower.config.num_tokens == (64 if "clip" in recipe else 50 if recipe == "tiny" else 49)
         check_mapping(teacher, tower, RECIPES[recipe])
 
@@ -189,6 +203,8 @@ def test_the_papers_recipes_drop_tune_and_freeze_a_third_each(recipe: str, make:
 
 
 TOYS: dict[str, Callable[[], Teacher]] = {
+    "open_clip, LayerScale": lambda: of_open_clip_toy(ls_init_value=0.1),
+    "open_clip, QuickGELU": lambda: of_open_clip_toy(act_layer=open_clip.transformer.QuickGELU),
     "timm, CLS token": lambda: of_timm("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10),
     "timm, LayerScale": lambda: of_timm("vit_small_patch14_dinov2", img_size=56, depth=2),
     "timm, positions without CLS": lambda: of_timm("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0, no_embed_class=True),
@@ -256,26 +272,38 @@ def test_a_recipe_that_does_not_fit_the_teacher_is_refused() -> None:
         plan(headless, teacher, RECIPES["tiny"])
 
 
-def write_transformers_teacher(folder: Path, **more: object) -> str:
+def write_transformers_teacher(folder: Path, kind: str = "clip") -> str:
+    """A model of two blocks with random weights."""
     sides = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
-    config = transformers.CLIPConfig(
-        text_config={**sides, "vocab_size": 64}, vision_config={**sides, "image_size": 64, "patch_size": 16, **more}, projection_dim=32
-    )
-    transformers.CLIPModel(config).save_pretrained(folder)
+    text, vision = {**sides, "vocab_size": 64}, {**sides, "image_size": 64, "patch_size": 16}
+    if kind == "clip":
+        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+    elif kind == "siglip":
+        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    else:
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**vision))
+    model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}))
-    (folder / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A CLIP\n")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# A model\n")
     return f"transformers:{folder}"
 
 
-def test_a_teacher_is_loaded_from_a_folder_of_transformers(tmp_path: Path) -> None:
-    spec = load_teacher(write_transformers_teacher(tmp_path / "clip")).spec
+@pytest.mark.parametrize(
+    ("kind", "activation", "embed_dim", "norm_pre"),
+    [("clip", "quick_gelu", 32, True), ("siglip", "gelu_tanh", 64, False), ("dinov2", "gelu", 64, False)],
+)
+def test_a_teacher_is_loaded_from_a_folder_of_transformers(
+    kind: str, activation: str, embed_dim: int, norm_pre: bool, tmp_path: Path
+) -> None:
+    teacher = load_teacher(write_transformers_teacher(tmp_path / kind, kind))
+    spec = teacher.spec
     assert (spec.image_mean, spec.image_std, spec.licence) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "mit")
-    assert (spec.activation, spec.width, spec.num_blocks, spec.embed_dim, spec.norm_pre) == ("quick_gelu", 64, 2, 32, True)
+    assert (spec.activation, spec.width, spec.num_blocks, spec.embed_dim, spec.norm_pre) == (activation, 64, 2, embed_dim, norm_pre)
+    written = load_file(tmp_path / kind / "model.safetensors")
+    assert any(torch.equal(teacher.tensors["blocks.1.mlp.fc1.weight"], tensor) for tensor in written.values())
 
 
 def test_missing_weights_are_not_passed_over(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     name = write_transformers_teacher(tmp_path / "clip")
     weights = load_file(tmp_path / "clip" / "model.safetensors")
     weights.pop("vision_model.encoder.layers.1.mlp.fc1.weight")
@@ -298,6 +326,7 @@ def test_a_teacher_of_timm_is_loaded_from_a_file(tmp_path: Path) -> None:
         ("local-dir:nowhere", "no open_clip_config.json"),
         ("ViT-B-16-quickgelu", "NAME@TAG"),
         ("NoSuchModel", "knows no such model"),
+        ("ViT-B-16@openai", "learnt with QuickGELU, which ViT-B-16 does not compute; give ViT-B-16-quickgelu@openai"),
         ("timm:vit_tiny_patch16_225", "knows no such model; near it are vit_tiny"),
         ("timm:vit_tiny_patch16_224@nowhere.pth", "nowhere.pth: no such file"),
         ("transformers:./nowhere", "nowhere: no such folder"),

@@ -49,8 +49,7 @@ def where(out: Path) -> list[str]:
 
 def learn(line: list[str], out: Path, more: list[str]) -> list[float]:
     """Losses of a whole run of two processes."""
-    said, complaints = start(line, out, more).communicate(timeout=200)
-    assert "model written to" in said, said + complaints
+    assert "model written to" in finish(*line, *where(out), *more, start=TWO)
     return losses(out)
 
 
@@ -87,11 +86,11 @@ def test_two_processes_that_share_gradients_learn_what_one_does(verb, alone, tmp
 def test_two_processes_that_share_weights_learn_what_one_does_also_after_a_stop(verb, alone, tmp_path):
     out, more = tmp_path / "run", [*MORE, "--deepspeed", "zero3"]
     process = start(verb, out, more)
-    until = time.monotonic() + 150
+    until = time.monotonic() + 400
     while not list(out.glob("checkpoints/checkpoint-*/complete")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
+    process.communicate(timeout=200)
     saved = [path.name for path in out.glob("checkpoints/checkpoint-*")]
     assert saved and "checkpoint-8" not in saved, "it was stopped halfway"
     for path in out.rglob("*model_states.pt"):

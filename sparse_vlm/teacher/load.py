@@ -71,6 +71,8 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         known = f"its tags are {', '.join(tags)}" if tags else "open_clip knows no such model"
         raise TeacherError(f"teacher {name}: say which weights with NAME@TAG; {known}")
+    if tag is not None:
+        _refuse_lost_quick_gelu(name, model_name, tag)
     try:
         model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
         licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
@@ -78,6 +80,16 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
         raise TeacherError(f"teacher {name}: open_clip could not load it ({error})") from error
     reader = _reader(name, model.visual, OPEN_CLIP_READERS)
     return reader(name, model.visual, open_clip.get_model_preprocess_cfg(model), licence)
+
+
+def _refuse_lost_quick_gelu(name: str, model_name: str, tag: str) -> None:
+    """Weights that learnt with QuickGELU, in a model without it, are loaded by open_clip with no more than a warning."""
+    import open_clip
+
+    learnt = (open_clip.get_pretrained_cfg(model_name, tag) or {}).get("quick_gelu", False)
+    if learnt and not (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False):
+        twin = f"{model_name}-quickgelu@{tag}"
+        raise TeacherError(f"teacher {name}: its weights learnt with QuickGELU, which {model_name} does not compute; give {twin}")
 
 
 def _from_timm(name: str, rest: str, checkpoint: str | None) -> Teacher:
