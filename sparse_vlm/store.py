@@ -146,6 +146,29 @@ def locate(name_or_path: str | Path, kind: str | None = None) -> Path:
     return present(model) or _fetch_model(model)
 
 
+def way_to(part: str, folder: Path) -> str | None:
+    """The way from a model's folder to a part of it that is a folder as well; None for a part that has a name in the zoo."""
+    path = Path(part).expanduser()
+    return os.path.relpath(path.resolve(), folder.resolve()) if path.is_dir() else None
+
+
+def part_of(folder: Path, described: Mapping[str, Any], part: str) -> str:
+    """A part of a model, by what the model's folder says of it: `part` as it was named, and under `ways` the way to it.
+
+    Returns:
+        The name, which `locate` takes; or a path, where the part lies where the way leads and the name, seen from the folder that this
+        process works in, leads elsewhere or nowhere.
+
+    Raises:
+        KeyError: nothing is said of that part.
+    """
+    name, way = described[part], described.get("ways", {}).get(part)
+    if way is None or not (there := (folder / way).resolve()).is_dir():
+        return name
+    here = Path(name).expanduser()
+    return name if here.is_dir() and here.samefile(there) else str(there)
+
+
 def present(model: Entry) -> Path | None:
     """The folder in which the model's files lie and are what they must be; None where it must be fetched first."""
     for folder in _folders(model):

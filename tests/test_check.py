@@ -182,6 +182,26 @@ def test_what_is_read_is_what_the_model_reads(tmp_path):
         renderer_of(str(tmp_path / "vlm"), llm)
 
 
+def test_parts_are_found_from_any_folder_and_after_a_move(tmp_path, monkeypatch):
+    """A VLM that was made of `tower` and `llm`, as seen from where it was made."""
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    save_tower(made / "tower"), save_llm(made / "llm"), elsewhere.mkdir()
+    monkeypatch.chdir(made)
+    VLM.build("tower", "llm", dtype=torch.float32).save_pretrained("runs/vlm")
+    assert json.loads((made / "runs" / "vlm" / "vlm.json").read_text())["ways"] == {"tower": "../../tower", "llm": "../../llm"}
+    assert parts_of("runs/vlm")[:2] == ("tower", "llm"), "as they were named"
+    monkeypatch.chdir(elsewhere)
+    save_tower(elsewhere / "tower", tokens=9)  # another of that name
+    assert parts_of(made / "runs" / "vlm")[:2] == (str(made / "tower"), str(made / "llm"))
+    VLM.from_pretrained(made / "runs" / "vlm", dtype=torch.float32, fold=False).save_pretrained("again")
+    assert parts_of("again")[:2] == (str(made / "tower"), str(made / "llm"))
+    made.rename(tmp_path / "moved")
+    assert parts_of(tmp_path / "moved" / "runs" / "vlm")[0] == str(tmp_path / "moved" / "tower")
+    (tmp_path / "moved" / "llm").rename(tmp_path / "lost")
+    with pytest.raises(UserError, match="llm: no such folder"):
+        VLM.from_pretrained(tmp_path / "moved" / "runs" / "vlm", fold=False)
+
+
 def test_the_histogram_bears_one_very_long_sample():
     values = np.array([*range(100, 200), 100_000])
     bins = check.histogram_of(values)

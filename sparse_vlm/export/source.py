@@ -69,7 +69,8 @@ def find(model: str) -> Source:
     kind = "vlm" if "vlm.json" in described else "tower"
     if kind == "tower" and not str(described.get("config.json", {}).get("format", "")).startswith(TOWER_FORMAT):
         raise UserError(f"{model}: holds neither a tower nor a VLM of ours; give a folder of bootstrap's or train's, or a name of the zoo")
-    names = [described["vlm.json"][part] for part in ("tower", "llm") if part in described["vlm.json"]] if kind == "vlm" else []
+    says = described.get("vlm.json", {})
+    names = [store.part_of(folder, says, part) for part in ("tower", "llm") if part in says]
     parts = (_part(model, folder), *(_part(name, Path(name)) for name in names))
     return Source(model, kind, parts, names[0] if names else model)
 

@@ -218,7 +218,8 @@ class VLM:
             described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
             if described.get("format") != FORMAT:
                 raise UserError(f"{path_or_zoo_name}: vlm.json has format {described.get('format')!r}, this version reads {FORMAT!r}")
-            tower, llm, shape = described["tower"], described["llm"], described["projector"]
+            tower, llm = (store.part_of(folder, described, part) for part in ("tower", "llm"))
+            shape = described["projector"]
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{path_or_zoo_name}: not a VLM folder ({error})") from error
         blank = described.get("new_projector", False)
@@ -283,6 +284,9 @@ class VLM:
             "projector": "new" if self.new_projector else "trained",
             "llm": _held(self.llm_changed, self.peft),
         }
+        ways = {part: store.way_to(described[part], folder) for part in ("tower", "llm")}
+        if ways := {part: way for part, way in ways.items() if way is not None}:
+            described["ways"] = ways
         if self.tower.config.budgets is not None or self.projector_kind != MLP:
             described["num_tokens"] = self.tokens_per_image
         if self.new_projector:

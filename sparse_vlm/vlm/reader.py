@@ -47,6 +47,7 @@ def parts_of(vlm: str | Path) -> tuple[str, str, int | None, str]:
     folder = store.locate(vlm, kind="vlm")
     try:
         described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
-        return described["tower"], described["llm"], described.get("num_tokens"), described["projector"].get("kind", MLP)
+        tower, llm = (store.part_of(folder, described, part) for part in ("tower", "llm"))
+        return tower, llm, described.get("num_tokens"), described["projector"].get("kind", MLP)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{vlm}: not a VLM folder ({error})") from error
