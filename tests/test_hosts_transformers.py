@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def test_rois_stay_float32_in_a_bfloat16_tower(tower, tmp_path):
     model = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.tower.initial_roi.weight, tower.initial_roi.weight)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed, and wants a GPU")
+def test_an_llms_attention_is_not_refused_for_the_towers_sake(tower):
+    config = SparseFormerHostConfig.wrap(tower.config)
+    with pytest.raises(ImportError, match="(?i)flash"):  # the package is missing, and not the tower's consent
+        AutoModel.from_config(config, attn_implementation="flash_attention_2")
+    model = AutoModel.from_config(config, attn_implementation="flex_attention").eval()
+    model.tower.load_state_dict(tower.state_dict())
+    pixels = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model(pixels).last_hidden_state, SparseFormerHostModel.wrap(tower)(pixels).last_hidden_state)
 
 
 def test_image_processor_is_the_one_way_in(tower):

@@ -58,7 +58,10 @@ class FiniteSteps(TrainerCallback):
             raise NotFinite(torch.full_like(loss.detach(), torch.nan))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """A finite loss may still have a gradient that is not: then there is no update either. All processes hold the same gradient."""
+        """A finite loss may still have a gradient that is not: then there is no update either. All processes hold the same gradient.
+
+        Under DeepSpeed this comes too late: accelerate lets its engine update within the backward pass.
+        """
         gradients = [p.grad for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
         if gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self.what = "gradient is not finite"

@@ -38,7 +38,8 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sparseformer"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _supports_sdpa = True
+    # The tower attends by SDPA whatever is asked for: that is meant for the LLM beside it, which transformers would refuse otherwise.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = frozenset({"initial_roi"})  # bfloat16 resolves one pixel in 256
 
