@@ -258,7 +258,10 @@ def _run_vlm_tasks(
     on_progress: Progress,
 ) -> None:
     from sparse_vlm.vlm import VLM
+    from sparse_vlm.vlm.reader import parts_of
 
+    for name in names:
+        parts_of(name)  # a wrong name is said before the first model has answered
     for name, count in itertools.product(names, budgets or [None]):
         model = VLM.from_pretrained(name, device=own_device(), num_tokens=count)
         model_name = budget_name(name, count)

@@ -26,6 +26,7 @@ from sparse_vlm.eval.tasks import TASKS
 from sparse_vlm.eval.vqa import SHORT_ANSWER, first_number
 from sparse_vlm.photos import PhotoSet
 from sparse_vlm.preprocess import preprocess
+from sparse_vlm.vlm.reader import parts_of
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,7 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> FakeVLM:
             return made
 
     monkeypatch.setattr("sparse_vlm.vlm.VLM", Loader)
+    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
     return made
 
 
@@ -327,6 +329,13 @@ def test_mistakes(arguments: dict[str, Any], line: str, data: Path, fakes: dict[
     with pytest.raises(UserError, match=line) as caught:
         run.evaluate(**{"models": ["good"], "teacher": "teacher", "data": data, **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_name_is_said_before_the_first_model_answers(data: Path, vlm: FakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", parts_of)
+    with pytest.raises(UserError, match="tiny-chart: no such folder and no such model; the zoo has .*did you mean tiny-chat"):
+        run.evaluate(["tiny-chat", "tiny-chart"], ["pope"], data)
+    assert not vlm.asked
 
 
 def test_embeddings_of_different_width(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
