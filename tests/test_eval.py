@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_fakes import NAMES, FakeEmbedder, FakeText, FakeVLM, asked, photos_of, write_tar
+from eval_fakes import NAMES, FakeEmbedder, FakeText, FakeVLM, Score, asked, photos_of, write_tar
 from PIL import Image
 
 from sparse_vlm.errors import UserError
@@ -185,6 +185,16 @@ def test_vlm_tasks_beside_their_controls(data: Path, vlm: FakeVLM, tmp_path: Pat
     assert "1 different captions of 12 photos, 3.0 words each" in report.results["captions"][blind].notes
     assert report.results["counting"][seeing].notes == ["0 of 12 answers hold no number"]
     check_outputs(report, tmp_path, ["talker", "talker, no-image", "talker, wrong-image"])
+
+
+def test_of_choices_that_is_taken_whose_mean_likelihood_is_highest(data: Path, vlm: FakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens at -1 each are likelier, token by token, than one at -2, which is the likelier in all."""
+    by_hand = [Score(-3.0, -1.0), *[Score(-2.0, -2.0)] * 3]
+    monkeypatch.setattr(vlm, "score", lambda conversations, answers: [by_hand[: len(choices)] for choices in answers])
+    (result,) = run.evaluate(["talker"], ["aokvqa"], data, controls=["none"]).results["aokvqa"].values()
+    assert all(row["answer"] == row["choices"][0] for row in result.predictions)
+    right = [row["choices"].index(row["truth"]) == 0 for row in result.predictions]
+    assert 0 < sum(right) < len(right) and result.metrics["accuracy"].value == pytest.approx(sum(right) / len(right))
 
 
 def test_each_question_is_asked_once(data: Path, vlm: FakeVLM) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,23 @@ REFERENCES = [
     ["two dogs are playing in the snow", "dogs play in the snow", "two dogs run"],
     ["a plate with some food on it", "some food on a white plate"],
 ]
+
+
+def test_captions_worked_by_hand() -> None:
+    """BLEU: n-grams of the caption that a reference has, each as often as it is there; a caption that is too short pays e^(1 - r/c).
+    CIDEr: tf-idf cosines of 1- to 4-grams, averaged, times ten."""
+    # 5 of 6 words (one "the" more than there is), 3 of 5 pairs, 2 of 4, 1 of 3
+    assert bleu4(["a cat sits on the mat"], [["a cat sits on a mat"]]).value == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert bleu4(["the the the the"], [["the cat the dog"]]).value < 1e-3, "of pairs there is none"
+    assert bleu4(["a cat sits on"], [["a cat sits on a mat"]]).value == pytest.approx(math.exp(1 - 6 / 4)), "all of it is right, and short"
+    # counts are those of all captions together, 5 + 4 of 6 + 4 words and so on, and the lengths are 10 and 10
+    both = bleu4(["a cat sits on the mat", "two dogs run fast"], [["a cat sits on a mat"], ["two dogs run fast"]])
+    assert both.value == pytest.approx((9 / 10 * 6 / 8 * 4 / 6 * 2 / 4) ** 0.25)
+    # no n-gram is in both photos' references, so all weigh ln 2: 3 of 4 words, 2 of 3 pairs, 1 of 2, 0 of 1; the other is its reference
+    found = cider(["red cat sleeps now", "a blue dog runs"], [["red cat sleeps here"], ["a blue dog runs"]])
+    assert found.value == pytest.approx((10 * (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4 + 10) / 2)
+    # a word that every photo's references have weighs nothing: "a" is worth no more than no word at all
+    assert cider(["a", "a blue dog runs"], [["a cat"], ["a blue dog runs"]]).value == pytest.approx(5)
 
 
 def test_caption_scores_are_those_of_pycocoevalcap() -> None:
