@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.devices import rank
+from filelock import FileLock
+
 from sparse_vlm.errors import UserError
 from sparse_vlm.store import home
 
@@ -44,10 +45,11 @@ def bring(pattern: str, on_progress: OnProgress) -> Path:
     mark = hashlib.sha256(pattern.encode()).hexdigest()[:12]
     name = pattern.rstrip("/").rpartition("/")[2].partition("?")[0].removesuffix(".tar")
     path = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}-{mark}.tar"
-    while rank() and not path.exists():  # of several processes the first one fetches
-        time.sleep(0.5)
-    if not path.exists():
-        (_hub if pattern.startswith("hf:") else _download)(pattern, path, on_progress)
+    if int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+        time.sleep(1)  # of several processes on a machine the first one fetches, because it shows how far it is
+    with FileLock(path.with_suffix(".lock")):  # and the others wait, of this command or of another
+        if not path.exists():
+            (_hub if pattern.startswith("hf:") else _download)(pattern, path, on_progress)
     return path
 
 

@@ -7,6 +7,7 @@ import json
 import tarfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def test_tars_are_fetched_once_by_their_urls(server: Server) -> None:
     assert told[-1] == (server.url + "/a-1.tar", size, size)
     assert len(PhotoSet(server.url + "/a-{0..1}.tar")) == 3
     assert len(server.asked) == 2, "what is here is not asked for again"
+
+
+def test_several_processes_fetch_a_tar_once_on_every_machine(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "9")  # the first process of a machine that shares no disk with that of rank 0
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: len(PhotoSet(server.url + "/a-0.tar")), range(4)))
+    assert found == [2] * 4 and len(server.asked) == 1
 
 
 def test_a_download_that_was_cut_off_goes_on(server: Server, tmp_path: Path) -> None:
