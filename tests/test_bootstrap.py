@@ -275,7 +275,7 @@ def test_a_student_learns_from_a_teacher_that_answers_at_every_step(recipe: str,
     options = ["--set", "views_per_photo=0", *(["--set", "resolution=64"] if recipe == "tiny" else [])]
     said = finish(*line, *options)
     assert "no view is shown twice" in said
-    assert "left out: 1 of 161 photos cannot be read" in said and "broken.png" in said
+    assert "left out: 1 of 161 photos cannot be read" in said and "broken.png: not an image" in said
     assert not (tmp_path / "cache").exists()
     curve = [h["eval_loss"] for h in json.loads((tmp_path / "student" / "training.json").read_text())["history"] if "eval_loss" in h]
     assert curve[-1] < curve[0]
@@ -331,8 +331,12 @@ def test_photos_that_cannot_be_read_are_named_and_left_out(teacher_name: str, ph
     (folder / "004.png").write_text("no picture")
     said = finish(*arguments(teacher_name, folder, tmp_path / "student", 320))
     assert "left out: 2 of 160 photos cannot be read" in said and "003.png: truncated" in said and "004.png: not an image" in said
-    history = json.loads((tmp_path / "student" / "training.json").read_text())["history"]
-    assert all(h["loss"] < 2 for h in history if "loss" in h)
+    document = json.loads((tmp_path / "student" / "training.json").read_text())
+    assert [line.rpartition("/")[2].partition(" (")[0] for line in document["unreadable"]] == [
+        "003.png: truncated or damaged image",
+        "004.png: not an image",
+    ]
+    assert all(h["loss"] < 2 for h in document["history"] if "loss" in h)
 
 
 def stop_and_go_on(line: list[str], out: Path, how: signal.Signals, start: list[str] = ALONE) -> None:

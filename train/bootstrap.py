@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.inherit import Row
+from sparse_vlm.photos import PhotoError
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
@@ -229,14 +231,32 @@ def bootstrap(
             if trainer.state.global_step < steps:
                 return False
             trainer.evaluate()
-    views.unreadable |= {index: f"{views.photos[index].source.name}:{views.photos[index].key}" for index in trainer.unreadable}
+    views.unreadable |= {index: _why(views, index) for index in _of_all_processes(trainer.unreadable)}
     if rank() == 0:
         # the tower that was trained may be spread over the processes
         student = SparseFormer(tower.config)
         _copy_into(student, average)
         student.save_pretrained(out)
-        write_history(out, settings, teacher, trainer.state.log_history)
+        write_history(out, settings, teacher, trainer.state.log_history, list(views.unreadable.values()))
     return True
+
+
+def _of_all_processes(indices: set[int]) -> set[int]:
+    """What any process met."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return indices
+    each: list[set[int]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(each, indices)
+    return set().union(*each)
+
+
+def _why(views: ViewSet, index: int) -> str:
+    """What is wrong with a photo that could not be read."""
+    try:
+        views.photos[index].load()
+    except PhotoError as error:
+        return str(error)
+    return f"{views.photos[index].key}: could not be read, and now can"
 
 
 def _copies(tower: SparseFormer) -> dict[str, Tensor]:
@@ -251,14 +271,15 @@ def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]]) -> None:
-    """`training.json` (settings and curves) and `loss.png`."""
+def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]], unreadable: list[str]) -> None:
+    """`training.json` (settings, curves, and each photo that could not be read) and `loss.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    document = {"settings": settings, "teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence, "history": history}
+    taught = {"teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence}
+    document = {"settings": settings, **taught, "unreadable": unreadable, "history": history}
     write_text(out / "training.json", json.dumps(document, indent=1) + "\n")
 
     batch = settings["batch_size"]

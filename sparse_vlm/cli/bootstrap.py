@@ -127,7 +127,7 @@ def bootstrap(
 def _report_unreadable(console: Any, views: Any) -> None:
     if views.unreadable:
         named = "; ".join(list(views.unreadable.values())[:5])
-        more = f"; and {len(views.unreadable) - 5} more" if len(views.unreadable) > 5 else ""
+        more = f"; and {len(views.unreadable) - 5} more, which training.json names" if len(views.unreadable) > 5 else ""
         console.print(f"left out: {len(views.unreadable)} of {len(views.photos):,} photos cannot be read: {named}{more}", highlight=False)
 
 
