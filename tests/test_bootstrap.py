@@ -312,7 +312,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(range(step)))
         MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+    for step in (30, 300):
+        (tmp_path / f"checkpoint-{step}").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-200"
+    said = capsys.readouterr().err
+    assert "checkpoint-300 was not written to its end and is left out" in said and "checkpoint-30 " not in said
     weights = tmp_path / "checkpoint-200" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # of the same size
     assert latest_checkpoint(tmp_path).name == "checkpoint-100"

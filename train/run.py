@@ -179,8 +179,11 @@ def _damage(checkpoint: Path) -> str:
 
 def marked_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were whole once, the newest first."""
-    whole = [marker.parent for marker in folder.glob("checkpoint-*/complete")]
-    return sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    return sorted((marker.parent for marker in folder.glob("checkpoint-*/complete")), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -190,6 +193,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
         UserError: there are checkpoints, and all are damaged.
     """
     marked = marked_checkpoints(folder)
+    newest = _step(marked[0]) if marked else 0
+    for cut_off in sorted(path for path in folder.glob("checkpoint-*") if not (path / "complete").exists() and _step(path) > newest):
+        print(f"{cut_off} was not written to its end and is left out", file=sys.stderr)
     for checkpoint in marked:
         damage = _damage(checkpoint)
         if not damage:
