@@ -30,9 +30,17 @@ def test_the_table_halves_with_twice_the_devices() -> None:
 
     app = typer.Typer()
     app.command()(scaling.main)
-    done = CliRunner().invoke(app, ["--rate", "1", "--share", "1", "--devices", "1", "--devices", "2"])
-    assert done.exit_code == 0, done.output
-    rows = [line.strip("| ").split(" | ") for line in done.output.splitlines()[2:]]
+
+    def table(*options: str) -> list[list[str]]:
+        done = CliRunner().invoke(app, ["--share", "1", "--devices", "1", "--devices", "2", *options])
+        assert done.exit_code == 0, done.output
+        return [line.strip("| ").split(" | ") for line in done.output.splitlines()[2:]]
+
+    rows = table("--rate", "1")
     assert len(rows) == len(scaling.RUNS)
     for row in rows:
-        assert float(row[-1]) == pytest.approx(float(row[-2]) / 2, rel=0.01)
+        assert float(row[-1]) == pytest.approx(float(row[-2]) / 2, rel=0.05)
+    cost = scaling.view_cost(get_recipe(scaling.RUNS[0].recipe), scaling.RUNS[0].teacher)
+    assert float(rows[0][4]) == pytest.approx(1e12 / (cost.teacher + cost.student), abs=1)
+    bound = table("--rate", "100", "--photos", "200")
+    assert [row[4] for row in bound] == ["200"] * len(bound), "no device is faster than its photos come"

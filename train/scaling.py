@@ -1,10 +1,10 @@
 """What bootstrapping costs, before it is begun: multiply-accumulates of a view, and hours at a machine's rate.
 
-    python -m sparse_vlm.train.scaling --rate 495 --share 0.4 --devices 1 --devices 8 --devices 64
+    python -m sparse_vlm.train.scaling --rate 495 --share 0.4 --photos 3600 --devices 1 --devices 8 --devices 64
 
 Notable: a view costs the teacher's forward pass (once, if its answers are cached) and the student's forward and backward pass. A backward
 pass costs one forward pass for the gradients of the activations, from the first trained unit on, and one for those of the trained
-weights. Reading and decoding photos is left out: it is what processors beside the device do, and docs/scaling.md says how many it takes.
+weights. A device learns no faster than the processors beside it decode photos.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def view_cost(recipe: Recipe, spec: TeacherSpec) -> ViewCost:
 def main(
     rate: Annotated[float, typer.Option(help="TMAC/s of one device at its best: an H100 is sold with 495 in bfloat16.")] = 495.0,
     share: Annotated[float, typer.Option(help="Share of it that a run gets.", min=0.01, max=1.0)] = 0.4,
+    photos: Annotated[float, typer.Option(help="Views a second that the processors beside a device decode and crop.", min=1)] = 3600.0,
     devices: Annotated[list[int] | None, typer.Option(help="How many devices; repeat it.")] = None,
 ) -> None:
     """Hours of the runs that the paper's recipes ask for, at a given rate. Estimates, not measurements."""
@@ -78,8 +79,8 @@ def main(
     for run in RUNS:
         cost = view_cost(get_recipe(run.recipe), run.teacher)
         views = run.photos * run.epochs
-        speed = rate * 1e12 * share / (cost.teacher + cost.student)
-        hours = [f"{views / speed / n / 3600:.1f}" for n in counts]
+        speed = min(photos, rate * 1e12 * share / (cost.teacher + cost.student))
+        hours = [f"{h:,.0f}" if h >= 10 else f"{h:.2g}" for h in (views / speed / n / 3600 for n in counts)]
         print(
             "| "
             + " | ".join(
