@@ -210,6 +210,24 @@ def test_transformers_folder_of_a_vlm_answers_as_it_does_without_peft(talker, tm
     assert names_no_machine(out)
 
 
+def test_an_exported_vlm_in_few_bits_keeps_tower_and_projector_whole(talker, tmp_path):
+    """The lines of docs/export.md."""
+    pytest.importorskip("bitsandbytes", reason="weights of 4 bits need bitsandbytes")
+    export(str(talker), "transformers", tmp_path / "out", dtype="float32", images=PHOTOS[:1])
+    page = (ROOT / "docs" / "export.md").read_text()
+    lines = page[page.index("```python\n") :].split("```")[1].removeprefix("python\n")
+    assert "build/tiny-chat-hf" in lines
+    made = {}
+    exec(lines.replace("build/tiny-chat-hf", str(tmp_path / "out")), made)
+    model, whole = made["model"], made["AutoModelForImageTextToText"].from_pretrained(tmp_path / "out")
+    few = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    assert few and not [name for name in few if ".language_model." not in name]
+    pixels = torch.rand(1, 3, *[whole.config.vision_config.image_size] * 2)
+    with torch.no_grad():
+        ours, theirs = (each.model.get_image_features(pixels).pooler_output for each in (model, whole))
+    torch.testing.assert_close(torch.stack(list(ours)), torch.stack(list(theirs)))
+
+
 def test_untrained_projector_is_not_exported(talker, tmp_path):
     shutil.copytree(talker, tmp_path / "blank")
     described = json.loads((talker / "vlm.json").read_text())
