@@ -37,7 +37,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor, where it is the C library; elsewhere nothing happens.
 
     By itself it gives each tensor above 32 MB back to the system, which clears every page anew when it is asked for the next one
-    (docs/speed.md says what that costs). The process stays as large as it was at its largest.
+    (docs/speed.md says what that costs). The process stays as large as it was at its largest, until it is told to `give_back_if_scarce`.
     """
     if sys.platform != "linux":
         return
@@ -45,6 +45,22 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_if_scarce(share: float = 0.15) -> bool:
+    """Return freed memory to the system, where it was kept and less than a share of the machine's memory is left to others.
+
+    Returns:
+        Whether it was returned. Where the machine does not say what is left (/proc/meminfo), nothing is.
+    """
+    try:
+        with open("/proc/meminfo") as stream:
+            found = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in stream)}
+        scarce = found["MemAvailable"] < share * found["MemTotal"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if scarce else None
+    return trim is not None and bool(trim(0))
 
 
 def few_tokens(device: torch.device) -> AbstractContextManager[Any]:

@@ -37,6 +37,29 @@ def test_kept_memory_is_not_cleared_again() -> None:
     assert faults[1] >= 32  # a page may be a large one, of 2 MiB
 
 
+RESIDENT = """
+import os, torch
+from sparse_vlm.devices import give_back_if_scarce, keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+keep_freed_memory()
+large, above = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(1 << 20, dtype=torch.uint8)
+full = resident()
+del large
+kept = resident()
+assert not give_back_if_scarce(0.0)  # plenty is left
+assert kept == resident() and give_back_if_scarce(1.1)
+print(full - kept, kept - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory")
+def test_kept_memory_is_given_back_where_it_is_scarce() -> None:
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    at_once, later = map(int, done.stdout.split())
+    assert at_once < 16 and later > 200, "MB, of 256"
+
+
 def test_a_step_is_measured_in_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip", reason="the teacher is open_clip's")
     from test_bootstrap import write_teacher

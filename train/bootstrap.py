@@ -37,7 +37,7 @@ from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, lessons_now, live_means
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
+from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
 from sparse_vlm.train.zero import announce, whole
 
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
@@ -211,7 +211,13 @@ def bootstrap(
             train_dataset=lessons,
             eval_dataset=tests,
             data_collator=gather,
-            callbacks=[AveragedWeights(model, average, recipe.ema), MarkWhole(), stop, ProgressLine("views", recipe.batch_size)],
+            callbacks=[
+                AveragedWeights(model, average, recipe.ema),
+                MarkWhole(),
+                GiveBackMemory(),
+                stop,
+                ProgressLine("views", recipe.batch_size),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.groups = groups_of(tower, mapping, recipe)

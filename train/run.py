@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import rank, world_size
+from sparse_vlm.devices import give_back_if_scarce, rank, world_size
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.zero import processes_without_gpu
@@ -136,6 +136,14 @@ class StopOnSignal(TrainerCallback):
             stopped = bool(told)
         if stopped:
             control.should_save = control.should_training_stop = True
+
+
+class GiveBackMemory(TrainerCallback):
+    """Lets go of kept memory after a step where the machine runs short of it, as of two runs at a time."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look after each step."""
+        give_back_if_scarce()
 
 
 class MarkWhole(TrainerCallback):

@@ -35,7 +35,7 @@ from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictur
 from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.reading import WordPictures
-from sparse_vlm.train.run import MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, reporters
+from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, reporters
 from sparse_vlm.train.zero import announce, gathered
 from sparse_vlm.vlm import VLM
 
@@ -158,7 +158,7 @@ def train(
             args=args,
             train_dataset=Samples(samples, bank),
             data_collator=Gather(vlm),
-            callbacks=[finite, stop, MarkWhole(), ProgressLine("photos", batch), *reporters(engine.report_to, out)],
+            callbacks=[finite, stop, MarkWhole(), GiveBackMemory(), ProgressLine("photos", batch), *reporters(engine.report_to, out)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.groups, trainer.finite = groups, finite
