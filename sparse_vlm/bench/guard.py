@@ -1,8 +1,8 @@
 """`make bench`: the ratios of `sparse_vlm.bench.ratios` against those that were kept, and exit code 1 where one fell back.
 
-A ratio has fallen back when its median is above its bound: the highest upper quartile of the runs that were kept, or `MARGIN` above the
-middle of their medians, if that is more. What seems to have fallen back is measured once more, and counts only if it falls back again,
-so that what else a machine did for a moment fails nothing.
+A ratio has fallen back when its median is above its bound: the highest median of the runs that were kept, or as far above the middle of
+their medians as upper quartiles commonly are (`MARGIN`, if that is more), so that one disturbed run loosens nothing. What seems to have
+fallen back is measured once more, and counts only if it falls back again, so that what else a machine did for a moment fails nothing.
 
 Notable: ratios depend on the machine as well, so each kind of it (instruction set, threads) has its own. On a kind that has none nothing
 can fall back: the ratios are printed beside their targets, and the exit code is 0.
@@ -67,7 +67,8 @@ def bound(runs: Sequence[Run], name: str) -> float | None:
     kept = [run[name] for run in runs if name in run]
     if not kept:
         return None
-    return max(max(high for _, _, high in kept), (1 + MARGIN) * statistics.median(median for _, median, _ in kept))
+    spread = statistics.median((high - median) / median for _, median, high in kept)
+    return max(*(median for _, median, _ in kept), (1 + max(MARGIN, spread)) * statistics.median(median for _, median, _ in kept))
 
 
 def fallen(found: Sequence[Ratio], runs: Sequence[Run]) -> list[Fallen]:
