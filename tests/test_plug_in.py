@@ -25,7 +25,19 @@ def test_ten_lines_print_what_the_page_says(section, monkeypatch):
     if needs is not None and not needs.is_file():
         pytest.skip(f"{needs.relative_to(ROOT)} is not there; README says how it is assembled")
     body = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
-    code, said = re.search(r"```python\n(.*?)```\n```\n(.*?)```", body, re.DOTALL).groups()
+    check(section, *re.search(r"```python\n(.*?)```\n```\n(.*?)```", body, re.DOTALL).groups(), monkeypatch)
+
+
+def test_the_tower_in_transformers_prints_what_the_page_says(tmp_path, monkeypatch):
+    from sparse_vlm.export.run import export
+
+    export("tiny", "transformers", tmp_path / "hf", images=[ROOT / "examples" / "coffee.jpg"])
+    code, said = re.search(r"```python\n(.*?)```\n```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).groups()
+    assert code.count('"build/tiny-hf"') == 3
+    check("transformers", code.replace("build/tiny-hf", str(tmp_path / "hf")), said, monkeypatch)
+
+
+def check(section: str, code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(bool(line) for line in code.splitlines()) <= 10
     monkeypatch.chdir(ROOT)
     printed = io.StringIO()
