@@ -266,7 +266,7 @@ def _run_vlm_tasks(
         model = VLM.from_pretrained(name, device=own_device(), num_tokens=count)
         model_name = budget_name(name, count)
         report.models[model_name] = {"kind": "vlm", "model": name, "tokens": model.tokens_per_image}
-        report.dtype = str(model.model.dtype).removeprefix("torch.")
+        report.dtype = str(model.dtype).removeprefix("torch.")
         for task_name, task in tasks.items():
             for control in controls:
                 column = Column(model_name, control)

@@ -153,7 +153,7 @@ def way_to(part: str, folder: Path) -> str | None:
 
 
 def part_of(folder: Path, described: Mapping[str, Any], part: str) -> str:
-    """A part of a model, by what the model's folder says of it: `part` as it was named, and under `ways` the way to it.
+    """A part of a model, by what the model's folder says of it: `part` as it was named, and under `ways` the way to what has that name.
 
     Returns:
         The name, which `locate` takes; or a path, where the part lies where the way leads and the name, seen from the folder that this
@@ -162,7 +162,8 @@ def part_of(folder: Path, described: Mapping[str, Any], part: str) -> str:
     Raises:
         KeyError: nothing is said of that part.
     """
-    name, way = described[part], described.get("ways", {}).get(part)
+    name = described[part]
+    way = described.get("ways", {}).get(name)
     if way is None or not (there := (folder / way).resolve()).is_dir():
         return name
     here = Path(name).expanduser()

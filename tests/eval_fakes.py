@@ -115,8 +115,7 @@ class FakeVLM:
 
     tokens_per_image = 49
 
-    class model:
-        dtype = torch.float32
+    dtype = torch.float32
 
     class tower:
         class config:

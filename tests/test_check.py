@@ -188,12 +188,14 @@ def test_parts_are_found_from_any_folder_and_after_a_move(tmp_path, monkeypatch)
     save_tower(made / "tower"), save_llm(made / "llm"), elsewhere.mkdir()
     monkeypatch.chdir(made)
     VLM.build("tower", "llm", dtype=torch.float32).save_pretrained("runs/vlm")
-    assert json.loads((made / "runs" / "vlm" / "vlm.json").read_text())["ways"] == {"tower": "../../tower", "llm": "../../llm"}
+    assert json.loads((made / "runs" / "vlm" / "vlm.json").read_text())["ways"] == {"tower": "../../tower", "llm": "../../llm"}, "by name"
     assert parts_of("runs/vlm")[:2] == ("tower", "llm"), "as they were named"
     monkeypatch.chdir(elsewhere)
     save_tower(elsewhere / "tower", tokens=9)  # another of that name
     assert parts_of(made / "runs" / "vlm")[:2] == (str(made / "tower"), str(made / "llm"))
-    VLM.from_pretrained(made / "runs" / "vlm", dtype=torch.float32, fold=False).save_pretrained("again")
+    found = VLM.from_pretrained(made / "runs" / "vlm", dtype=torch.bfloat16, fold=False)
+    assert found.dtype == torch.bfloat16 != found.tower.initial_roi.weight.dtype
+    found.save_pretrained("again")
     assert parts_of("again")[:2] == (str(made / "tower"), str(made / "llm"))
     made.rename(tmp_path / "moved")
     assert parts_of(tmp_path / "moved" / "runs" / "vlm")[0] == str(tmp_path / "moved" / "tower")

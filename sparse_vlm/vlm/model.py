@@ -185,6 +185,11 @@ class VLM:
             setattr(model, f"is_loaded_in_{quantize}", True)  # PEFT asks this of the model that it wraps
         return vlm
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the LLM computes in. Not that of the model's first parameter, which may be a tower's RoIs, float32 in any tower."""
+        return self.model.get_input_embeddings().weight.dtype
+
     @classmethod
     def from_pretrained(
         cls,
@@ -284,8 +289,8 @@ class VLM:
             "projector": "new" if self.new_projector else "trained",
             "llm": _held(self.llm_changed, self.peft),
         }
-        ways = {part: store.way_to(described[part], folder) for part in ("tower", "llm")}
-        if ways := {part: way for part, way in ways.items() if way is not None}:
+        ways = {described[part]: store.way_to(described[part], folder) for part in ("tower", "llm")}
+        if ways := {name: way for name, way in ways.items() if way is not None}:
             described["ways"] = ways
         if self.tower.config.budgets is not None or self.projector_kind != MLP:
             described["num_tokens"] = self.tokens_per_image
