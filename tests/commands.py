@@ -31,19 +31,23 @@ def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: 
     return _run_processes(arguments, [dict(env or os.environ)], timeout)
 
 
+def free_port() -> str:
+    """A port that nobody listens on, to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def run_two(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """The same in two processes that find each other as torchrun lets them; what they said, one after the other.
 
     Raises:
         subprocess.TimeoutExpired: they ran for more than `timeout` seconds, and were killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",

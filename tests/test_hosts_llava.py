@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import types
@@ -18,6 +17,7 @@ from pathlib import Path
 import llava_checks
 import pytest
 import torch
+from commands import free_port
 from PIL import Image
 from test_house import BLOCK, IMPORT_NAMES, python
 
@@ -272,10 +272,8 @@ def test_zero3_learns_what_one_process_does(name: str, tmp_path: Path) -> None:
     """LLaVA makes its model inside of zero.Init, where a tensor is taken as soon as it is made; the tower is loaded outside."""
     pytest.importorskip("deepspeed", reason="ZeRO-3 needs DeepSpeed")
     (tmp_path / "zero3.py").write_text(ZERO3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     line = [sys.executable, "-W", "ignore", str(tmp_path / "zero3.py"), name]
     done = subprocess.run(line, capture_output=True, text=True, timeout=500, env={**os.environ, **alone})
     assert done.returncode == 0, done.stderr[-4000:]

@@ -4,10 +4,9 @@
     python -m sparse_vlm.train.ablation --teacher local-dir:build/teacher --data 'photos/*.tar' --table    # of what is finished
 
 Notable: all rows learn from the same views, as many of them; a row differs from its reference in what its name says, a recipe of its own
-also in rate and numbers of tokens. A run that was
-interrupted goes on where it stopped. What is finished is kept in one json, which is enough to go on without the runs' folders. The table is
-Markdown: mean over seeds of the held-out centred cosine, its spread, and how far
-it is from the reference of the same seeds.
+also in rate and numbers of tokens. A run that was interrupted goes on where it stopped. What is finished is kept in one json, which is
+enough to go on without the runs' folders. The table is Markdown: mean over seeds of the held-out centred cosine, its spread, and how far it
+is from the reference of the same seeds.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,7 +36,7 @@ from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, lessons_now, live_means
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint
+from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, of_all_processes
 from sparse_vlm.train.zero import announce, whole
 
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
@@ -237,7 +236,7 @@ def bootstrap(
             if trainer.state.global_step < steps:
                 return False
             trainer.evaluate()
-    views.unreadable |= {index: _why(views, index) for index in _of_all_processes(trainer.unreadable)}
+    views.unreadable |= {index: _why(views, index) for index in set().union(*of_all_processes(trainer.unreadable))}
     if rank() == 0:
         # the tower that was trained may be spread over the processes
         student = SparseFormer(tower.config)
@@ -245,15 +244,6 @@ def bootstrap(
         student.save_pretrained(out)
         write_history(out, settings, teacher, trainer.state.log_history, list(views.unreadable.values()))
     return True
-
-
-def _of_all_processes(indices: set[int]) -> set[int]:
-    """What any process met."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return indices
-    each: list[set[int]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(each, indices)
-    return set().union(*each)
 
 
 def _why(views: ViewSet, index: int) -> str:

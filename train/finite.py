@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from sparse_vlm.devices import rank
 from sparse_vlm.errors import UserError
+from sparse_vlm.train.run import of_all_processes
 
 NAMED = 8  # samples a line names at most
 
@@ -76,7 +77,7 @@ class FiniteSteps(TrainerCallback):
         if not self.what:
             self.row.clear()
             return
-        names = self._of_all_processes()
+        names = [name for each in of_all_processes(self.names) for name in each]
         self.row.append(names)
         self.count += 1
         state.log_history.append({"step": state.global_step, "not_finite": self.what, "samples": names})
@@ -96,13 +97,6 @@ class FiniteSteps(TrainerCallback):
             print(
                 f"{self.count} of {state.global_step} steps were not finite and taught nothing; training.json names them", file=sys.stderr
             )
-
-    def _of_all_processes(self) -> list[str]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.names
-        each: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(each, self.names)
-        return [name for names in each for name in names]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from sparse_vlm.devices import give_back_if_scarce, rank, world_size
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.train.zero import processes_without_gpu
+
+T = TypeVar("T")
 
 
 def arguments(
@@ -103,6 +105,15 @@ def check_reporters(names: Sequence[str]) -> None:
 def reporters(names: Sequence[str], out: Path) -> list[TrainerCallback]:
     """Callbacks that tell others of a run's curve; the first of several processes does."""
     return [REPORTERS[name][1](out) for name in names] if rank() == 0 else []
+
+
+def of_all_processes(own: T) -> list[T]:
+    """What each process holds, in the order of their ranks; where there is one process, its own alone. All of them have to ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    each = [own] * dist.get_world_size()
+    dist.all_gather_object(each, own)
+    return each
 
 
 class StopOnSignal(TrainerCallback):

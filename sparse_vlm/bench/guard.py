@@ -67,8 +67,9 @@ def bound(runs: Sequence[Run], name: str) -> float | None:
     kept = [run[name] for run in runs if name in run]
     if not kept:
         return None
+    medians = [median for _, median, _ in kept]
     spread = statistics.median((high - median) / median for _, median, high in kept)
-    return max(*(median for _, median, _ in kept), (1 + max(MARGIN, spread)) * statistics.median(median for _, median, _ in kept))
+    return max(*medians, (1 + max(MARGIN, spread)) * statistics.median(medians))
 
 
 def fallen(found: Sequence[Ratio], runs: Sequence[Run]) -> list[Fallen]:
