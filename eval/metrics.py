@@ -159,7 +159,7 @@ def yes_no(said_yes: Sequence[bool], is_yes: Sequence[bool], photo: Sequence[int
     }
 
 
-def grouped_share(hits: Sequence[bool], photo: Sequence[int]) -> Metric:
-    """Hits over questions, resampled a photo at a time; `photo` numbers the photo of each question."""
+def grouped_share(hits: Sequence[bool] | Sequence[float], photo: Sequence[int]) -> Metric:
+    """Hits over questions, resampled a photo at a time; `photo` numbers the photo of each question, and a hit may be one in part."""
     _, unit = np.unique(np.asarray(photo), return_inverse=True)
     return share(np.bincount(unit, weights=np.asarray(hits, float)), np.bincount(unit))

@@ -58,6 +58,23 @@ def photo_file(folder: Path, name: str) -> Photo:
     return FilePhoto(name, folder / name, 0, -1)
 
 
+def present(data: Data, photos: list[Photo], where: Path) -> list[Photo]:
+    """Which of these photos are looked at, each once.
+
+    Args:
+        where: the file that asks about them.
+
+    Raises:
+        UserError: one of them is not there, or they are fewer than two.
+    """
+    photos = data.cut(list(dict.fromkeys(photos)))
+    if len(photos) < 2:
+        raise UserError(f"{where}: fewer than two pictures are asked about; raise --limit or check the file")
+    if missing := [photo for photo in photos if not photo.source.is_file()]:
+        raise UserError(f"{where}: {len(missing)} of {len(photos)} pictures are not there, such as {missing[0].source}")
+    return photos
+
+
 class OfficialTask(VLMTask):
     """A benchmark of questions that are answered in the model's own words, greedily."""
 
@@ -91,11 +108,7 @@ class OfficialTask(VLMTask):
             entries = data.once(f"entries {where}", lambda: self.entries(data))
         except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
             raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
-        photos = data.cut(list({entry.photo: entry.photo for entry in entries}))
-        if len(photos) < 2:
-            raise UserError(f"{where}: fewer than two pictures are asked about; raise --limit or check the file")
-        if missing := [photo for photo in photos if not photo.source.is_file()]:
-            raise UserError(f"{where}: {len(missing)} of {len(photos)} pictures are not there, such as {missing[0].source}")
+        photos = present(data, [entry.photo for entry in entries], where)
         numbers = {photo: number for number, photo in enumerate(photos)}
         return photos, [(numbers[entry.photo], entry) for entry in entries if entry.photo in numbers]
 

@@ -16,8 +16,8 @@ from sparse_vlm.eval.answers import Question, scored
 from sparse_vlm.eval.captions import PROMPT
 from sparse_vlm.eval.metrics import cosine, grouped_share
 from sparse_vlm.eval.official import by_kind
+from sparse_vlm.eval.questions import FILE, InTar
 from sparse_vlm.eval.task import Data, ImageTask, Result, VLMTask
-from sparse_vlm.eval.vqa import FILE, records_of
 from sparse_vlm.photos import Photo
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ ENOUGH_VOTES = 2  # of VALSE's three annotators, who say whether a foil is false
 
 def _pairs(data: Data, field: str) -> tuple[list[Photo], list[tuple[int, dict[str, Any]]]]:
     """Photos with pairs, and each pair (`pos`, `neg`, `type`) with its photo's number."""
-    photos, records = records_of(data, field)
+    photos, records = InTar(field).read(data)
     return photos, [(i, record) for i, record in records if record.get("vote", ENOUGH_VOTES) >= ENOUGH_VOTES]
 
 

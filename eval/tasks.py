@@ -9,10 +9,11 @@ from sparse_vlm.eval.mmvet import MMVet
 from sparse_vlm.eval.multiple_choice import MMBench, ScienceQA
 from sparse_vlm.eval.pairs import LikelierCaption, NearerSentence
 from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
+from sparse_vlm.eval.questions import AOKVQAFiles, InTar, PopeFiles
 from sparse_vlm.eval.retrieval import Retrieval
 from sparse_vlm.eval.short_answers import GQA, TextVQA, VQAv2
 from sparse_vlm.eval.task import Task
-from sparse_vlm.eval.vqa import AOKVQA, VSR, Counting, Existence, Pope
+from sparse_vlm.eval.vqa import AOKVQA, VSR, AOKVQADirect, Counting, Existence, Pope, PopeInWords
 from sparse_vlm.eval.zero_shot import ZeroShot
 from sparse_vlm.eval.zoom import Zoom
 
@@ -28,11 +29,16 @@ TASKS: dict[str, Task] = {
     "sugarcrepe": NearerSentence("sugarcrepe"),
     "valse": NearerSentence("valse"),
     "captions": Captions(),
-    "pope": Pope(),
-    "aokvqa": AOKVQA(),
-    "existence": Existence(),
-    "counting": Counting(),
-    "vsr": VSR(),
+    "pope": Pope(InTar("pope")),
+    "pope-words": PopeInWords(InTar("pope")),
+    "pope-coco": PopeInWords(PopeFiles()),
+    "aokvqa": AOKVQA(InTar("aokvqa")),
+    "aokvqa-direct": AOKVQADirect(InTar("aokvqa")),
+    "aokvqa-val": AOKVQA(AOKVQAFiles()),
+    "aokvqa-val-direct": AOKVQADirect(AOKVQAFiles()),
+    "existence": Existence(InTar("qa", "gvt_mci")),
+    "counting": Counting(InTar("qa", "gvt_oc")),
+    "vsr": VSR(InTar("vsr")),
     "sugarcrepe-captions": LikelierCaption("sugarcrepe"),
     "valse-captions": LikelierCaption("valse"),
     "vqav2": VQAv2(),

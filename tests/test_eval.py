@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,9 @@ def test_of_choices_that_is_taken_whose_mean_likelihood_is_highest(data: Path, v
     assert all(row["answer"] == row["choices"][0] for row in result.predictions)
     right = [row["choices"].index(row["truth"]) == 0 for row in result.predictions]
     assert 0 < sum(right) < len(right) and result.metrics["accuracy"].value == pytest.approx(sum(right) / len(right))
+    # of four choices at -1, -2, -2 and -2 the first has e / (e + 3) and each other 1 / (e + 3)
+    shares = [(math.e if first else 1) / (math.e + 3) for first in right]
+    assert result.metrics["probability"].value == pytest.approx(sum(shares) / len(shares))
 
 
 def test_each_question_is_asked_once(data: Path, vlm: FakeVLM) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval import run
 from sparse_vlm.eval.report import as_json, as_markdown, as_tables, save
-from sparse_vlm.eval.vqa import SHORT_ANSWER
+from sparse_vlm.eval.vqa import SHORT_ANSWER, pope_says_yes
 
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -120,6 +120,94 @@ def test_textvqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = only(measure(monkeypatch, {"m": model}, "textvqa", tmp_path), "textvqa")
     assert [row["credit"] for row in result.predictions] == [1, 0]
     assert "SALE" not in model.asked[0][0]
+
+
+@pytest.fixture
+def pope(tmp_path: Path) -> Path:
+    """Two photos and three splits; "Is there red?" and "Is there blue?" about each, as POPE's lines hold them."""
+    lines = []
+    for i, name in enumerate(("Red", "Blue")):
+        picture(tmp_path / f"pope/val2014/COCO_val2014_{i:012d}.jpg", name)
+        about = {"image": f"COCO_val2014_{i:012d}.jpg"}
+        lines += [about | {"text": f"Is there {n} in the image?", "label": "yes" if n == name else "no"} for n in ("Red", "Blue")]
+    for split in ("random", "popular", "adversarial"):
+        text = "\n".join(json.dumps({"question_id": n} | line) for n, line in enumerate(lines, start=1))
+        (tmp_path / f"pope/coco_pope_{split}.json").write_text(text + "\n")
+    return tmp_path
+
+
+def test_pope_in_its_own_files_and_words(pope: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees red and says so, and says of the blue photo that both are there."""
+    model = Says(lambda text, seen: "Yes, it is." if seen in text or seen == "Blue" else "There is not, no.")
+    result = only(measure(monkeypatch, {"m": model}, "pope-coco", pope), "pope-coco")
+    values = {name: metric.value for name, metric in result.metrics.items()}
+    # of four questions a split: yes rightly twice, no rightly once, yes wrongly once
+    assert values == pytest.approx({"accuracy": 3 / 4, "precision": 2 / 3, "recall": 1, "F1": 4 / 5, "yes-ratio": 3 / 4})
+    assert result.details["coco adversarial accuracy"].value == pytest.approx(3 / 4)
+    assert len(result.predictions) == 12 and len(model.asked) == 4, "the splits ask the same here, once"
+    assert {row["words"] for row in result.predictions} == {"Yes, it is.", "There is not, no."}
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("No", False),
+        ("No, there is none.", False),
+        ("There is not a dog.", False),
+        ("Yes. There is no cat.", True),  # the first sentence alone counts
+        ("NO", True),  # neither "No" nor "no"
+        ("None of them", True),
+        ("Yes", True),
+        ("", True),
+    ],
+)
+def test_what_an_answer_means_to_pope(answer: str, yes: bool) -> None:
+    """Worked by hand from `evaluate.py` of POPE's authors."""
+    assert pope_says_yes(answer) is yes
+
+
+@pytest.fixture
+def aokvqa(tmp_path: Path) -> Path:
+    """Three questions about two photos, one of them marked as difficult."""
+    rows = []
+    for i, name in enumerate(("Red", "Blue", "Blue")):
+        picture(tmp_path / f"aokvqa/val2017/{min(i, 1) + 5:012d}.jpg", name)
+        row = {"split": "val", "image_id": min(i, 1) + 5, "question_id": f"q{i}", "question": "What colour?", "rationales": ["It is."] * 3}
+        people = [name.lower()] * (2 if i == 0 else 4) + ["colour"] * (8 if i == 0 else 6)
+        choices = {"choices": list(NAMES[:4]), "correct_choice_idx": NAMES.index(name)}
+        rows.append(row | choices | {"direct_answers": people, "difficult_direct_answer": i == 2})
+    write_json(tmp_path / "aokvqa/aokvqa_v1p0_val.json", rows)
+    return tmp_path
+
+
+def test_direct_answers_of_aokvqa(aokvqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Says(lambda text, seen: f" {seen}.")
+    result = only(measure(monkeypatch, {"m": model}, "aokvqa-val-direct", aokvqa), "aokvqa-val-direct")
+    assert [row["credit"] for row in result.predictions] == pytest.approx([2 / 3, 1])
+    assert result.metrics["accuracy"].value == pytest.approx(5 / 6)
+    assert result.notes == ["1 of 3 questions are marked as difficult and left out"]
+    assert {text for text, _ in model.asked} == {f"What colour?\n{SHORT_ANSWER}"}
+
+
+def test_choices_of_aokvqa_in_its_own_file(aokvqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = only(measure(monkeypatch, {"m": FakeVLM()}, "aokvqa-val", aokvqa), "aokvqa-val")
+    assert len(result.predictions) == 3 and result.metrics["accuracy"].value == 1
+
+
+def test_files_of_pope_that_are_not_right(pope: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pope / "pope/coco_pope_popular.json").write_text('{"image": "a.jpg"}\n')
+    with pytest.raises(UserError, match="coco_pope_random.json: not in the benchmark's own layout.*'text'"):
+        measure(monkeypatch, {"m": Says(colour)}, "pope-coco", pope)
+    (pope / "pope/coco_pope_popular.json").unlink()
+    with pytest.raises(UserError, match="coco_pope_popular.json: no such file"):
+        measure(monkeypatch, {"m": Says(colour)}, "pope-coco", pope)
+
+
+def test_difficult_questions_alone(aokvqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = aokvqa / "aokvqa/aokvqa_v1p0_val.json"
+    write_json(path, [row | {"difficult_direct_answer": True} for row in json.loads(path.read_text())])
+    with pytest.raises(UserError, match="every question is marked as difficult"):
+        measure(monkeypatch, {"m": Says(colour)}, "aokvqa-val-direct", aokvqa)
 
 
 def test_scienceqa_asks_what_has_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

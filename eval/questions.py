@@ -1,0 +1,122 @@
+"""Where questions about COCO photos come from: a tar that holds them beside the photos, or the files that a benchmark is published in."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.eval.official import photo_file, present
+from sparse_vlm.eval.task import Data
+from sparse_vlm.photos import Photo
+
+FILE = "eval/coco_vqa.tar"
+Found = tuple[list[Photo], list[tuple[int, dict[str, Any]]]]
+
+
+class Questions(ABC):
+    """Questions about photos; `files` are what is read below the data folder."""
+
+    files: tuple[str, ...]
+
+    @abstractmethod
+    def look_up(self, data: Data) -> None:
+        """Make sure that the files are there.
+
+        Raises:
+            UserError: one is not.
+        """
+
+    @abstractmethod
+    def read(self, data: Data) -> Found:
+        """The photos that are looked at, and each question with its photo's number.
+
+        Raises:
+            UserError: fewer than two photos, or a file in another layout.
+        """
+
+
+@dataclass(frozen=True)
+class InTar(Questions):
+    """Questions in the json beside each photo of a tar.
+
+    Attributes:
+        field: of the json.
+        source: keeps to the questions whose `s` is this; all by default.
+    """
+
+    field: str
+    source: str | None = None
+    files: tuple[str, ...] = (FILE,)
+
+    def look_up(self, data: Data) -> None:
+        """Index the tar."""
+        for file in self.files:
+            data.everything(file)
+
+    def read(self, data: Data) -> Found:
+        """The photos that have such questions, and the questions."""
+
+        def asked(photo: Photo) -> list[dict[str, Any]]:
+            return [record for record in photo.info.get(self.field, []) if self.source is None or record["s"] == self.source]
+
+        (file,) = self.files
+        photos = data.cut([photo for photo in data.everything(file) if asked(photo)])
+        if len(photos) < 2:
+            raise UserError(f"{file}: fewer than two photos with {self.source or self.field} questions; raise --limit or check --data")
+        return photos, [(i, record) for i, photo in enumerate(photos) for record in asked(photo)]
+
+
+class Published(Questions):
+    """Questions in a benchmark's own files; the last of `files` is the folder of its pictures."""
+
+    @abstractmethod
+    def rows(self, data: Data) -> list[tuple[str, dict[str, Any]]]:
+        """The name of the picture, and the question in the form in which a tar holds it."""
+
+    def look_up(self, data: Data) -> None:
+        """Look for each file."""
+        for file in self.files:
+            data.check(file)
+
+    def read(self, data: Data) -> Found:
+        """The photos and their questions."""
+        where, folder = data.root / self.files[0], data.root / self.files[-1]
+        try:
+            rows = data.once(f"rows {where}", lambda: self.rows(data))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
+        found = [(photo_file(folder, name), row) for name, row in rows]
+        photos = present(data, [photo for photo, _ in found], where)
+        numbers = {photo: number for number, photo in enumerate(photos)}
+        return photos, [(numbers[photo], row) for photo, row in found if photo in numbers]
+
+
+class PopeFiles(Published):
+    """POPE's three files about COCO photos, a json a line."""
+
+    SPLITS: ClassVar[Sequence[str]] = ("random", "popular", "adversarial")
+    files = (*(f"pope/coco_pope_{split}.json" for split in SPLITS), "pope/val2014")
+
+    def rows(self, data: Data) -> list[tuple[str, dict[str, Any]]]:
+        """Every question of every split."""
+        found = []
+        for split, file in zip(self.SPLITS, self.files, strict=False):
+            for line in (data.root / file).read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                found.append((row["image"], {"q": row["text"], "a": row["label"], "s": f"pope_coco_{split}"}))
+        return found
+
+
+class AOKVQAFiles(Published):
+    """A-OKVQA's validation set."""
+
+    files = ("aokvqa/aokvqa_v1p0_val.json", "aokvqa/val2017")
+
+    def rows(self, data: Data) -> list[tuple[str, dict[str, Any]]]:
+        """Every question, as it is in the file."""
+        used = ("question_id", "question", "choices", "correct_choice_idx", "direct_answers", "difficult_direct_answer")
+        return [(f"{row['image_id']:012d}.jpg", {name: row[name] for name in used}) for row in data.document(self.files[0])]
