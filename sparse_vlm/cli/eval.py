@@ -22,7 +22,8 @@ from sparse_vlm.errors import UserError
 LINE_EVERY_S = 10.0
 TASK_NAMES = (
     "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom, sugarcrepe, valse for towers; captions, pope, pope-words, pope-coco, "
-    "aokvqa, aokvqa-direct, aokvqa-val, aokvqa-val-direct, existence, counting, vsr, sugarcrepe-captions, valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
+    "aokvqa, aokvqa-direct, aokvqa-val, aokvqa-val-direct, existence, counting, vsr, sugarcrepe-captions, "
+    "valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
 )
 
 
