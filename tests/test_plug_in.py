@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_vlm import store
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plug-in.md"
 # Section and what it takes beside the package that it is named after.
@@ -35,6 +37,19 @@ def test_the_tower_in_transformers_prints_what_the_page_says(tmp_path, monkeypat
     code, said = re.search(r"```python\n(.*?)```\n```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).groups()
     assert code.count('"build/tiny-hf"') == 3
     check("transformers", code.replace("build/tiny-hf", str(tmp_path / "hf")), said, monkeypatch)
+
+
+def test_the_vlm_in_transformers_answers_as_the_page_says(tmp_path, monkeypatch):
+    """By pipeline and by hand, with the weights that `make chat` fetches."""
+    from sparse_vlm.export.run import export
+
+    if store.present(store.entry("smollm2-135m-instruct")) is None:
+        pytest.skip("the language model has not been fetched; `make chat` does")
+    export("tiny-chat", "transformers", tmp_path / "hf", images=[ROOT / "examples" / "chelsea.jpg"])
+    blocks = re.findall(r"```python\n([^`]*\"build/tiny-chat-hf\"[^`]*)```\n```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for code, said in blocks:
+        check("transformers", code.replace("build/tiny-chat-hf", str(tmp_path / "hf")), said, monkeypatch)
 
 
 def check(section: str, code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
