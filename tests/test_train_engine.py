@@ -17,6 +17,7 @@ from sparse_vlm.data.talks import Talk
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.train.cost import token_cost
+from sparse_vlm.train.finite import FiniteSteps
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
 from sparse_vlm.train.parts import choose_attention, prepare, save_memory
 from sparse_vlm.train.run import check_reporters
@@ -238,6 +239,60 @@ def test_which_attention_runs_is_said(parts, monkeypatch):
     assert learner._attend(chains=True)
 
 
+# ---- a batch in parts
+
+
+def talkative(photos) -> Corpus:
+    """Samples of one to four questions, and one without a photo in each four."""
+    said = lambda colour: (user("And?"), assistant(f"It is {colour}."))  # noqa: E731
+    talks = []
+    for number in range(16):
+        photo = photos[number % 4]
+        colour = photo.key.removesuffix(".png")
+        shown = (photo,) if number % 4 else ()
+        turns = (user("What color is it?", len(shown)), assistant(f"It is {colour}."), *said(colour) * (number % 4))
+        talks.append(Talk(f"{colour} {number}", shown, (turns,)))
+    return Corpus.of(talks)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_batch_in_parts_teaches_what_the_whole_does(parts, photos, tmp_path, monkeypatch, at_once):
+    """Each target counts the same, in whichever part it is, also where parts have several times as many as others."""
+    sizes, gradients, original = [], [], Learner.forward
+
+    def forward(self, trees, *args, **kwargs):
+        sizes.append(len(trees.input_ids))
+        return original(self, trees, *args, **kwargs)
+
+    def before_update(self, args, state, control, optimizer, **kwargs):
+        gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    monkeypatch.setattr(Learner, "forward", forward)
+    monkeypatch.setattr(FiniteSteps, "on_pre_optimizer_step", before_update)
+    for part in (4, at_once):
+        vlm = VLM.build(*parts, dtype=torch.float32)
+        samples = build_samples(talkative(photos), vlm.renderer)
+        bank = TokenBank(tmp_path / "cache", vlm.tower, samples.talks.photos)
+        bank.fill(range(len(samples.talks.photos)))
+        groups = prepare(vlm, LEARNS, 2)
+        out = tmp_path / f"run {part}"
+        assert train(vlm, groups, LEARNS, samples, bank, out, {"stage": "test"}, engine=Engine(at_once=part))
+    assert sizes == [4] * 4 + [at_once] * (16 // at_once)
+    assert losses(tmp_path / f"run {at_once}") == pytest.approx(losses(tmp_path / "run 4"), rel=1e-3)
+    assert len(gradients) == 8, "one update a step"
+    for whole, in_parts in zip(gradients[0], gradients[4], strict=True):
+        torch.testing.assert_close(in_parts, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_parts_of_a_batch(parts, photos, tmp_path):
+    """Four photos at once at most on a processor, all on a GPU and under DeepSpeed; what was asked for if it divides the batch."""
+    assert [Engine().part(size, "cpu") for size in (16, 6, 7, 3, 2, 1)] == [4, 3, 1, 3, 2, 1]
+    assert Engine().part(16, "cuda") is None and Engine(deepspeed={}).part(16, "cpu") is None
+    assert Engine(at_once=8).part(16, "cpu") == Engine(at_once=8).part(16, "cuda") == 8
+    with pytest.raises(UserError, match="4 of a batch in each process cannot be computed 3 at once; take a number that divides 4"):
+        learn(parts, photos, tmp_path / "run", engine=Engine(at_once=3))
+
+
 # ---- steps that are not finite
 
 
@@ -266,6 +321,26 @@ def test_a_step_that_is_not_finite_teaches_nothing_and_is_counted(parts, photos,
     bad = [entry for entry in history if "not_finite" in entry]
     assert [entry["step"] for entry in bad] == [2, 3, 5] and all(len(entry["samples"]) == 4 for entry in bad)
     assert "3 of 8 steps were not finite and taught nothing" in capsys.readouterr().err
+
+
+def test_a_part_that_is_not_finite_leaves_out_its_whole_step(parts, photos, tmp_path, monkeypatch):
+    vlm = VLM.build(*parts, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in vlm.projector.state_dict().items()}
+    spoil(monkeypatch, {1, 4})  # the first part of the first step of two, and the last one of the second
+    vlm, complete = learn(parts, photos, tmp_path / "run", visits=2, engine=Engine(at_once=2))
+    assert complete
+    history = json.loads((tmp_path / "run" / "training.json").read_text())["history"]
+    bad = [entry for entry in history if "not_finite" in entry]
+    assert [entry["step"] for entry in bad] == [1, 2] and all(len(entry["samples"]) == 4 for entry in bad)
+    for name, tensor in vlm.projector.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_where_an_engine_cannot_leave_out_a_step_a_bad_part_ends_the_run():
+    finite = FiniteSteps(3, in_one=True)
+    finite.check(torch.tensor(1.0), ["a", "b"])
+    with pytest.raises(UserError, match="the loss is not finite \\(a, b, c\\), and DeepSpeed cannot leave out a step"):
+        finite.check(torch.tensor(torch.nan), ["c"])
 
 
 def test_several_in_a_row_end_the_run_and_leave_its_checkpoint(parts, photos, tmp_path, monkeypatch):

@@ -35,37 +35,46 @@ class FiniteSteps(TrainerCallback):
 
     Args:
         at_most: bad steps in a row that end the run.
+        in_one: whether a step's update cannot be left out any more once a part of its batch went through, so that a bad part ends the run.
     """
 
-    def __init__(self, at_most: int) -> None:
-        self.at_most = at_most
-        self.names: list[str] = []
+    def __init__(self, at_most: int, in_one: bool = False) -> None:
+        self.at_most, self.in_one = at_most, in_one
+        self.names: list[str] = []  # of this step
         self.what = ""  # that is not finite in this step
         self.row: list[list[str]] = []
         self.count = 0
 
     def check(self, loss: Tensor, names: Sequence[str]) -> None:
-        """Called with each step's loss and samples.
+        """Called with the loss and the samples of a step, or of each part of it.
 
         Raises:
             NotFinite: in every process when it is not finite in one.
+            UserError: naming the samples, where the step cannot be left out.
         """
-        self.names = list(names)
+        self.names += names
         bad = (~torch.isfinite(loss.detach())).float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad.item():
             self.what = "loss is not finite"
+            if self.in_one:
+                raise UserError(
+                    f"the loss is not finite ({_listed(self._all_names())}), and DeepSpeed cannot leave out a step that is computed in "
+                    "parts; the last checkpoint is as it was. Look at these samples, lower the rates, or leave --at-once out"
+                )
             raise NotFinite(torch.full_like(loss.detach(), torch.nan))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """A finite loss may still have a gradient that is not: then there is no update either. All processes hold the same gradient.
+        """No update where a part of the step was not finite, nor where a finite loss has a gradient that is not. All processes hold the
+        same gradient.
 
         Under DeepSpeed this comes too late: accelerate lets its engine update within the backward pass.
         """
         gradients = [p.grad for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
-        if gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+        if not self.what and gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             self.what = "gradient is not finite"
+        if self.what:
             kwargs["optimizer"].zero_grad(set_to_none=True)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,8 +85,10 @@ class FiniteSteps(TrainerCallback):
         """
         if not self.what:
             self.row.clear()
+            self.names.clear()
             return
-        names = [name for each in of_all_processes(self.names) for name in each]
+        names = self._all_names()
+        self.names.clear()
         self.row.append(names)
         self.count += 1
         state.log_history.append({"step": state.global_step, "not_finite": self.what, "samples": names})
@@ -90,6 +101,9 @@ class FiniteSteps(TrainerCallback):
                 f"{len(self.row)} steps in a row were not finite; nothing was learnt from them, and the last checkpoint is as it was. "
                 f"Look at their samples ({samples}), or lower the rates"
             )
+
+    def _all_names(self) -> list[str]:
+        return [name for each in of_all_processes(self.names) for name in each]
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Say how many there were."""

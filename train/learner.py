@@ -85,21 +85,17 @@ class Learner(nn.Module):
         # what a batch without pictures shows
         self.nothing = (1, 3, side, side) if self.live else (1, vlm.tower.config.visual_tokens, vlm.tower.config.width)
 
-    def forward(self, trees: TreeBatch, pictures: Tensor | None, chains: bool = False) -> dict[str, Tensor]:
-        """Mean negative log-likelihood of the targets.
+    def forward(self, trees: TreeBatch, pictures: Tensor | None, chains: bool = False, count: Tensor | None = None) -> dict[str, Tensor]:
+        """Negative log-likelihood of the targets.
 
         Args:
             pictures: (pictures, N, d) of the tower, (pictures, 3, S, S) where it learns, or (pictures, N, D); None without pictures.
             chains: whether every tree is one conversation, which needs no mask of its own.
+            count: targets to divide the sum by; those of these trees, for a mean, unless given.
         """
         shown = self.features(pictures) if pictures is not None and self.project else pictures
         said = target_log_probs(self.model, trees, shown, plain_causal=self._attend(chains))
-        count = torch.tensor(float(len(said)), device=said.device)
-        if dist.is_available() and dist.is_initialized():
-            # of several processes each counts its targets as the whole batch would, not as its part
-            dist.all_reduce(count)
-            count /= dist.get_world_size()
-        loss = -said.sum() / count
+        loss = -said.sum() / (len(said) if count is None else count)
         if pictures is None and self.project:
             loss = loss + 0.0 * self.features(torch.zeros(self.nothing, device=said.device)).sum()
         return {"loss": loss}
@@ -173,6 +169,10 @@ class LearnerTrainer(Trainer):
     groups: list[Group]
     finite: FiniteSteps
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss of a part is divided by the targets of the whole
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, a group a learning rate."""
         if self.optimizer is None:
@@ -186,9 +186,17 @@ class LearnerTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """The loss as the learner computes it; one that is not finite in some process raises in all."""
         names = inputs.pop("names")
-        out = model(**inputs)
+        out = model(**inputs, count=kwargs.get("num_items_in_batch"))
         self.finite.check(out["loss"], names)
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Targets of a step, of all parts of its batch in all processes, as a share of one process: each target counts the same."""
+        count = torch.tensor(float(sum(len(batch["trees"].target_ids) for batch in batch_samples)), device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            count /= dist.get_world_size()
+        return count
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A step without an update where the loss is not finite."""

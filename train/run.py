@@ -26,7 +26,14 @@ T = TypeVar("T")
 
 
 def arguments(
-    out: Path, device: str, steps: int, batch_size: int, save_steps: int, deepspeed: dict[str, Any] | None = None, **more: Any
+    out: Path,
+    device: str,
+    steps: int,
+    batch_size: int,
+    save_steps: int,
+    deepspeed: dict[str, Any] | None = None,
+    at_once: int | None = None,
+    **more: Any,
 ) -> TrainingArguments:
     """What our runs share of the Trainer's settings.
 
@@ -35,14 +42,19 @@ def arguments(
         device: `cpu` or `cuda`.
         batch_size: of all processes together.
         save_steps: steps between two checkpoints; the last two are kept.
+        at_once: of a process's share of the batch, how much it computes at a time; all of it unless given.
         deepspeed: DeepSpeed's configuration, where it is the engine.
         more: a run's own settings.
 
     Raises:
-        UserError: the batch cannot be shared evenly among the processes.
+        UserError: the batch cannot be shared evenly among the processes, or a share not evenly in parts.
     """
     if batch_size % world_size():
         raise UserError(f"a batch of {batch_size} cannot be shared evenly among {world_size()} processes; change one of them")
+    share = batch_size // world_size()
+    at_once = min(at_once or share, share)
+    if share % at_once:
+        raise UserError(f"{share} of a batch in each process cannot be computed {at_once} at once; take a number that divides {share}")
     if deepspeed is not None:
         more |= {"deepspeed": deepspeed, "bf16": False}  # its own configuration says what it multiplies in
     elif device == "cpu":
@@ -52,7 +64,8 @@ def arguments(
         return TrainingArguments(
             output_dir=str(out / "checkpoints"),
             max_steps=steps,
-            per_device_train_batch_size=batch_size // world_size(),
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=share // at_once,
             lr_scheduler_type="cosine",
             max_grad_norm=1.0,
             logging_steps=max(1, min(10, steps // 20)),

@@ -50,6 +50,14 @@ def train(
     samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos a step, instead of the stage's.", min=1)] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            help="Photos of a step that each process computes at a time, so that a step needs less memory (gradient accumulation); all "
+            "unless given, and four on a CPU.",
+            min=1,
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the projector, instead of the stage's.")] = None,
     lr_llm: Annotated[float | None, typer.Option(help="Learning rate of the LLM, instead of the stage's.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the LLM's adapters.", min=1)] = 32,
@@ -137,7 +145,7 @@ def train(
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
     check_reporters(report_to or [])
     engine = training.Engine(
-        find_config(deepspeed, "train") if deepspeed else None, gradient_checkpointing, tuple(report_to or ()), max_bad_steps
+        find_config(deepspeed, "train") if deepspeed else None, gradient_checkpointing, tuple(report_to or ()), max_bad_steps, at_once
     )
     use_processors(threads)
     # of the processes that torchrun starts, one looks, teaches words and speaks
@@ -201,6 +209,7 @@ def train(
                 "tune_tower": tune_tower,
                 "tower_rank": tower_lora,
                 "quantize": quantize,
+                "at_once": at_once,
                 "deepspeed": engine.deepspeed,
             }.items()
             if value
