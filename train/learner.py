@@ -172,6 +172,8 @@ class LearnerTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss of a part is divided by the targets of the whole
+        if not self.is_deepspeed_enabled:
+            self.accelerator.gradient_accumulation_steps = 1  # and not by the number of parts, as transformers 5.3 lets accelerate do
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, a group a learning rate."""
