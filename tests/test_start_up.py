@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from sparse_vlm.bench.start_up import measure
+from sparse_vlm.errors import UserError
+
 HOSTS = {"transformers", "timm", "open_clip", "peft", "torchvision"}
 HEAVY = HOSTS | {"torch", "numpy", "PIL", "safetensors", "matplotlib", "huggingface_hub", "importlib.metadata"}
 
@@ -33,3 +36,12 @@ def test_the_package_imports_nothing_until_something_of_it_is_used() -> None:
 def test_the_tower_imports_torch_and_no_host() -> None:
     found = imported("from sparse_vlm import SparseFormer, SparseFormerConfig")
     assert "torch" in found and found & (HOSTS | {"PIL", "safetensors", "matplotlib", "huggingface_hub"}) == set()
+
+
+def test_seconds_are_of_the_processes_that_were_begun() -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    lines = {"nothing": [sys.executable, "-c", "pass"], "waits": [sys.executable, "-c", "import time; time.sleep(0.5)"]}
+    found = measure({**lines, "computes": [sys.executable, "-c", burn]}, rounds=2)
+    assert 0 < found["nothing"] < 0.3 and found["waits"] < 0.3 and 0.45 < found["computes"] < 1.5
+    with pytest.raises(UserError, match="broken: does not run here"):
+        measure({"broken": [sys.executable, "-c", "1 / 0"]}, rounds=1)
