@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from tiny_vlm import ask, picture, save_llm, save_tower
+from transformers import TrainerState
 
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data.corpus import Corpus
@@ -17,7 +18,7 @@ from sparse_vlm.data.talks import Talk
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.train.cost import token_cost
-from sparse_vlm.train.finite import FiniteSteps
+from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
 from sparse_vlm.train.parts import choose_attention, prepare, save_memory
 from sparse_vlm.train.run import check_reporters
@@ -336,11 +337,36 @@ def test_a_part_that_is_not_finite_leaves_out_its_whole_step(parts, photos, tmp_
         assert torch.equal(tensor, before[name]), name
 
 
-def test_where_an_engine_cannot_leave_out_a_step_a_bad_part_ends_the_run():
-    finite = FiniteSteps(3, in_one=True)
-    finite.check(torch.tensor(1.0), ["a", "b"])
-    with pytest.raises(UserError, match="the loss is not finite \\(a, b, c\\), and DeepSpeed cannot leave out a step"):
-        finite.check(torch.tensor(torch.nan), ["c"])
+class Engines:
+    """What accelerate puts around DeepSpeed's optimizer."""
+
+    step_was_skipped = False
+
+
+def test_what_deepspeed_leaves_out_is_counted_and_named(capsys):
+    """Its engine has updated, or not, when a step ends; with gradients of other parts at hand, a loss goes through it as it is."""
+    finite, optimizer, state = FiniteSteps(3, engine=True, in_parts=True), Engines(), TrainerState(global_step=7)
+    for loss, skipped in ((1.0, False), (1.0, True), (torch.nan, True)):
+        finite.check(torch.tensor(1.0), ["a"])
+        finite.check(torch.tensor(loss), ["b"])
+        optimizer.step_was_skipped = skipped
+        finite.on_step_end(None, state, None, optimizer=optimizer)
+    assert [entry["not_finite"] for entry in state.log_history] == ["gradient is not finite", "loss is not finite"]
+    assert all(entry["samples"] == ["a", "b"] for entry in state.log_history)
+    assert "step 7: the loss is not finite, no update (a, b)" in capsys.readouterr().err
+    finite.check(torch.tensor(torch.nan), ["c"])
+    optimizer.step_was_skipped = False
+    with pytest.raises(UserError, match="DeepSpeed did not leave out the step: the weights are spoilt"):
+        finite.on_step_end(None, state, None, optimizer=optimizer)
+
+
+def test_a_loss_that_is_not_finite_stays_out_of_the_engine_where_it_is_the_whole_step():
+    finite = FiniteSteps(3, engine=True)
+    with pytest.raises(NotFinite):
+        finite.check(torch.tensor(torch.nan), ["a"])
+    optimizer = Engines()
+    finite.on_step_end(None, state := TrainerState(global_step=1), None, optimizer=optimizer)
+    assert [entry["not_finite"] for entry in state.log_history] == ["loss is not finite"]
 
 
 def test_several_in_a_row_end_the_run_and_leave_its_checkpoint(parts, photos, tmp_path, monkeypatch):

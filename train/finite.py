@@ -35,11 +35,12 @@ class FiniteSteps(TrainerCallback):
 
     Args:
         at_most: bad steps in a row that end the run.
-        in_one: whether a step's update cannot be left out any more once a part of its batch went through, so that a bad part ends the run.
+        engine: whether DeepSpeed updates, within its backward pass, and leaves out steps whose gradient is not finite.
+        in_parts: whether a step is computed in several parts.
     """
 
-    def __init__(self, at_most: int, in_one: bool = False) -> None:
-        self.at_most, self.in_one = at_most, in_one
+    def __init__(self, at_most: int, engine: bool = False, in_parts: bool = False) -> None:
+        self.at_most, self.engine, self.in_parts = at_most, engine, in_parts
         self.names: list[str] = []  # of this step
         self.what = ""  # that is not finite in this step
         self.row: list[list[str]] = []
@@ -49,8 +50,8 @@ class FiniteSteps(TrainerCallback):
         """Called with the loss and the samples of a step, or of each part of it.
 
         Raises:
-            NotFinite: in every process when it is not finite in one.
-            UserError: naming the samples, where the step cannot be left out.
+            NotFinite: in every process when it is not finite in one; not where DeepSpeed holds gradients of other parts, which it drops
+                with the whole step where this part's loss goes through its backward pass as it is.
         """
         self.names += names
         bad = (~torch.isfinite(loss.detach())).float()
@@ -58,18 +59,14 @@ class FiniteSteps(TrainerCallback):
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad.item():
             self.what = "loss is not finite"
-            if self.in_one:
-                raise UserError(
-                    f"the loss is not finite ({_listed(self._all_names())}), and DeepSpeed cannot leave out a step that is computed in "
-                    "parts; the last checkpoint is as it was. Look at these samples, lower the rates, or leave --at-once out"
-                )
-            raise NotFinite(torch.full_like(loss.detach(), torch.nan))
+            if not (self.engine and self.in_parts):
+                raise NotFinite(torch.full_like(loss.detach(), torch.nan))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """No update where a part of the step was not finite, nor where a finite loss has a gradient that is not. All processes hold the
         same gradient.
 
-        Under DeepSpeed this comes too late: accelerate lets its engine update within the backward pass.
+        Under DeepSpeed this comes too late, and its engine has done the same by now.
         """
         gradients = [p.grad for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
         if not self.what and gradients and not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
@@ -81,8 +78,17 @@ class FiniteSteps(TrainerCallback):
         """Count.
 
         Raises:
-            UserError: naming the samples of the last steps, when as many in a row as are allowed were bad.
+            UserError: naming the samples of the last steps, when as many in a row as are allowed were bad; or DeepSpeed did not leave out
+                a step that was.
         """
+        left_out = self.engine and kwargs["optimizer"].step_was_skipped
+        if self.what and self.engine and self.in_parts and not left_out:
+            raise UserError(
+                f"step {state.global_step}: the {self.what} ({_listed(self._all_names())}), and DeepSpeed did not leave out the step: "
+                "the weights are spoilt. Go on from the last checkpoint, without --at-once"
+            )
+        if left_out and not self.what:
+            self.what = "gradient is not finite"
         if not self.what:
             self.row.clear()
             self.names.clear()

@@ -166,7 +166,7 @@ def train(
         seed=seed,
     )
     with StopOnSignal() as stop:
-        finite = FiniteSteps(engine.max_bad_steps, in_one=engine.deepspeed is not None and args.gradient_accumulation_steps > 1)
+        finite = FiniteSteps(engine.max_bad_steps, engine.deepspeed is not None, args.gradient_accumulation_steps > 1)
         trainer = LearnerTrainer(
             model=Learner(vlm, project=not stage.pictures_of_words),
             args=args,
