@@ -96,6 +96,7 @@ def bench_of(models: dict[str, tuple[int, float, float]], batches: tuple[int, ..
         ],
         "measurements": rows,
         "requests": [],
+        "saturation": [],
         "serving": None,
     }
     document["requests"] = requests(document)

@@ -21,6 +21,7 @@ from sparse_vlm.bench.machine import higher, peak_bytes
 from sparse_vlm.bench.pruner import ClsPruner, cls_attention
 from sparse_vlm.bench.report import as_markdown, as_tables, save
 from sparse_vlm.bench.run import Bench, Settings
+from sparse_vlm.bench.summary import saturation
 from sparse_vlm.bench.turns import WARM_UP, Piece, take_turns
 from sparse_vlm.bench.vision import BOX, REDUCTIONS, RIVALS, Rival, count_weights, load_visions, projector_work
 from sparse_vlm.cli.bench import bench
@@ -351,12 +352,30 @@ def test_requests_are_put_together_from_pieces(document: dict[str, Any]) -> None
     assert {row["whole_llm"] for row in document["requests"] if row["llm"] == "shape" and row["dtype"] == "float32"} == {False}
 
 
+def test_saturation_is_where_a_larger_batch_does_no_more() -> None:
+    """Ten pictures a second, 19, 19.8 and 19.9: two at once are enough. Answers: the largest batch still writes a tenth more."""
+    about = {"model": "m", "llm": "l", "dtype": "float32", "compiled": False, "tokens": 49}
+    rates = {8: (19.9, 110.0), 1: (10.0, 50.0), 4: (19.8, 100.0), 2: (19.0, 90.0)}
+    rows = [about | {"batch": batch, "images_per_second": i, "answer_tokens_per_second": a} for batch, (i, a) in rates.items()]
+    found = {"images_per_second": 19.9, "images": 2, "answer_tokens_per_second": 110.0, "requests": None}
+    assert saturation(rows) == [about | found]
+    # two batches do not tell, and another form is another row
+    assert saturation([*rows[:2], *(row | {"compiled": True} for row in rows)]) == [about | {"compiled": True} | found]
+    # what does less the more there is at once is at its end with one
+    falling = [about | {"batch": b, "images_per_second": 10.0 / b, "answer_tokens_per_second": 10.0} for b in (1, 2, 4)]
+    assert [(row["images"], row["requests"]) for row in saturation(falling)] == [(1, 1)]
+
+
 def test_the_tables_say_what_one_must_know(document: dict[str, Any], tmp_path: Path) -> None:
     text = as_markdown(document)
     assert "shape (a shape, 0 M parameters, random weights; measured block by block: 2 of 4 layers), float32, batch of 1" in text
     assert "random weights, which take the same time: vit, vit+pool, 4 tokens" in text
     assert "Where fewer tokens do not help:" in text and "this run is not whole" not in text
     assert len(as_tables(document)) == 2 * 2 * 2 + 2
+    assert document["saturation"] == [] and "at saturation" not in text, "two batches do not tell"
+    more = {"model": "vit", "llm": "shape", "dtype": "float32", "compiled": True, "tokens": 4}
+    more |= {"images_per_second": 19.9, "images": 2, "answer_tokens_per_second": 110.0, "requests": None}
+    assert "| shape | float32 | vit, compiled | 4 | 19.9 | 2 | 110 | not reached |" in as_markdown(document | {"saturation": [more]})
     half = as_markdown(document["half"] | {"state": "failed", "problem": "no luck"})
     assert "this run is not whole: failed: no luck" in half
     fewer = [r for r in document["requests"] if (r["llm"], r["batch"]) == ("shape", 2)]

@@ -58,6 +58,16 @@ STAGE_COLUMNS: dict[str, Callable[[Row], str]] = {
     "of peak bytes/s": lambda m: "" if m["of_peak"] is None else f"{m['of_peak']['memory']:.0%}",
     "bound by": lambda m: m["bound"] or "",
 }
+SATURATION_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "LLM": lambda s: s["llm"],
+    "dtype": lambda s: s["dtype"],
+    "model": REQUEST_COLUMNS["model"],
+    "tokens": lambda s: str(s["tokens"]),
+    "images/s": lambda s: _short(s["images_per_second"]),
+    "from a batch of": lambda s: "not reached" if s["images"] is None else str(s["images"]),
+    "answer, tokens/s": lambda s: _short(s["answer_tokens_per_second"]),
+    "from requests": lambda s: "not reached" if s["requests"] is None else str(s["requests"]),
+}
 SERVING_COLUMNS: dict[str, Callable[[Row], str]] = {
     "LLM": lambda s: s["llm"],
     "dtype": lambda s: s["dtype"],
@@ -73,13 +83,15 @@ SERVING_COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def sheets(document: Row) -> list[Sheet]:
-    """All tables: requests by LLM, dtype and batch; every measurement; what serving is estimated at."""
+    """All tables: requests by LLM, dtype and batch; the most of each; every measurement; what serving is estimated at."""
     found = []
     keys = dict.fromkeys((r["llm"], r["dtype"], r["batch"]) for r in document["requests"])
     for llm, dtype, batch in keys:
         rows = [r for r in document["requests"] if (r["llm"], r["dtype"], r["batch"]) == (llm, dtype, batch)]
         title = f"{_titled(document, llm, dtype)}, {dtype}, batch of {batch}"
         found.append(Sheet(title, list(REQUEST_COLUMNS), _cells(rows, REQUEST_COLUMNS)))
+    if document["saturation"]:
+        found.append(Sheet("at saturation", list(SATURATION_COLUMNS), _cells(document["saturation"], SATURATION_COLUMNS), 3))
     found.append(Sheet("every measurement", list(STAGE_COLUMNS), _cells(document["measurements"], STAGE_COLUMNS), 4))
     if document["serving"] and document["serving"]["rows"]:
         found.append(Sheet("serving, estimated", list(SERVING_COLUMNS), _cells(document["serving"]["rows"], SERVING_COLUMNS), 3))

@@ -25,7 +25,7 @@ from PIL import Image
 from sparse_vlm.bench.llms import Language, LLMPlan, layers_that_fit, plan_llm
 from sparse_vlm.bench.machine import COPIED_BYTES, describe, higher, peak_bytes, peaks, versions
 from sparse_vlm.bench.serving import serving
-from sparse_vlm.bench.summary import requests
+from sparse_vlm.bench.summary import requests, saturation
 from sparse_vlm.bench.turns import FEWEST, WARM_UP, Piece, take_turns
 from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
 from sparse_vlm.errors import UserError
@@ -126,6 +126,7 @@ class Bench:
             "llms": [],
             "measurements": [],
             "requests": [],
+            "saturation": [],
             "serving": None,
         }
 
@@ -182,6 +183,7 @@ class Bench:
         for row in self.document["measurements"]:
             self._hold_against_peaks(row)
         self.document["requests"] = requests(self.document)
+        self.document["saturation"] = saturation(self.document["requests"])
         if self.settings.answers:
             self.document["serving"] = serving(self.document)
         self.save(self.document)

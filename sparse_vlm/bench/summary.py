@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 Row = dict[str, Any]
+NEAR = 0.05  # share by which a larger batch must do more for the one before not to be enough
+FEWEST_BATCHES = 3  # of which saturation can be read off
+# what saturates, and what a batch of it is called
+RATES = {"images_per_second": "images", "answer_tokens_per_second": "requests"}
 
 
 def requests(document: Row) -> list[Row]:
@@ -22,6 +26,30 @@ def requests(document: Row) -> list[Row]:
                     if (row := _request(found, llm, model, batch, compiled)) is not None:
                         rows.append(row)
     return rows
+
+
+def saturation(rows: list[Row]) -> list[Row]:
+    """For each model, LLM, dtype and form with enough batches, the most images and answer tokens a second, and from which batch on.
+
+    Args:
+        rows: `requests` of a document.
+
+    Returns:
+        `images_per_second` and `answer_tokens_per_second` at most, and under `images` and `requests` the smallest batch that comes near to
+        it; None where the largest batch still does more than the one before, so that the machine is not at its end.
+    """
+    found = []
+    for key in dict.fromkeys((r["model"], r["llm"], r["dtype"], r["compiled"]) for r in rows):
+        of_key = sorted((r for r in rows if (r["model"], r["llm"], r["dtype"], r["compiled"]) == key), key=lambda r: r["batch"])
+        if len(of_key) < FEWEST_BATCHES:
+            continue
+        row: Row = dict(zip(("model", "llm", "dtype", "compiled"), key, strict=True)) | {"tokens": of_key[0]["tokens"]}
+        for rate, name in RATES.items():
+            each = [r[rate] for r in of_key]
+            enough = next(r["batch"] for r in of_key if r[rate] >= (1 - NEAR) * max(each))
+            row |= {rate: max(each), name: None if each[-1] > (1 + NEAR) * max(each[:-1]) else enough}
+        found.append(row)
+    return found
 
 
 class Measured:
