@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import csv
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
 
 OnAnswers = Callable[[int, int], None]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,37 @@ def photo_file(folder: Path, name: str) -> Photo:
     return FilePhoto(name, folder / name, 0, -1)
 
 
-def present(data: Data, photos: list[Photo], where: Path) -> list[Photo]:
-    """Which of these photos are looked at, each once.
+def in_own_layout(data: Data, where: Path, read: Callable[[], list[Row]]) -> list[Row]:
+    """What `read` makes of a benchmark's own files, once for all tasks.
 
     Args:
-        where: the file that asks about them.
+        where: the first of the files.
 
     Raises:
-        UserError: one of them is not there, or they are fewer than two.
+        UserError: a file in another layout.
     """
-    photos = data.cut(list(dict.fromkeys(photos)))
+    try:
+        return data.once(f"rows {where}", read)
+    except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
+
+
+def looked_at(data: Data, rows: Sequence[tuple[Photo, Row]], where: Path) -> tuple[list[Photo], list[tuple[int, Row]]]:
+    """The photos that are looked at, each once, and what is asked about each with its photo's number.
+
+    Args:
+        where: the file that asks.
+
+    Raises:
+        UserError: a picture that is not there, or fewer than two.
+    """
+    photos = data.cut(list(dict.fromkeys(photo for photo, _ in rows)))
     if len(photos) < 2:
         raise UserError(f"{where}: fewer than two pictures are asked about; raise --limit or check the file")
     if missing := [photo for photo in photos if not photo.source.is_file()]:
         raise UserError(f"{where}: {len(missing)} of {len(photos)} pictures are not there, such as {missing[0].source}")
-    return photos
+    numbers = {photo: number for number, photo in enumerate(photos)}
+    return photos, [(numbers[photo], row) for photo, row in rows if photo in numbers]
 
 
 class OfficialTask(VLMTask):
@@ -104,13 +121,8 @@ class OfficialTask(VLMTask):
             UserError: a file in another layout, a picture that is not there, or fewer than two photos.
         """
         where = data.root / self.files[0]
-        try:
-            entries = data.once(f"entries {where}", lambda: self.entries(data))
-        except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
-            raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
-        photos = present(data, [entry.photo for entry in entries], where)
-        numbers = {photo: number for number, photo in enumerate(photos)}
-        return photos, [(numbers[entry.photo], entry) for entry in entries if entry.photo in numbers]
+        entries = in_own_layout(data, where, lambda: self.entries(data))
+        return looked_at(data, [(entry.photo, entry) for entry in entries], where)
 
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
         """Ask every question."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.official import photo_file, present
+from sparse_vlm.eval.official import in_own_layout, looked_at, photo_file
 from sparse_vlm.eval.task import Data
 from sparse_vlm.photos import Photo
 
@@ -85,14 +85,8 @@ class Published(Questions):
     def read(self, data: Data) -> Found:
         """The photos and their questions."""
         where, folder = data.root / self.files[0], data.root / self.files[-1]
-        try:
-            rows = data.once(f"rows {where}", lambda: self.rows(data))
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
-        found = [(photo_file(folder, name), row) for name, row in rows]
-        photos = present(data, [photo for photo, _ in found], where)
-        numbers = {photo: number for number, photo in enumerate(photos)}
-        return photos, [(numbers[photo], row) for photo, row in found if photo in numbers]
+        rows = in_own_layout(data, where, lambda: self.rows(data))
+        return looked_at(data, [(photo_file(folder, name), row) for name, row in rows], where)
 
 
 class PopeFiles(Published):

@@ -79,7 +79,7 @@ class Engine:
         report_to: names in `run.REPORTERS`.
         max_bad_steps: so many steps in a row that are not finite end the run.
         at_once: photos that a process computes at a time, of its share of a batch; unless given, all on a GPU and `AT_ONCE` at most on a
-            CPU, which is no slower for it and needs a third of the memory.
+            CPU, which needs a third of the memory for it.
     """
 
     deepspeed: dict[str, Any] | None = None
