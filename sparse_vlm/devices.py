@@ -53,14 +53,28 @@ def give_back_if_scarce(share: float = 0.15) -> bool:
     Returns:
         Whether it was returned. Where the machine does not say what is left (/proc/meminfo), nothing is.
     """
+    found = _memory()
+    scarce = bool(found) and found["MemAvailable"] < share * found["MemTotal"]
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if scarce else None
+    return trim is not None and bool(trim(0))
+
+
+def _memory() -> dict[str, int]:
+    """What the machine says of its memory, in kB; empty where it does not."""
     try:
         with open("/proc/meminfo") as stream:
             found = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in stream)}
-        scarce = found["MemAvailable"] < share * found["MemTotal"]
-    except (OSError, KeyError, ValueError, IndexError):
-        return False
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if scarce else None
-    return trim is not None and bool(trim(0))
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found if {"MemAvailable", "MemTotal"} <= found.keys() else {}
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device has free; None where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = _memory()
+    return 1024 * found["MemAvailable"] if found else None
 
 
 def few_tokens(device: torch.device) -> AbstractContextManager[Any]:

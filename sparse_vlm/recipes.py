@@ -38,6 +38,7 @@ class Recipe:
         lr_rois: absolute peak rate of all that moves points and RoIs.
         dense_weight: weight of the token-by-token term of the objective.
         relation_weight: weight of the term that compares the pictures of a batch with each other.
+        mixed: share of the views that are each mixed with another of its batch; for a teacher that answers at every step.
         ema: decay of the averaged weights that become the student.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     weight_decay: float = 0.05
     dense_weight: float = 0.5
     relation_weight: float = 0.0
+    mixed: float = 0.0
     ema: float = 0.995
 
     def config(self, spec: TeacherSpec) -> SparseFormerConfig:

@@ -13,6 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from sparse_vlm.devices import few_tokens, native_dtype, own_device, rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
+from sparse_vlm.distill.resident import ResidentPhotos
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
@@ -34,11 +38,12 @@ from sparse_vlm.photos import PhotoError
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.lessons import CachedViews, LiveViews, gather, held_out, lessons_now, live_means
+from sparse_vlm.train.lessons import CachedViews, LiveViews, ResidentViews, Show, gather, held_out, lessons_now, live_means
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, of_all_processes
 from sparse_vlm.train.zero import announce, whole
 
+KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
 
 
@@ -46,6 +51,17 @@ def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[d
     """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
     new = {row.target for row in mapping if row.fate == "new"}
     return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+
+
+def compile_parts(tower: SparseFormer, ask: LiveTeacher | None) -> None:
+    """Compile a student part by part, and its teacher: units alike share what is compiled, also at another number of tokens."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, KINDS_OF_UNITS)
+    for part in (tower.feat_extractor, *tower.units()):
+        if part is not None:
+            part.compile()
+    if ask is not None:
+        ask.compile()
 
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -60,8 +76,10 @@ class BootstrapTrainer(Trainer):
     average: dict[str, Tensor]
     bf16: bool
     ask: LiveTeacher | None = None
+    show: Show
     unreadable: set[int]
     budgets: tuple[int, int] | None = None
+    uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # what is evaluated now and then is not compiled for it
     measured: tuple[int, dict[str, float]] | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -73,9 +91,11 @@ class BootstrapTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
         """The objective as the model itself computes it, at a budget that the step's number decides; a live teacher answers first."""
         if self.ask is not None:
-            self.unreadable |= {index for index in inputs.pop("unreadable").tolist() if index >= 0}
-            embeds, tokens = self.ask(inputs.pop("seen", inputs["pixels"]))
-            inputs |= {"embeds": embeds, "tokens": tokens}
+            if "unreadable" in inputs:
+                self.unreadable |= {index for index in inputs["unreadable"].tolist() if index >= 0}
+            shown = self.show(inputs, self.state.global_step)
+            embeds, tokens = self.ask(shown.get("seen", shown["pixels"]))
+            inputs = {"pixels": shown["pixels"], "embeds": embeds, "tokens": tokens}
         out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
 
@@ -100,7 +120,7 @@ class BootstrapTrainer(Trainer):
         try:
             for batch in DataLoader(self.eval_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator):
                 batch = self._prepare_inputs(batch)
-                with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
+                with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16), self.uncompiled():
                     out = model(**batch)
                 size = len(batch["pixels"])
                 count += size
@@ -144,6 +164,8 @@ def bootstrap(
     tower: SparseFormer,
     seed: int = 0,
     deepspeed: dict[str, Any] | None = None,
+    resident: ResidentPhotos | None = None,
+    compiled: bool = False,
 ) -> bool:
     """Train `tower` (already inherited) and write the student to `out`.
 
@@ -151,6 +173,8 @@ def bootstrap(
         mapping: that `inherit` carried out.
         views: to learn from; a `TeacherCache` is filled, and where it is none the teacher answers at every step.
         deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism by default.
+        resident: the photos of `views`, where the device keeps them; for a teacher that answers at every step.
+        compiled: compile teacher and student.
 
     Returns:
         True when the run is complete; False when it was interrupted and saved.
@@ -168,6 +192,7 @@ def bootstrap(
         "cache": {"teacher": teacher.fingerprint()} | views.describe(),
         "seed": seed,
         **({"deepspeed": deepspeed} if deepspeed else {}),
+        **({"resident": True} if resident else {}),
     }
     if rank() == 0:
         claim(out, settings)
@@ -184,8 +209,11 @@ def bootstrap(
         lessons, tests, means = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.means()
     else:
         ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
-        lessons, tests, means = LiveViews(views, rows, size), lessons_now(views, test_rows, size, ask), live_means(views, indices, ask)
+        lessons = LiveViews(views, rows, size) if resident is None else ResidentViews(views, resident, rows)
+        tests, means = lessons_now(views, test_rows, size, ask), live_means(views, indices, ask)
 
+    if compiled:
+        compile_parts(tower, ask)
     model = Distillation(tower, *means, recipe.dense_weight, recipe.relation_weight)
     if deepspeed is not None:
         announce(tower)
@@ -199,6 +227,7 @@ def bootstrap(
         warmup_steps=min(recipe.warmup_steps, steps // 5),
         deepspeed=deepspeed,
         bf16=bf16,
+        logging_nan_inf_filter=False,  # would wait for the GPU at every step; a loss that is not finite is to be seen
         seed=seed,
         eval_strategy="steps",
         eval_steps=max(1, min(200, steps // 4)),
@@ -224,7 +253,10 @@ def bootstrap(
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
         trainer.ask, trainer.unreadable = ask, set()
+        trainer.show = Show(size, views.size, resident, recipe.mixed, seed)
         trainer.budgets = tower.config.budgets
+        if compiled:
+            trainer.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         checkpoint = latest_checkpoint(out / "checkpoints")
         if checkpoint is not None:
             for name, value in load_file(checkpoint / "average.safetensors").items():

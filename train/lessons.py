@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sparse_vlm.devices import rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
-from sparse_vlm.distill.views import ViewSet
+from sparse_vlm.distill.resident import ResidentPhotos, part_shown
+from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo, PhotoError
 
@@ -66,6 +68,52 @@ class LiveViews(Dataset):
                 continue
             return lesson | {"unreadable": torch.tensor(bad)}
         raise UserError(f"none of the {len(self.views.photos)} photos can be read")
+
+
+class ResidentViews(Dataset):
+    """Which views a step shows, for a device that makes them of the photos it keeps: `photo` (), `box` (4,) and `flipped` ()."""
+
+    def __init__(self, views: ViewSet, photos: ResidentPhotos, rows: Sequence[int]) -> None:
+        self.views, self.sizes, self.rows = views, photos.sizes, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Lesson:
+        photo = self.rows[index] % len(self.sizes)
+        box, flipped = part_shown(self.views, self.sizes[photo], self.rows[index])
+        return {"photo": torch.tensor(photo), "box": torch.tensor(box), "flipped": torch.tensor(flipped)}
+
+
+class Show:
+    """Turns what a loader brought into pixels, where the teacher is asked at every step: views made here, some of them mixed.
+
+    Args:
+        size: of the student's pictures.
+        seen: of the teacher's.
+        photos: that the device keeps; the loader brings pixels unless given.
+        mixed: share of views that are mixed.
+    """
+
+    def __init__(self, size: int, seen: int, photos: ResidentPhotos | None, mixed: float, seed: int) -> None:
+        self.size, self.seen, self.photos, self.mixed, self.seed = size, seen, photos, mixed, seed
+
+    def __call__(self, brought: Lesson, step: int) -> Lesson:
+        """`pixels` (B, 3, S, S) uint8 at the student's size, and `seen` where the teacher's is another.
+
+        Args:
+            step: decides, with the seed, what is mixed.
+        """
+        if self.photos is None:
+            shown = {name: brought[name] for name in ("pixels", "seen") if name in brought}
+        else:
+            sizes = {"pixels": self.size} | ({"seen": self.seen} if self.seen != self.size else {})
+            which = brought["photo"], brought["box"], brought["flipped"]
+            shown = {name: self.photos.views(*which, size) for name, size in sizes.items()}
+        if self.mixed:
+            number = (self.seed << 40) + (rank() << 32) + step
+            shown = {name: mix(pixels, self.mixed, torch.Generator().manual_seed(number)) for name, pixels in shown.items()}
+        return shown
 
 
 def gather(lessons: Sequence[Lesson]) -> Lesson:

@@ -20,6 +20,7 @@ from sparse_vlm.bench.machine import describe, peaks, synchronize, versions
 from sparse_vlm.devices import few_tokens, native_dtype, own_device, use_processors
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, update_average
+from sparse_vlm.distill.resident import ResidentPhotos
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_json
@@ -28,19 +29,19 @@ from sparse_vlm.photos import PhotoSet
 from sparse_vlm.recipes import changed, get_recipe
 from sparse_vlm.teacher import load_teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.bootstrap import adamw, groups_of
-from sparse_vlm.train.lessons import LiveViews, gather
+from sparse_vlm.train.bootstrap import adamw, compile_parts, groups_of
+from sparse_vlm.train.lessons import LiveViews, ResidentViews, Show, gather
 from sparse_vlm.train.rows import as_program
 from sparse_vlm.train.scaling import view_cost
 
 PARTS = {
-    "photos": "decode, crop, scale",
+    "photos": "decode, crop, scale; --resident: crop and scale on the device",
     "teacher": "once a view, where its answers are cached",
     "forward": "student and objective",
     "backward": "student",
     "optimizer": "clipping, AdamW, averaging",
 }
-WARM_UP = 1
+WARM_UP = 2  # the first compiles
 
 
 class Step:
@@ -48,9 +49,20 @@ class Step:
 
     Args:
         batch: views of a step.
+        resident, compiled: as `sparse-vlm bootstrap` has them.
     """
 
-    def __init__(self, recipe: str, changes: list[str], teacher: str, data: list[str], batch: int | None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: str,
+        changes: list[str],
+        teacher: str,
+        data: list[str],
+        batch: int | None,
+        resident: bool = False,
+        compiled: bool = False,
+        seed: int = 0,
+    ) -> None:
         torch.manual_seed(seed)
         self.recipe = changed(get_recipe(recipe), changes)
         if not self.recipe.views:
@@ -62,8 +74,14 @@ class Step:
         tower = SparseFormer(self.recipe.config(source.spec))
         mapping = inherit(tower, source, self.recipe)
         views = ViewSet(PhotoSet(data), 2, source.spec.image_size, seed)
-        self._lessons = LiveViews(views, range(len(views.photos), len(views)), tower.config.image_size)  # of the second view: a random crop
+        rows = range(len(views.photos), len(views))  # of the second view: a random crop
+        photos = ResidentPhotos(views, self.device) if resident else None
+        size = tower.config.image_size
+        self._lessons = LiveViews(views, rows, size) if photos is None else ResidentViews(views, photos, rows)
+        self._show = Show(size, views.size, photos, self.recipe.mixed, seed)
         self._ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), self.device)
+        if compiled:
+            compile_parts(tower, self._ask)
         means = torch.zeros(source.spec.embed_dim), torch.zeros(source.spec.width)
         self._model = Distillation(tower, *means, self.recipe.dense_weight, self.recipe.relation_weight).to(self.device)
         self._optimizer = adamw(groups_of(tower, mapping, self.recipe))
@@ -77,7 +95,7 @@ class Step:
         rows = range(self._next, self._next + self.batch)
         self._next += self.batch
         lesson = gather([self._lessons[row % len(self._lessons)] for row in rows])
-        return {name: value.to(self.device) for name, value in lesson.items()}
+        return self._show({name: value.to(self.device) for name, value in lesson.items()}, self._next // self.batch)
 
     def _teacher(self, lesson: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         embeds, tokens = self._ask(lesson.get("seen", lesson["pixels"]))
@@ -144,6 +162,8 @@ def main(
     recipe: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap.")] = "elastic",
     change: Annotated[list[str] | None, typer.Option("--set", help="As of sparse-vlm bootstrap.")] = None,
     batch: Annotated[int | None, typer.Option(help="Views of a step; the recipe's by default.", min=1)] = None,
+    resident: Annotated[bool, typer.Option("--resident", help="As of sparse-vlm bootstrap.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="As of sparse-vlm bootstrap.")] = False,
     rounds: Annotated[int, typer.Option(help="Steps that count.", min=1)] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     keep_memory: Annotated[bool, typer.Option(help="Keep freed memory, as bootstrapping does.")] = True,
@@ -151,8 +171,9 @@ def main(
 ) -> None:
     """Time the parts of a step."""
     use_processors(threads, keep_memory)
-    step = Step(recipe, change or [], teacher, data, batch)
+    step = Step(recipe, change or [], teacher, data, batch, resident, compiled)
     document: dict[str, Any] = {"recipe": recipe, "changes": change or [], "keeps_memory": keep_memory}
+    document |= {"resident": resident, "compiled": compiled}
     document |= {"machine": describe(step.device), "versions": versions()}
     document |= measure(step, rounds)
     if as_json:

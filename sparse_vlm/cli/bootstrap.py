@@ -39,6 +39,17 @@ def bootstrap(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again in the backward pass: less memory, more time.")
     ] = False,
+    resident: Annotated[
+        bool,
+        typer.Option(
+            "--resident",
+            help="Keep all photos decoded in the device's memory and make views there; for a GPU that waits for photos, and with --set "
+            "views_per_photo=0.",
+        ),
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile teacher and student: a minute or two at the start, faster steps on a GPU.")
+    ] = False,
     mapping_only: Annotated[bool, typer.Option("--mapping-only", help="Print what is inherited, and stop.")] = False,
 ) -> None:
     """Make a tower from a teacher and photos.
@@ -53,6 +64,7 @@ def bootstrap(
     from sparse_vlm.cli.progress import counting, fetching, for_people
     from sparse_vlm.devices import own_device, rank, use_processors
     from sparse_vlm.distill.cache import TeacherCache
+    from sparse_vlm.distill.resident import ResidentPhotos
     from sparse_vlm.distill.views import ViewSet
     from sparse_vlm.errors import UserError
     from sparse_vlm.inherit import inherit
@@ -73,6 +85,12 @@ def bootstrap(
     if gradient_checkpointing and engine and engine.get("zero_optimization", {}).get("stage") == 3:
         raise UserError(
             "--gradient-checkpointing: ZeRO-3 has a process's own part of the weights alone when they are needed again; take zero2"
+        )
+    if compiled and engine and engine.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError("--compile: not with ZeRO-3, under which a process has its own part of the weights alone; take zero2")
+    if chosen.views_per_photo and chosen.views and (resident or chosen.mixed):
+        raise UserError(
+            f"{'--resident' if resident else '--set mixed'}: for a teacher that answers at every step; add --set views_per_photo=0"
         )
     out = out or Path("build") / recipe
     if chosen.views and not data and not mapping_only:
@@ -114,7 +132,11 @@ def bootstrap(
     else:
         shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed)
         console.print("teacher: answers at every step, and no view is shown twice")
-    done = run(recipe, chosen, source, shown, out, rows, tower, seed=seed, deepspeed=engine)
+    kept = None
+    if resident:
+        with counting(console, "decoding", "photos", len(photos)) as advance:
+            kept = ResidentPhotos(shown, own_device(), advance)
+    done = run(recipe, chosen, source, shown, out, rows, tower, seed, engine, kept, compiled)
     if not chosen.views_per_photo:  # who cannot be read is known only now
         _report_unreadable(console, shown)
     if done:

@@ -29,6 +29,10 @@ class LiveTeacher:
         grid = self.spec.grid
         self._weights = None if rois is None else roi_average_weights(rois, grid, grid).to(self.device)
 
+    def compile(self) -> None:
+        """Compile the copy, for batches of the next one's size."""
+        self._teacher.compile()
+
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, E) and patch tokens (B, N, d) of views (B, 3, S, S) uint8 at the teacher's size; float32, on its device."""

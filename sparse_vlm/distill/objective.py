@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.geometry import grid_rois, roi_average_weights
+from sparse_vlm.geometry import crop_samples, grid_rois, roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 
@@ -53,12 +53,21 @@ class Distillation(nn.Module):
             `loss`, and the centred cosines `cosine` and `token_cosine` (means over the batch, detached).
         """
         config = self.tower.config
-        out = self.tower(normalize(pixels, config.image_mean, config.image_std), num_tokens=num_tokens)
-        latents = out.last_hidden_state[:, -out.rois.shape[1] :]
-        if config.budgets is not None:
+        shown = normalize(pixels, config.image_mean, config.image_std)
+        if config.budgets is None:
+            out = self.tower(shown, num_tokens=num_tokens)
+        else:
+            cells = grid_rois(num_tokens or config.num_latent_tokens)
+            glance = self.tower.glance
+            if glance is not None:
+                # counted from cells that lie in the processor's memory: on a GPU counting waits for all that was asked of it before
+                glance.samples = crop_samples(cells, *pixels.shape[-2:], glance.config.patch_size)
+            out = self.tower(shown, num_tokens=num_tokens)
+            if glance is not None:
+                glance.samples = None
             grid = math.isqrt(tokens.shape[1])
-            cells = grid_rois(latents.shape[1]).to(tokens.device)
-            tokens = roi_average_weights(cells, grid, grid) @ tokens
+            tokens = roi_average_weights(cells.to(tokens.device), grid, grid) @ tokens
+        latents = out.last_hidden_state[:, -out.rois.shape[1] :]
         said, wanted = out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean
         cosine = F.cosine_similarity(said, wanted, dim=-1).mean()
         token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()

@@ -1,6 +1,6 @@
 """Views of a photo that can be replayed: the same (seed, photo, number) always gives the same pixels.
 
-Shape legend: S side of the square view in pixels.
+Shape legend: B views, S side of the square view in pixels.
 View 0 is the evaluation transform, so that the student also sees pictures as it will meet them; the others are random crops, flipped
 half of the time. Teacher and student are shown the same pixels, which lets the teacher's answers be computed once and replayed.
 A view of a set has a number, its row: `view * P + photo`, with P photos.
@@ -15,14 +15,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.photos import Photo
+from sparse_vlm.photos import Box, Photo
 from sparse_vlm.preprocess import resize_and_crop, to_uint8
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
+
+
+def choose_crop(width: int, height: int, key: str, view: int, seed: int) -> tuple[Box, bool]:
+    """What view number `view` >= 1 shows of the photo `key`: (left, top, right, bottom) in its pixels, and whether it is flipped."""
+    rng = np.random.default_rng([seed, view, zlib.crc32(key.encode())])
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+        crop_w, crop_h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if crop_w <= width and crop_h <= height:
+            break
+    else:
+        crop_w = crop_h = min(width, height)
+    left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
+    return (left, top, left + crop_w, top + crop_h), rng.random() < 0.5
 
 
 def make_view(image: Image.Image, size: int, key: str, view: int, seed: int) -> Image.Image:
@@ -34,19 +50,28 @@ def make_view(image: Image.Image, size: int, key: str, view: int, seed: int) -> 
     """
     if view == 0:
         return resize_and_crop(image, size)
-    rng = np.random.default_rng([seed, view, zlib.crc32(key.encode())])
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(*CROP_AREA)
-        aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
-        crop_w, crop_h = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if crop_w <= width and crop_h <= height:
-            break
-    else:
-        crop_w = crop_h = min(width, height)
-    left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
-    out = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + crop_w, top + crop_h))
-    return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else out
+    box, flipped = choose_crop(*image.size, key, view, seed)
+    out = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else out
+
+
+def mix(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Mix a share of a batch's views with the view before each (mixup, arXiv 1710.09412): more pictures than there are photos.
+
+    A teacher answers to a mixed picture as to any other, so no labels have to be mixed (compare arXiv 2106.05237, section 3).
+
+    Args:
+        pixels: (B, 3, S, S) uint8.
+        generator: on the CPU; decides which views are mixed, and at which weight, evenly between 0 and 1.
+
+    Returns:
+        (B, 3, S, S) uint8.
+    """
+    count = len(pixels)
+    chosen, weights = torch.rand(2, count, generator=generator)
+    weights = torch.where(chosen < share, weights, 1.0).to(pixels.device).view(-1, 1, 1, 1)
+    shown = pixels.float()
+    return torch.lerp(shown.roll(1, 0), shown, weights).round_().to(torch.uint8)
 
 
 class ViewSet:
