@@ -84,6 +84,47 @@ def test_a_look_and_its_gradients_are_those_of_float64(shape, dtype, bound):
     assert (alone.double() - wanted["out"]).norm() <= bound * wanted["out"].norm()
 
 
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_sampling_by_itself_and_its_gradients_are_those_of_float64(padding, dtype, bound):
+    given = inputs(2, 5, 7, 70, 4, 8, 5, 6, False, padding)
+    wanted = given["map"].double().requires_grad_(), given["points"].double().requires_grad_()
+    found = given["map"].clone().requires_grad_(), given["points"].clone().requires_grad_()
+    exact = F.grid_sample(wanted[0], wanted[1] * 2 - 1, padding_mode=padding, align_corners=False).permute(0, 2, 3, 1)
+    with kernels.using("kernels"):
+        made = kernels.sample(*found, padding, dtype)
+    assert made.shape == exact.shape and made.dtype == dtype
+    grad = torch.randn(made.shape).bfloat16()
+    pairs = [
+        (made, exact),
+        *zip(torch.autograd.grad(made, found, grad.to(dtype)), torch.autograd.grad(exact, wanted, grad.double()), strict=True),
+    ]
+    for ours, theirs in pairs:
+        assert (ours.double() - theirs).norm() <= bound * theirs.norm()
+    assert kernels.sample(*found, padding, dtype) is None, "not asked for"
+
+
+def test_sampling_alone_keeps_torchs_rules():
+    given = inputs(1, 2, 3, 4, 3, 5, 3, 4, False, "border")
+    with kernels.using("kernels"):
+        kernels.sample(given["map"], given["points"], "border", torch.float32)  # registers the operators
+    cells = given["map"].permute(0, 2, 3, 1).contiguous()
+    opcheck(torch.ops.sparse_vlm.sample.default, (cells.requires_grad_(), given["points"].requires_grad_(), True, torch.float32))
+
+
+@pytest.mark.parametrize("family", ["tiny", "v1"])
+def test_a_tower_that_learns_is_the_same_where_only_sampling_is_a_kernels(family, monkeypatch):
+    model = tower(**FAMILIES[family])
+    plain = passed(model, "plain")
+    monkeypatch.setattr("sparse_vlm.kernels.usable", lambda *_: False)
+    calls = []
+    sample = kernels.sample
+    monkeypatch.setattr("sparse_vlm.kernels.sample", lambda *given: calls.append(sample(*given)) or calls[-1])
+    for value, found in zip(plain, passed(model, "kernels"), strict=True):
+        assert (found - value).norm() <= 1e-4 * value.norm() + 1e-7
+    assert len(calls) == 2 and all(each is not None for each in calls)
+
+
 @pytest.mark.parametrize(("height", "width", "channels"), [(24, 24, 12), (19, 30, 40)])
 def test_the_early_convolution_is_that_of_float64(height, width, channels):
     torch.manual_seed(0)

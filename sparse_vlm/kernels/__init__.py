@@ -1,5 +1,5 @@
-"""Looks (bilinear sampling, parameter generation and mixing, fused) and the early convolution as Triton kernels."""
+"""Looks (bilinear sampling, parameter generation and mixing, fused), sampling by itself, and the early convolution as Triton kernels."""
 
-from sparse_vlm.kernels.dispatch import convolve, look, usable, using
+from sparse_vlm.kernels.dispatch import convolve, look, sample, usable, using
 
-__all__ = ["convolve", "look", "usable", "using"]
+__all__ = ["convolve", "look", "sample", "usable", "using"]

@@ -109,6 +109,29 @@ def look(
     return out
 
 
+def sample(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.dtype) -> Tensor | None:
+    """A map at points, bilinearly, by a kernel whose gradients are equal to the last bit on each run; None where torch is to compute it.
+
+    It is for where something learns: elsewhere `look` samples as well.
+
+    Args:
+        feature_map: (B, C, H, W); read as it is where it lies channels last.
+        points: (B, n, P, 2) relative to the picture.
+        dtype: of the result, unless autocast chooses another.
+
+    Returns:
+        (B, n, P, C).
+    """
+    kind = points.device.type
+    if _path == "plain" or (_path == "auto" and (kind != "cuda" or points.shape[0] < MANY or not _learns((feature_map, points)))):
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    if _unfit(feature_map, points, dtype) or _absent(kind, points.device.index or 0):
+        return None
+    given = feature_map.permute(0, 2, 3, 1).contiguous(), points.float().contiguous()
+    return torch.ops.sparse_vlm.sample(*given, padding == "border", dtype)
+
+
 def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     """The early convolution (7 x 7, stride 2, padding 3) by its kernel, or None where torch is to compute it.
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from sparse_vlm.kernels import stem
 from sparse_vlm.kernels.backward import hidden_backward, points_backward, sampled_backward, weight_backward
 from sparse_vlm.kernels.forward import look_forward, mix_forward
-from sparse_vlm.kernels.spread import coordinates_backward, map_backward
+from sparse_vlm.kernels.spread import coordinates_backward, map_backward, sample_forward
 from sparse_vlm.kernels.tiles import Tiles, choose_mixing_tiles, choose_tiles
 
 SHARES = 8  # of the tokens, whose parts of a weight's gradient are added up at the end: enough programs, and memory that T does not change
+SAMPLED = 32  # points of a program that samples alone
 CONVOLVED = 64  # positions of a program of the early convolution
 
 # the interpreter takes over when a kernel is decorated, so this is what every kernel of this process is
@@ -115,6 +116,19 @@ def mixing_backward(
                 of_m, of_s = grad_mixed.sum((0, 1, 2), dtype=torch.float32), grad_points.sum((0, 2), dtype=torch.float32)
                 grads[2:] = of_m.to(m_beta.dtype), of_s.to(s_beta.dtype)
     return grad_sampled, grad_hidden, *grads
+
+
+def sample(feature_map: Tensor, points: Tensor, border: bool, dtype: torch.dtype) -> Tensor:
+    """Arguments and result as `ops.sample`'s."""
+    height, width, channels = feature_map.shape[1:]
+    out = feature_map.new_empty(*points.shape[:3], channels, dtype=dtype)
+    number, per_picture = points.numel() // 2, points.shape[1] * points.shape[2]
+    tile = min(64, triton.next_power_of_2(channels))
+    with _on(points):
+        sample_forward[(triton.cdiv(number, SAMPLED), triton.cdiv(channels, tile))](
+            feature_map, points, out, number, per_picture, height, width, C=channels, TILE_N=SAMPLED, TILE_C=tile, BORDER=border
+        )
+    return out
 
 
 def sampling_backward(

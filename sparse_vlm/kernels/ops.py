@@ -164,6 +164,36 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 look.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op(
+    "sparse_vlm::sample", mutates_args=(), schema="(Tensor feature_map, Tensor points, bool border, ScalarType dtype) -> Tensor"
+)
+def sample(feature_map: Tensor, points: Tensor, border: bool, dtype: torch.dtype) -> Tensor:
+    """A map (B, H, W, C) at points (B, n, P, 2) to (B, n, P, C) of a dtype."""
+    from sparse_vlm.kernels import launch
+
+    return launch.sample(feature_map, points, border, dtype)
+
+
+@sample.register_fake
+def _(feature_map: Tensor, points: Tensor, border: bool, dtype: torch.dtype) -> Tensor:
+    return feature_map.new_empty(*points.shape[:3], feature_map.shape[-1], dtype=dtype)
+
+
+def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    feature_map, points, ctx.border, _ = inputs
+    ctx.save_for_backward(feature_map, points)
+
+
+def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    feature_map, points = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:2]
+    made = torch.ops.sparse_vlm.sampling_backward(grad.contiguous(), feature_map, points, ctx.border, *wanted)
+    return *(each if needed else None for each, needed in zip(made, wanted, strict=True)), None, None
+
+
+sample.register_autograd(_sample_backward, setup_context=_sample_context)
+
+
 @torch.library.custom_op("sparse_vlm::early_convolution", mutates_args=(), schema="(Tensor pixels, Tensor weight, Tensor bias) -> Tensor")
 def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Pixels (B, 3, h, w) with weight (C, 3, 7, 7) and bias (C,) to (B, ceil(h / 2), ceil(w / 2), C): stride 2, padding 3, no gradients."""

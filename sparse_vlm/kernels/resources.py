@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_vlm.kernels import backward, forward, spread
+from sparse_vlm.kernels.launch import SAMPLED
 from sparse_vlm.kernels.tiles import choose_mixing_tiles, choose_tiles
 
 MANY = 10_000  # tokens, enough that tiles are as large as they get
@@ -47,6 +48,7 @@ def compile_kernels(
         made.append(_compile(backward.weight_backward, rows, dtype, tiles.warps, tiles.stages, capability))
     sampling = {**constants, "TILE_N": tiles.cells, "TILE_C": min(64, triton.next_power_of_2(channels))}
     made += [_compile(kernel, sampling, dtype, 4, 3, capability) for kernel in (spread.map_backward, spread.coordinates_backward)]
+    made.append(_compile(spread.sample_forward, {**sampling, "TILE_N": SAMPLED}, dtype, 4, 3, capability))
     mixing = choose_mixing_tiles(MANY, points, channels, out_points, cores=1)
     one = {**constants, "TILE_P": mixing.points, "TILE_I": mixing.read, "TILE_C": mixing.channels, "TILE_O": mixing.out_points}
     made.append(_compile(forward.mix_forward, one, dtype, mixing.warps, 1, capability))

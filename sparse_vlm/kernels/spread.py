@@ -1,4 +1,4 @@
-"""Gradients of bilinear sampling: of the feature map and of the points.
+"""Bilinear sampling by itself, and its gradients: of the feature map and of the points.
 
 Shape legend: T tokens of all pictures, P points a token, C channels, B x H x W cells of all maps.
 
@@ -18,6 +18,33 @@ def coordinate(at, cells, BORDER: tl.constexpr):
     low = 0.0 if BORDER else -2.0
     high = cells - 1.0 if BORDER else cells + 1.0
     return tl.minimum(tl.maximum(at * cells - 0.5, low), high)
+
+
+@triton.jit
+def sample_forward(
+    map_ptr, points_ptr, out_ptr, points, per_picture, height, width,
+    C: tl.constexpr, TILE_N: tl.constexpr, TILE_C: tl.constexpr, BORDER: tl.constexpr,
+):  # fmt: skip
+    """Map (B, H, W, C) at points (T * P, 2) to out (T * P, C), for TILE_N points and TILE_C channels.
+
+    Args:
+        points: T * P.
+        per_picture: of them, in a picture.
+    """
+    point = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
+    here = (point < points)[:, None]
+    at = point.to(tl.int64)[:, None] * 2
+    x, across, left, right, _, _ = axis(tl.load(points_ptr + at, mask=here, other=0.0), width, BORDER)
+    y, down, above, below, _, _ = axis(tl.load(points_ptr + at + 1, mask=here, other=0.0), height, BORDER)
+    cell = ((point // per_picture)[:, None] * height + y) * width + x
+    down = down * width
+    wanted = here & (c < C)
+    sampled = read_cells(map_ptr, cell, c, wanted, C) * (above * left)
+    sampled += read_cells(map_ptr, cell + across, c, wanted, C) * (above * right)
+    sampled += read_cells(map_ptr, cell + down, c, wanted, C) * (below * left)
+    sampled += read_cells(map_ptr, cell + down + across, c, wanted, C) * (below * right)
+    tl.store(out_ptr + point.to(tl.int64)[:, None] * C + c, sampled.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
 @triton.jit

@@ -263,7 +263,9 @@ class Unit(nn.Module):
                     if kernels.usable(feature_map, points, latents):
                         x = _add_to_latents(x, self.adaptive_mixing.look(latents, feature_map, points, self.padding))
                     else:
-                        sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
+                        sampled = kernels.sample(feature_map, points, self.padding, x.dtype)
+                        if sampled is None:
+                            sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
                         x = _add_to_latents(x, self.adaptive_mixing(latents, sampled))
                 elif op == "PE_INJECT":
                     x = _add_to_latents(x, self.pe_transition(encode_rois(rois, self.width).to(x.dtype)))
