@@ -61,6 +61,12 @@ def test_by_themselves_they_run_where_they_are_faster(monkeypatch):
     assert dispatch._wanted("cuda", 1, (still,))
 
 
+def test_by_itself_sampling_is_a_kernels_where_a_tower_learns_from_many_points():
+    few, many = torch.zeros(64, 49, 16, 2), torch.zeros(256, 49, 16, 2)
+    assert dispatch._pays("cuda", many, learns=True) and not dispatch._pays("cuda", few, learns=True)
+    assert not dispatch._pays("cpu", many, learns=True) and not dispatch._pays("cuda", many, learns=False)
+
+
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "sparse_vlm.kernels.check", *arguments]
@@ -79,6 +85,7 @@ def test_the_check_verifies_through_the_interpreter():
     found = json.loads(done.stdout)
     assert [(each["shape"], each["dtype"], each["passed"]) for each in found["verified"]] == [
         *((shape, dtype, True) for shape in ("bootstrapped", "v1") for dtype in ("float32", "bfloat16")),
+        *((f"sampling, {shape}", dtype, True) for shape in ("bootstrapped", "v1") for dtype in ("float32", "bfloat16")),
         ("early convolution", "bfloat16", True),
     ]
     assert "times" not in found

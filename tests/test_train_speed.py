@@ -69,12 +69,20 @@ def test_a_step_is_measured_in_its_parts(tmp_path: Path, capsys: pytest.CaptureF
     speed.main(teacher, [examples], recipe="tiny", change=["lr=1e-4"], batch=2, rounds=2, threads=1, as_json=True)
     document = json.loads(capsys.readouterr().out)
     ms, rates = document["ms"], document["views_per_second"]
-    assert ms.keys() == speed.PARTS.keys()
+    assert ms.keys() == {*speed.PARTS, "in_a_row"}
     assert min(ms.values()) > 0
+    assert rates["in_a_row"] == pytest.approx(1000 / ms.pop("in_a_row"))
     assert rates["live"] == pytest.approx(1000 / sum(ms.values()))
     assert rates["cached"] == pytest.approx(1000 / (sum(ms.values()) - ms["teacher"]))
     assert 0 < document["share_of_peak"]["student"] < 1  # toy numbers, but a share of what the machine can do
     assert f"| backward | student | {ms['backward']:.3g} |" in speed.table(document)
+
+
+def test_time_needs_no_weights() -> None:
+    pytest.importorskip("open_clip", reason="the teacher is open_clip's")
+    assert speed.teacher_of("random:ViT-B-32-quickgelu").spec.activation == "quick_gelu"
+    with pytest.raises(UserError, match="no model called ViT-Z"):
+        speed.teacher_of("random:ViT-Z")
 
 
 def test_a_recipe_that_trains_nothing_has_no_speed(tmp_path: Path) -> None:

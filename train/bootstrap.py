@@ -188,10 +188,11 @@ def bootstrap(
     steps = -(-recipe.views // recipe.batch_size)
     settings = {
         "recipe": recipe_name,
-        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
+        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary", "mixed")},
         "cache": {"teacher": teacher.fingerprint()} | views.describe(),
         "seed": seed,
         **({"deepspeed": deepspeed} if deepspeed else {}),
+        **({"mixed": recipe.mixed} if recipe.mixed else {}),  # said where it is so: runs begun before there was such a thing go on
         **({"resident": True} if resident else {}),
     }
     if rank() == 0:

@@ -3,7 +3,8 @@
     python -m sparse_vlm.train.speed --recipe elastic --teacher local-dir:build/teacher --data 'photos/*.tar' --threads 1
 
 Notable: the parts of a step are timed one after the other, as the Trainer carries them out: reading a batch of views, asking the teacher
-(once a view, where answers are cached), the student forward and backward, and the optimizer with clipping and averaging.
+(once a view, where answers are cached), the student forward and backward, and the optimizer with clipping and averaging. Then teacher and
+student once more in a row: on a GPU a part begins while the one before is still computed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sparse_vlm.files import write_json
 from sparse_vlm.inherit import inherit
 from sparse_vlm.photos import PhotoSet
 from sparse_vlm.recipes import changed, get_recipe
-from sparse_vlm.teacher import load_teacher
+from sparse_vlm.teacher import Teacher, load_teacher, open_clip_vit
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.bootstrap import adamw, compile_parts, groups_of
 from sparse_vlm.train.lessons import LiveViews, ResidentViews, Show, gather
@@ -41,7 +42,30 @@ PARTS = {
     "backward": "student",
     "optimizer": "clipping, AdamW, averaging",
 }
+RATES = {
+    "cached": "teacher's answers cached",
+    "live": "teacher asked at every step",
+    "in_a_row": "teacher and student in a row, photos there, nobody waiting in between",
+}
+IN_A_ROW = 3
 WARM_UP = 2  # the first compiles
+
+
+def teacher_of(name: str) -> Teacher:
+    """As of `load_teacher`, and `random:MODEL`: open_clip's model of that name with random weights, which time does not depend on.
+
+    Raises:
+        UserError: open_clip knows no such model.
+    """
+    if not name.startswith("random:"):
+        return load_teacher(name)
+    import open_clip
+
+    model = name.removeprefix("random:")
+    if model not in open_clip.list_models():
+        raise UserError(f"--teacher {name}: open_clip knows no model called {model}; ViT-B-16-quickgelu is one")
+    visual = open_clip.create_model(model).visual
+    return open_clip_vit.read(name, visual, {"mean": visual.image_mean, "std": visual.image_std})
 
 
 class Step:
@@ -67,7 +91,7 @@ class Step:
         self.recipe = changed(get_recipe(recipe), changes)
         if not self.recipe.views:
             raise UserError(f"--recipe {recipe}: trains nothing")
-        source = load_teacher(teacher)
+        source = teacher_of(teacher)
         self.batch, self.device = batch or self.recipe.batch_size, own_device()
         self.bf16 = native_dtype(self.device) == torch.bfloat16
         self.cost = view_cost(self.recipe, source.spec)
@@ -88,10 +112,10 @@ class Step:
         self._average = {name: p.detach().clone() for name, p in tower.named_parameters()}
         self._next = 0
         self.calls: dict[str, Callable[[Any], Any]] = dict(
-            zip(PARTS, (self._photos, self._teacher, self._forward, self._backward, self._optimize), strict=True)
+            zip(PARTS, (self.photos, self._teacher, self._forward, self._backward, self._optimize), strict=True)
         )
 
-    def _photos(self, nothing: None) -> dict[str, torch.Tensor]:
+    def photos(self, nothing: None) -> dict[str, torch.Tensor]:
         rows = range(self._next, self._next + self.batch)
         self._next += self.batch
         lesson = gather([self._lessons[row % len(self._lessons)] for row in rows])
@@ -114,6 +138,11 @@ class Step:
         self._optimizer.zero_grad()
         update_average(self._average, self._model.tower, self.recipe.ema)
 
+    def learn(self, lesson: dict[str, torch.Tensor]) -> None:
+        """A step on photos that are there, each part beginning as soon as it can."""
+        with few_tokens(self.device):
+            self._optimize(self._backward(self._forward(self._teacher(lesson))))
+
     def run(self) -> dict[str, float]:
         """One step; seconds of each part."""
         state, seconds = None, {}
@@ -133,12 +162,26 @@ def measure(step: Step, rounds: int) -> dict[str, Any]:
     ms = {part: 1000 * statistics.median(seconds[part] for seconds in taken) / step.batch for part in PARTS}
     peak = peaks(native_dtype(step.device), step.device)
     student = ms["forward"] + ms["backward"] + ms["optimizer"]
+    lesson, taken = step.photos(None), []
+    for _ in range(rounds):
+        synchronize(step.device)
+        began = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            step.learn(lesson)
+        synchronize(step.device)
+        taken.append((time.perf_counter() - began) / IN_A_ROW)
+    together = 1000 * statistics.median(taken) / step.batch
     work = {"student": (step.cost.student, student), "teacher": (step.cost.teacher, ms["teacher"])}
+    work["both, in a row"] = step.cost.student + step.cost.teacher, together
     return {
         "batch": step.batch,
         "rounds": rounds,
-        "ms": ms,
-        "views_per_second": {"cached": 1000 / (ms["photos"] + student), "live": 1000 / (ms["teacher"] + ms["photos"] + student)},
+        "ms": ms | {"in_a_row": together},
+        "views_per_second": {
+            "cached": 1000 / (ms["photos"] + student),
+            "live": 1000 / (ms["teacher"] + ms["photos"] + student),
+            "in_a_row": 1000 / together,
+        },
         "gmacs": {who: macs / 1e9 for who, (macs, _) in work.items()},
         "share_of_peak": {who: 1000 * macs / each / peak["macs_per_second"] for who, (macs, each) in work.items()},
         "peak": peak,
@@ -149,7 +192,7 @@ def table(document: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| part | what | ms a view |", "|---|---|---:|"]
     lines += [f"| {part} | {what} | {document['ms'][part]:.3g} |" for part, what in PARTS.items()]
-    for name, what in {"cached": "teacher's answers cached", "live": "teacher asked at every step"}.items():
+    for name, what in RATES.items():
         lines.append(f"| views/s | {what} | {document['views_per_second'][name]:.3g} |")
     for who, share in document["share_of_peak"].items():
         lines.append(f"| {who}: share of peak | {document['gmacs'][who]:.2f} GMACs a view | {share:.0%} |")
@@ -157,7 +200,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def main(
-    teacher: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap.")],
+    teacher: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap, or random:MODEL of open_clip, as random:ViT-B-16-quickgelu.")],
     data: Annotated[list[str], typer.Option(help="As of sparse-vlm bootstrap.")],
     recipe: Annotated[str, typer.Option(help="As of sparse-vlm bootstrap.")] = "elastic",
     change: Annotated[list[str] | None, typer.Option("--set", help="As of sparse-vlm bootstrap.")] = None,

@@ -16,7 +16,7 @@ from sparse_vlm.teacher import Teacher
 
 
 class PatchProduct(nn.Module):
-    """A convolution whose stride is its kernel's size, as the one matrix product that it is: cuDNN takes ten times as long on a GPU.
+    """A convolution whose stride is its kernel's size, as the one matrix product that it is, in a tenth of cuDNN's time on an H100.
 
     Args:
         convolution: without padding.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_vlm import kernels
-from sparse_vlm.geometry import Padding
+from sparse_vlm.geometry import Padding, sample_bilinear
 from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.cost import count_macs
 
@@ -128,6 +128,39 @@ def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def by_kernel(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.dtype) -> Tensor:
+    """Sampling by itself, by the kernel."""
+    with kernels.using("kernels"):
+        return kernels.sample(feature_map, points, padding, dtype)
+
+
+def sampled_and_gradients(sample: Callable[..., Tensor], given: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is sampled of (map, points), and the gradient of both."""
+    leaves = [each.detach().requires_grad_() for each in given]
+    out = sample(*leaves, shape.padding, dtype)
+    grad = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).bfloat16().to(out.dtype)
+    return dict(zip(("out", "map", "points"), (out.detach(), *torch.autograd.grad(out, leaves, grad)), strict=True))
+
+
+def verify_sampling(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
+    """Sampling by itself, and its gradients, against float64 on the CPU; rows as of `verify`."""
+
+    def exactly(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.dtype) -> Tensor:
+        return F.grid_sample(feature_map, points * 2 - 1, padding_mode=padding, align_corners=False).permute(0, 2, 3, 1)
+
+    rows = []
+    for name, shape in shapes.items():
+        for dtype, bound in BOUNDS.items():
+            given = make(shape, dtype)[:2]
+            exact = sampled_and_gradients(exactly, [each.double() for each in given], shape, torch.float64)
+            there = [each.to(device) for each in given]
+            found, again = (sampled_and_gradients(by_kernel, there, shape, dtype) for _ in range(2))
+            errors = {key: ((found[key].cpu().double() - value).norm() / value.norm()).item() for key, value in exact.items()}
+            same = all(torch.equal(found[key], again[key]) for key in found)
+            rows.append(judged(f"sampling, {name}", dtype, errors, bound, same))
+    return rows
+
+
 def verify_convolution(device: str, batch: int = 2, side: int = 224, channels: int = 64) -> list[dict[str, Any]]:
     """The early convolution against float64 on the CPU; a row as of `verify`."""
     chance, dtype = torch.Generator().manual_seed(0), torch.bfloat16
@@ -180,15 +213,17 @@ def row(what: str, batch: int, times: dict[str, float], **more: Any) -> dict[str
 
 def time_looks() -> list[dict[str, Any]]:
     """One look of each family in bfloat16, forward alone and with its gradients."""
-    rows, compiled = [], torch.compile(plain_look, dynamic=False)
+    rows = []
     for name, batch in itertools.product(("bootstrapped", "v1 tiny"), (1, 32, 256)):
+        torch._dynamo.reset()  # one function is compiled so often and no more, and is plain from then on
+        compiled = torch.compile(plain_look, dynamic=False)
         shape = PUBLISHED[name]._replace(batch=batch)
         given = make(shape, torch.bfloat16, "cuda")
         with torch.no_grad():
-            forward = {"plain": lambda g=given, s=shape: compiled(g, s), "kernels": lambda g=given, s=shape: kernel_look(g, s)}
+            forward = {"plain": lambda g=given, s=shape, look=compiled: look(g, s), "kernels": lambda g=given, s=shape: kernel_look(g, s)}
             rows.append(row(f"look, {name}", batch, take_turns({key: captured(way) for key, way in forward.items()})))
         both = {
-            "plain": lambda g=given, s=shape: gradients(compiled, g, s),
+            "plain": lambda g=given, s=shape, look=compiled: gradients(look, g, s),
             "kernels": lambda g=given, s=shape: gradients(kernel_look, g, s),
         }
         memory = {}
@@ -198,6 +233,24 @@ def time_looks() -> list[dict[str, Any]]:
             way()
             memory[key] = (torch.cuda.max_memory_allocated() - before) // 2**20
         rows.append(row(f"look, {name}, with gradients", batch, take_turns(both), mebibytes=memory))
+    return rows
+
+
+def time_sampling() -> list[dict[str, Any]]:
+    """Sampling by itself with its gradients, of a map in float32 as it is under autocast, to bfloat16."""
+
+    def plainly(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.dtype) -> Tensor:
+        return sample_bilinear(feature_map, points, padding).to(dtype)
+
+    rows = []
+    for name, batch in itertools.product(("bootstrapped", "v1 tiny"), (32, 256, 1024)):
+        shape = PUBLISHED[name]._replace(batch=batch)
+        given = make(shape, torch.float32, "cuda")[:2]
+        ways = {
+            key: lambda way=way, given=given, shape=shape: sampled_and_gradients(way, given, shape, torch.bfloat16)
+            for key, way in {"plain": plainly, "kernels": by_kernel}.items()
+        }
+        rows.append(row(f"sampling, {name}, with gradients", batch, take_turns(ways)))
     return rows
 
 
@@ -289,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.interpret:
         found |= {
             "machine": f"{platform.machine()}, Triton's interpreter",
-            "verified": verify(SMALL, "cpu") + verify_convolution("cpu", side=23, channels=12),
+            "verified": verify(SMALL, "cpu") + verify_sampling(SMALL, "cpu") + verify_convolution("cpu", side=23, channels=12),
         }
     elif chosen.compile is not None:
         from sparse_vlm.kernels.resources import compile_kernels
@@ -300,9 +353,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 made = compile_kernels(shape.channels, shape.points, shape.out_points, shape.hidden, shape.betas, dtype, chosen.compile)
                 found["compiled"] += [{"shape": name, "dtype": str(dtype)[6:], **each} for each in made]
     else:
-        found |= {"machine": torch.cuda.get_device_name(), "verified": verify(PUBLISHED, "cuda") + verify_convolution("cuda")}
+        verified = verify(PUBLISHED, "cuda") + verify_sampling(PUBLISHED, "cuda") + verify_convolution("cuda")
+        found |= {"machine": torch.cuda.get_device_name(), "verified": verified}
         if all(each["passed"] for each in found["verified"]):
-            found["times"] = time_looks() + time_convolutions() + time_towers()
+            found["times"] = time_looks() + time_sampling() + time_convolutions() + time_towers()
     if chosen.json:
         print(json.dumps(found, indent=1))
     else:

@@ -1,7 +1,8 @@
 """Which way a look, and the early convolution, is computed: by torch alone, or by the Triton kernels where these are faster.
 
-On an H100 they are where nothing learns, in about half the time (docs/kernels.md). With gradients torch alone, compiled, is mostly
-faster, and takes up to twice the memory; few pictures in an uncompiled tower wait for Python, and torch alone makes fewer calls.
+On an H100 they are where nothing learns, in about half the time (docs/kernels.md). With gradients a whole look by them is mostly slower
+than torch alone, compiled, and takes half of the memory; sampling by itself takes an eighth of the time for many points. Few pictures in
+an uncompiled tower wait for Python, and torch alone makes fewer calls.
 
 Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
 H x W the map.
@@ -10,6 +11,7 @@ H x W the map.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ Path = Literal["auto", "plain", "kernels"]
 VARIABLE = "SPARSE_VLM_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16)
 MANY = 64  # pictures from which on an uncompiled tower waits for the GPU
+MANY_POINTS = 200_000  # from which on sampling with its gradients does
 _path: Path = "plain" if os.environ.get(VARIABLE) == "plain" else "auto"
 
 
@@ -35,9 +38,9 @@ def using(path: Path) -> Iterator[None]:
     Args:
         path: `auto`, as it is unless told otherwise: the kernels on an NVIDIA GPU that has bfloat16 (compute capability 8.0), where triton
             is installed, shapes and dtypes are theirs, nothing learns, and the tower is compiled, captured or given at least 64 pictures;
-            `plain`, torch alone, also chosen for a whole process by SPARSE_VLM_KERNELS=plain in the environment; `kernels`, these or an
-            error, also where something learns, and on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1 in the environment
-            before triton is imported).
+            where something learns, sampling alone, of at least 200,000 points; `plain`, torch alone, also chosen for a whole process by
+            SPARSE_VLM_KERNELS=plain in the environment; `kernels`, these or an error, also where something learns, and on CPU tensors
+            through Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton is imported).
     """
     global _path
     before, _path = _path, path
@@ -123,7 +126,7 @@ def sample(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.d
         (B, n, P, C).
     """
     kind = points.device.type
-    if _path == "plain" or (_path == "auto" and (kind != "cuda" or points.shape[0] < MANY or not _learns((feature_map, points)))):
+    if _path == "plain" or (_path == "auto" and not _pays(kind, points, _learns((feature_map, points)))):
         return None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
     if _unfit(feature_map, points, dtype) or _absent(kind, points.device.index or 0):
@@ -152,6 +155,11 @@ def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     if _absent(kind, pixels.device.index or 0) is not None:
         return None
     return torch.ops.sparse_vlm.early_convolution(pixels.contiguous(), weight.contiguous(), bias).permute(0, 3, 1, 2)
+
+
+def _pays(kind: str, points: Tensor, learns: bool) -> bool:
+    """Whether sampling alone by a kernel is faster."""
+    return kind == "cuda" and learns and math.prod(points.shape[:3]) >= MANY_POINTS
 
 
 def _learns(given: tuple[Tensor, ...]) -> bool:
