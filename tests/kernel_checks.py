@@ -135,7 +135,16 @@ def test_the_early_convolution_is_that_of_float64(height, width, channels):
         assert found.shape == wanted.shape and found.is_contiguous(memory_format=torch.channels_last)
         assert (found.double() - wanted).norm() <= 1e-2 * wanted.norm()
         opcheck(torch.ops.sparse_vlm.early_convolution, (pixels, weight, bias))
-        assert kernels.convolve(pixels, weight.clone().requires_grad_(), bias) is None, "it has no gradients"
+        learning = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        grad = torch.randn(found.shape).bfloat16()
+        made = torch.autograd.grad(kernels.convolve(pixels, *learning), learning, grad)
+        exact = weight.double().requires_grad_(), bias.double().requires_grad_()
+        theirs = torch.autograd.grad(F.conv2d(pixels.double(), *exact, stride=2, padding=3), exact, grad.double())
+        assert all((one - other).norm() <= 1e-2 * other.norm() for one, other in zip(made, theirs, strict=True))
+        opcheck(torch.ops.sparse_vlm.early_convolution, (pixels, *learning))
+        assert kernels.convolve(pixels.clone().requires_grad_(), weight, bias) is None, "pixels have no gradients"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(kernels.convolve(pixels.float(), weight.float(), bias.float()), found)
         assert kernels.convolve(pixels.float(), weight.float(), bias.float()) is None, "it is for bfloat16"
     assert kernels.convolve(pixels, weight, bias) is None, "not asked for"
 

@@ -138,7 +138,7 @@ def sample(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.d
 def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     """The early convolution (7 x 7, stride 2, padding 3) by its kernel, or None where torch is to compute it.
 
-    It has no gradients and is for bfloat16: in float32 libraries multiply in TF32, and are as fast.
+    It is for bfloat16, because in float32 libraries multiply in TF32 and are as fast, and for pixels that need no gradient.
 
     Args:
         pixels: (B, 3, h, w).
@@ -148,8 +148,11 @@ def convolve(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
         (B, C, ceil(h / 2), ceil(w / 2)), channels last in memory.
     """
     kind, given = pixels.device.type, (pixels, weight, bias)
-    if not _wanted(kind, pixels.shape[0], given) or _learns(given) or torch.is_autocast_enabled(kind):
+    many = _path == "auto" and kind == "cuda" and pixels.shape[0] >= MANY  # also where something learns
+    if not (many or _wanted(kind, pixels.shape[0], given)) or pixels.requires_grad:
         return None
+    if torch.is_autocast_enabled(kind):
+        pixels, weight, bias = (each.to(torch.get_autocast_dtype(kind)) for each in given)
     if any(each.dtype != torch.bfloat16 for each in (pixels, weight)) or weight.shape[0] > MAX_CHANNELS:
         return None
     if _absent(kind, pixels.device.index or 0) is not None:

@@ -196,7 +196,7 @@ sample.register_autograd(_sample_backward, setup_context=_sample_context)
 
 @torch.library.custom_op("sparse_vlm::early_convolution", mutates_args=(), schema="(Tensor pixels, Tensor weight, Tensor bias) -> Tensor")
 def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Pixels (B, 3, h, w) with weight (C, 3, 7, 7) and bias (C,) to (B, ceil(h / 2), ceil(w / 2), C): stride 2, padding 3, no gradients."""
+    """Pixels (B, 3, h, w) with weight (C, 3, 7, 7) and bias (C,) to (B, ceil(h / 2), ceil(w / 2), C): stride 2, padding 3."""
     from sparse_vlm.kernels import launch
 
     return launch.early_convolution(pixels, weight, bias)
@@ -206,3 +206,19 @@ def early_convolution(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, _, height, width = pixels.shape
     return pixels.new_empty(batch, (height + 1) // 2, (width + 1) // 2, weight.shape[0])
+
+
+def _convolution_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """By torch: a library has these gradients; those of pixels nobody asks for."""
+    pixels, weight = ctx.saved_tensors
+    made = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), pixels, weight, [weight.shape[0]], [2, 2], [3, 3], [1, 1], False, [0, 0], 1, [False, True, True]
+    )
+    return None, *(each if needed else None for each, needed in zip(made[1:], ctx.needs_input_grad[1:], strict=True))
+
+
+early_convolution.register_autograd(_convolution_backward, setup_context=_convolution_context)

@@ -1,4 +1,4 @@
-"""The early convolution, for inference: 7 x 7, stride 2, of three colours.
+"""The early convolution, forward: 7 x 7, stride 2, of three colours.
 
 Shape legend: B pictures, H x W their pixels, H' x W' half of that, C channels, K = 3 * 7 * 7 what one output reads. A program makes TILE_N
 positions of all C channels.
