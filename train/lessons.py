@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -111,7 +112,7 @@ class Show:
             which = brought["photo"], brought["box"], brought["flipped"]
             shown = {name: self.photos.views(*which, size) for name, size in sizes.items()}
         if self.mixed:
-            number = (self.seed << 40) + (rank() << 32) + step
+            number = int(np.random.SeedSequence((self.seed, rank(), step)).generate_state(1)[0])
             shown = {name: mix(pixels, self.mixed, torch.Generator().manual_seed(number)) for name, pixels in shown.items()}
         return shown
 
