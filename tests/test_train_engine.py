@@ -433,6 +433,17 @@ def test_tensorboard_is_told(parts, photos, tmp_path):
     assert [event.value for event in told.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
 
 
+def test_weights_and_biases_is_told(parts, photos, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="a curve at Weights & Biases needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    learn(parts, photos, tmp_path / "run", visits=2, engine=Engine(report_to=("wandb",)))
+    wandb.finish()
+    (log,) = [path for path in tmp_path.rglob("*.wandb") if not path.parent.is_symlink()]
+    told = log.read_bytes()
+    assert told.count(b"train/loss") >= len(losses(tmp_path / "run")) and b"sparse-vlm" in told
+
+
 def test_who_cannot_be_told_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="--report-to paper: unknown; known are tensorboard, wandb"):
         check_reporters(["paper"])
