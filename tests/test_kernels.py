@@ -89,3 +89,30 @@ def test_the_check_verifies_through_the_interpreter():
         ("early convolution", "bfloat16", True),
     ]
     assert "times" not in found
+
+
+def test_on_a_gpu_what_is_verified_is_timed_in_parts_or_whole(monkeypatch, capsys):
+    """A GPU that is not there, and parts that answer at once."""
+    from sparse_vlm.kernels import check as program
+
+    passed = {"looks": True, "towers": True}
+
+    def part(name: str):
+        times = [program.row(name, 1, {"plain": 2.0, "kernels": 1.0})]
+        return lambda: [program.judged(name, torch.float32, {"out": 0.0}, 1.0, passed[name])], lambda: times
+
+    monkeypatch.setattr(program, "PARTS", {name: part(name) for name in passed})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+    def run(*arguments: str) -> tuple[int, dict]:
+        code = program.main(["--json", *arguments])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = run("--only", "towers")
+    assert (code, [each["what"] for each in found["times"]]) == (0, ["towers"])
+    code, found = run()
+    assert (code, [each["shape"] for each in found["verified"]], len(found["times"])) == (0, ["looks", "towers"], 2)
+    passed["looks"] = False
+    code, found = run()
+    assert code == 1 and "times" not in found

@@ -308,6 +308,15 @@ def time_towers() -> list[dict[str, Any]]:
     return rows
 
 
+# what is verified, and timed where all of it passed
+PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], Callable[[], list[dict[str, Any]]]]] = {
+    "looks": (lambda: verify(PUBLISHED, "cuda"), time_looks),
+    "sampling": (lambda: verify_sampling(PUBLISHED, "cuda"), time_sampling),
+    "convolution": (lambda: verify_convolution("cuda"), time_convolutions),
+    "towers": (list, time_towers),
+}
+
+
 def report(found: dict[str, Any]) -> None:
     """Print tables."""
     for each in found.get("verified", []):
@@ -331,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparse_vlm.kernels.check", description="Verify the kernels, and time them on a GPU.")
     parser.add_argument("--interpret", action="store_true", help="verify small shapes on the CPU, through Triton's interpreter")
     parser.add_argument("--compile", metavar="CAPABILITY", type=int, help="only compile, for compute capability 80 or 90; needs no GPU")
+    parser.add_argument("--only", choices=PARTS, help="one part of what a GPU verifies and times; all take some five minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     chosen = parser.parse_args(arguments)
     if chosen.interpret:
@@ -353,10 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 made = compile_kernels(shape.channels, shape.points, shape.out_points, shape.hidden, shape.betas, dtype, chosen.compile)
                 found["compiled"] += [{"shape": name, "dtype": str(dtype)[6:], **each} for each in made]
     else:
-        verified = verify(PUBLISHED, "cuda") + verify_sampling(PUBLISHED, "cuda") + verify_convolution("cuda")
-        found |= {"machine": torch.cuda.get_device_name(), "verified": verified}
+        parts = [PARTS[chosen.only]] if chosen.only else list(PARTS.values())
+        found |= {"machine": torch.cuda.get_device_name(), "verified": [each for verified, _ in parts for each in verified()]}
         if all(each["passed"] for each in found["verified"]):
-            found["times"] = time_looks() + time_sampling() + time_convolutions() + time_towers()
+            found["times"] = [each for _, timed in parts for each in timed()]
     if chosen.json:
         print(json.dumps(found, indent=1))
     else:
