@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from sparse_vlm.errors import UserError
 
 # numbers of glibc's mallopt (malloc.h)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -82,6 +85,22 @@ def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel  # not in the torch of old LLaVA environments, which import this module
 
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Where something that `--compile` asked for runs for the first time.
+
+    Raises:
+        UserError: torch's compiler failed, as where there is no C++ compiler.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile: torch could not compile {what} ({why}); leave --compile away") from error
 
 
 def own_device() -> torch.device:

@@ -16,7 +16,7 @@ pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
 
 from test_bootstrap import write_teacher
 
-from sparse_vlm.devices import free_memory
+from sparse_vlm.devices import compiling, free_memory
 from sparse_vlm.distill.live import LiveTeacher, PatchProduct, products_for_patches
 from sparse_vlm.distill.resident import ResidentPhotos, part_shown
 from sparse_vlm.distill.views import ViewSet, mix
@@ -150,6 +150,18 @@ def test_compiled_parts_compute_the_same(teacher_name: str, photos: Path, monkey
     for count, wanted in zip((49, 20, 9), plain, strict=True):
         assert torch.allclose(tower(pixels, num_tokens=count).image_embeds, wanted, atol=1e-5)
     assert torch.allclose(ask(torch.zeros(2, 3, 56, 56, dtype=torch.uint8))[0], answer[0], atol=1e-2)
+
+
+def test_a_compiler_that_fails_is_one_line() -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    with (
+        pytest.raises(UserError, match="--compile: torch could not compile the student .*; leave --compile away"),
+        compiling("the student"),
+    ):
+        raise InvalidCxxCompiler
+    with pytest.raises(ValueError, match="own"), compiling("the student"):
+        raise ValueError("an error of its own")
 
 
 @pytest.mark.parametrize("options", [["--resident"], ["--set", "mixed=0.5"]])

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import few_tokens, native_dtype, own_device, rank
+from sparse_vlm.devices import compiling, few_tokens, native_dtype, own_device, rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
@@ -265,7 +265,8 @@ def bootstrap(
         with few_tokens(own):
             if checkpoint is None:
                 trainer.evaluate()
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with compiling("teacher or student"):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.state.global_step < steps:
                 return False
             trainer.evaluate()

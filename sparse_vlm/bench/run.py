@@ -28,6 +28,7 @@ from sparse_vlm.bench.serving import serving
 from sparse_vlm.bench.summary import requests, saturation
 from sparse_vlm.bench.turns import FEWEST, WARM_UP, Piece, take_turns
 from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
+from sparse_vlm.devices import compiling
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import decode_image, load_image
 from sparse_vlm.preprocess import preprocess
@@ -212,13 +213,8 @@ class Bench:
             for compiled in (False, True) if self.settings.compile else (False,):
 
                 def look(_: Any, vision: Vision = vision, pixels: torch.Tensor = pixels, compiled: bool = compiled) -> torch.Tensor:
-                    try:
+                    with compiling(vision.name):
                         return vision.see(pixels, compiled)
-                    except Exception as error:
-                        if compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                            why = str(error).strip().splitlines()[0]
-                            raise UserError(f"--compile: torch could not compile {vision.name} ({why})") from error
-                        raise
 
                 tokens = vision.tokens if vision.prunes else vision.tokens_in
                 piece = Piece("tower", [(look, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
