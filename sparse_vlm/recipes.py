@@ -38,6 +38,7 @@ class Recipe:
         lr_rois: absolute peak rate of all that moves points and RoIs.
         dense_weight: weight of the token-by-token term of the objective.
         relation_weight: weight of the term that compares the pictures of a batch with each other.
+        whitened: share of the embedding's term that is measured after whitening by the teacher's embeddings.
         mixed: share of the views that are each mixed with another of its batch; for a teacher that answers at every step.
         ema: decay of the averaged weights that become the student.
     """
@@ -61,6 +62,7 @@ class Recipe:
     weight_decay: float = 0.05
     dense_weight: float = 0.5
     relation_weight: float = 0.0
+    whitened: float = 0.0
     mixed: float = 0.0
     ema: float = 0.995
 

@@ -38,11 +38,13 @@ from sparse_vlm.photos import PhotoError
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.lessons import CachedViews, LiveViews, ResidentViews, Show, gather, held_out, lessons_now, live_means
+from sparse_vlm.train.lessons import CachedViews, LiveViews, ResidentViews, Show, gather, held_out, lessons_now, live_statistics
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, of_all_processes
 from sparse_vlm.train.zero import announce, whole
 
+LATER = ("mixed", "whitened")  # numbers that settings say where they are not 0: runs begun before there were such go on
+UNSAID = ("student", "blocks", "summary", *LATER)
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
 
@@ -188,11 +190,11 @@ def bootstrap(
     steps = -(-recipe.views // recipe.batch_size)
     settings = {
         "recipe": recipe_name,
-        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary", "mixed")},
+        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in UNSAID},
         "cache": {"teacher": teacher.fingerprint()} | views.describe(),
         "seed": seed,
         **({"deepspeed": deepspeed} if deepspeed else {}),
-        **({"mixed": recipe.mixed} if recipe.mixed else {}),  # said where it is so: runs begun before there was such a thing go on
+        **{name: getattr(recipe, name) for name in LATER if getattr(recipe, name)},
         **({"resident": True} if resident else {}),
     }
     if rank() == 0:
@@ -207,15 +209,15 @@ def bootstrap(
         raise UserError(f"{count} photos are too few: none is left to train on, or none to hold out")
     ask = None
     if isinstance(views, TeacherCache):
-        lessons, tests, means = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.means()
+        lessons, tests, known = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.statistics()
     else:
         ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
         lessons = LiveViews(views, rows, size) if resident is None else ResidentViews(views, resident, rows)
-        tests, means = lessons_now(views, test_rows, size, ask), live_means(views, indices, ask)
+        tests, known = lessons_now(views, test_rows, size, ask), live_statistics(views, indices, ask)
 
     if compiled:
         compile_parts(tower, ask)
-    model = Distillation(tower, *means, recipe.dense_weight, recipe.relation_weight)
+    model = Distillation(tower, known, recipe.dense_weight, recipe.relation_weight, recipe.whitened)
     if deepspeed is not None:
         announce(tower)
     average: dict[str, Tensor] = {}

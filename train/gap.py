@@ -28,7 +28,7 @@ from sparse_vlm.files import write_json
 from sparse_vlm.photos import PhotoSet
 from sparse_vlm.teacher import load_teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.lessons import Lesson, held_out, lessons_now, live_means
+from sparse_vlm.train.lessons import Lesson, held_out, lessons_now, live_statistics
 from sparse_vlm.train.rows import as_program
 
 SIDES = {"cosine": "embedding", "token_cosine": "tokens"}
@@ -66,7 +66,7 @@ def measure(student: str, teacher: str, data: Sequence[str], tokens: Sequence[in
     if not seen or not unseen:
         raise UserError(f"{len(views.photos)} photos are too few: none is held out, or none is left")
     ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), device)
-    model = Distillation(tower, *live_means(views, seen, ask), 0.0).to(device)
+    model = Distillation(tower, live_statistics(views, seen, ask), 0.0).to(device)
     groups = {"learnt from": seen, "held out": unseen}
     lessons = {name: lessons_now(views, indices, tower.config.image_size, ask) for name, indices in groups.items()}
     return [

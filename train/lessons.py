@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from sparse_vlm.devices import rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
+from sparse_vlm.distill.objective import Statistics
 from sparse_vlm.distill.resident import ResidentPhotos, part_shown
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
@@ -23,7 +24,7 @@ from sparse_vlm.photos import Photo, PhotoError
 
 HELD_OUT_ONE_IN = 100
 AT_MOST = 512  # photos to evaluate on, where the teacher is asked for them at the start of every run
-MEANS_FROM = 1024
+KNOWN_FROM = 1024
 ASKED_AT_ONCE = 8
 
 Lesson = dict[str, Tensor]
@@ -144,13 +145,13 @@ def lessons_now(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeac
     return lessons
 
 
-def live_means(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) -> tuple[Tensor, Tensor]:
-    """The teacher's mean embedding (E,) and mean patch token (d,) over at most `MEANS_FROM` photos, as evaluation sees them."""
-    step = max(1, len(indices) // MEANS_FROM)
+def live_statistics(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) -> Statistics:
+    """Over about `KNOWN_FROM` photos, as evaluation sees them, or all where they are fewer."""
+    step = max(1, len(indices) // KNOWN_FROM)
     shown = LiveViews(views, indices[::step], views.size)
     embeds, patches = [], []
     for start in range(0, len(shown), ASKED_AT_ONCE):
         said = ask(gather([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])["pixels"])
-        embeds.append(said[0].sum(0))
+        embeds.append(said[0].cpu())
         patches.append(said[1].mean(1).sum(0))
-    return torch.stack(embeds).sum(0).cpu() / len(shown), torch.stack(patches).sum(0).cpu() / len(shown)
+    return Statistics.of(torch.cat(embeds), torch.stack(patches).sum(0).cpu() / len(shown))

@@ -20,7 +20,7 @@ import typer
 from sparse_vlm.bench.machine import describe, peaks, synchronize, versions
 from sparse_vlm.devices import few_tokens, native_dtype, own_device, use_processors
 from sparse_vlm.distill.live import LiveTeacher
-from sparse_vlm.distill.objective import Distillation, update_average
+from sparse_vlm.distill.objective import Distillation, Statistics, update_average
 from sparse_vlm.distill.resident import ResidentPhotos
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
@@ -106,8 +106,10 @@ class Step:
         self._ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), self.device)
         if compiled:
             compile_parts(tower, self._ask)
-        means = torch.zeros(source.spec.embed_dim), torch.zeros(source.spec.width)
-        self._model = Distillation(tower, *means, self.recipe.dense_weight, self.recipe.relation_weight).to(self.device)
+        width = source.spec.embed_dim
+        known = Statistics(torch.zeros(width), torch.zeros(source.spec.width), torch.eye(width))
+        weights = self.recipe.dense_weight, self.recipe.relation_weight, self.recipe.whitened
+        self._model = Distillation(tower, known, *weights).to(self.device)
         self._optimizer = adamw(groups_of(tower, mapping, self.recipe))
         self._average = {name: p.detach().clone() for name, p in tower.named_parameters()}
         self._next = 0

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sparse_vlm.distill.live import LiveTeacher
+from sparse_vlm.distill.objective import Statistics
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.files import write_text
 from sparse_vlm.geometry import roi_average_weights
@@ -176,8 +177,8 @@ class TeacherCache(ViewSet):
             write_text(self.folder / "unreadable.json", json.dumps(self.unreadable, indent=1))
         write_text(self._progress(view), str(rows))
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """The teacher's mean embedding (E,) and mean patch token (d,), over a spread of at most 4,096 photos as evaluation sees them.
+    def statistics(self) -> Statistics:
+        """Over a spread of at most 4,096 photos as evaluation sees them.
 
         Raises:
             PhotoError: no photo can be read.
@@ -187,7 +188,7 @@ class TeacherCache(ViewSet):
             raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
         embeds = torch.from_numpy(np.array(self._embeds[0][rows], dtype=np.float32))
         patches = torch.from_numpy(np.array(self._patches[0][rows], dtype=np.float32))
-        return embeds.mean(0), patches.mean((0, 1))
+        return Statistics.of(embeds, patches.mean((0, 1)))
 
 
 def _name(meta: dict[str, Any]) -> str:

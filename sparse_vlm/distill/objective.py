@@ -2,13 +2,16 @@
 
 Shape legend: B batch, N latent tokens, d width, E embedding.
 A ViT's embeddings share a large common part, which makes any two pictures look alike to a plain cosine; both sides are centred by the
-teacher's mean first. A third term, off unless a recipe turns it on, compares how the pictures of a batch lie among each other.
+teacher's mean first. What is left varies most in a few directions, which decide a cosine; a recipe may measure a share of it after
+whitening, where all directions count alike. A third term, off unless a recipe turns it on, compares how the pictures of a batch lie among
+each other.
 Source: final-representation alignment of Bootstrapping SparseFormers (arXiv 2312.01987, section 3.3); the token term is ours.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,24 @@ from sparse_vlm.tower import SparseFormer
 
 TEMPERATURE = 0.1  # of similarities between pictures
 FRESH = 0.02  # root mean square of a new linear layer
+FAINTEST = 0.05  # of the mean variance of a direction, that any counts as having at least
+
+
+class Statistics(NamedTuple):
+    """What is known of a teacher's answers before anything is learnt from them."""
+
+    embed_mean: Tensor  # (E,)
+    token_mean: Tensor  # (d,), of patch tokens
+    whitening: Tensor  # (E, E): centred embeddings @ it have the same variance in every direction
+
+    @classmethod
+    def of(cls, embeds: Tensor, token_mean: Tensor) -> Statistics:
+        """Of a sample of embeddings (n, E)."""
+        mean = embeds.mean(0)
+        centred = (embeds - mean).double()
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(embeds))
+        scales = variances.clamp_min(FAINTEST * variances.mean()).rsqrt()
+        return cls(mean, token_mean, (directions * scales).to(embeds.dtype))
 
 
 class Distillation(nn.Module):
@@ -27,20 +48,20 @@ class Distillation(nn.Module):
 
     Args:
         tower: the student.
-        embed_mean: (E,) the teacher's mean embedding.
-        token_mean: (d,) the teacher's mean patch token.
+        known: of the teacher.
         dense_weight: weight of the token term.
         relation_weight: weight of the relation term.
+        whitened: share of the embedding's term that is measured after whitening.
     """
 
     def __init__(
-        self, tower: SparseFormer, embed_mean: Tensor, token_mean: Tensor, dense_weight: float, relation_weight: float = 0.0
+        self, tower: SparseFormer, known: Statistics, dense_weight: float, relation_weight: float = 0.0, whitened: float = 0.0
     ) -> None:
         super().__init__()
         self.tower = tower
-        self.dense_weight, self.relation_weight = dense_weight, relation_weight
-        self.register_buffer("embed_mean", embed_mean, persistent=False)
-        self.register_buffer("token_mean", token_mean, persistent=False)
+        self.dense_weight, self.relation_weight, self.whitened = dense_weight, relation_weight, whitened
+        for name, value in known._asdict().items():
+            self.register_buffer(name, value, persistent=False)
 
     def forward(self, pixels: Tensor, embeds: Tensor, tokens: Tensor, num_tokens: int | None = None) -> dict[str, Tensor]:
         """Views (B, 3, S, S) uint8 with the teacher's embeddings (B, E) and patch tokens: (B, N, d) averaged over the student's cells, or
@@ -71,7 +92,11 @@ class Distillation(nn.Module):
         said, wanted = out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean
         cosine = F.cosine_similarity(said, wanted, dim=-1).mean()
         token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()
-        loss = (1 - cosine) + self.dense_weight * (1 - token_cosine)
+        followed = cosine
+        if self.whitened:
+            alike = F.cosine_similarity(said @ self.whitening, wanted @ self.whitening, dim=-1).mean()
+            followed = torch.lerp(cosine, alike, self.whitened)
+        loss = (1 - followed) + self.dense_weight * (1 - token_cosine)
         if self.relation_weight:
             loss = loss + self.relation_weight * relation(said, wanted)
         return {"loss": loss, "cosine": cosine.detach(), "token_cosine": token_cosine.detach()}
