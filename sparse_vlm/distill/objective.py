@@ -94,7 +94,8 @@ class Distillation(nn.Module):
         token_cosine = F.cosine_similarity(latents.float() - self.token_mean, tokens - self.token_mean, dim=-1).mean()
         followed = cosine
         if self.whitened:
-            alike = F.cosine_similarity(said @ self.whitening, wanted @ self.whitening, dim=-1).mean()
+            with torch.autocast(said.device.type, enabled=False):  # scales differ by more than bfloat16 resolves
+                alike = F.cosine_similarity(said @ self.whitening, wanted @ self.whitening, dim=-1).mean()
             followed = torch.lerp(cosine, alike, self.whitened)
         loss = (1 - followed) + self.dense_weight * (1 - token_cosine)
         if self.relation_weight:
