@@ -60,6 +60,32 @@ def read_cells(map_ptr, cell, channel, mask, C: tl.constexpr):
 
 
 @triton.jit
+def corners(points_ptr, at, mask, picture, height, width, BORDER: tl.constexpr):
+    """The four cells between which each point lies.
+
+    Args:
+        at: where its x stands, with a last dimension of 1; y stands behind it.
+        picture: which of the maps is its own.
+
+    Returns: the cell at its upper left; how far the next one is across, and down; the weights of left, right, above and below, and what
+    these change by when the point moves by one cell.
+    """
+    x, across, left, right, d_left, d_right = axis(tl.load(points_ptr + at, mask=mask, other=0.0), width, BORDER)
+    y, down, above, below, d_above, d_below = axis(tl.load(points_ptr + at + 1, mask=mask, other=0.0), height, BORDER)
+    return (picture * height + y) * width + x, across, down * width, left, right, above, below, d_left, d_right, d_above, d_below
+
+
+@triton.jit
+def read_between(map_ptr, cell, across, down, left, right, above, below, channel, mask, C: tl.constexpr):
+    """Channels of the map at points that lie between four cells, bilinearly, in float32; arguments are those that `corners` gives."""
+    sampled = read_cells(map_ptr, cell, channel, mask, C) * (above * left)
+    sampled += read_cells(map_ptr, cell + across, channel, mask, C) * (above * right)
+    sampled += read_cells(map_ptr, cell + down, channel, mask, C) * (below * left)
+    sampled += read_cells(map_ptr, cell + down + across, channel, mask, C) * (below * right)
+    return sampled
+
+
+@triton.jit
 def read_block(ptr, token, row, column, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows and columns of each token's matrix (T, ROWS, COLUMNS) as (TILE_T, rows, columns), zeros where masked."""
     at = token[:, None, None].to(tl.int64) * (ROWS * COLUMNS) + row[None, :, None] * COLUMNS + column[None, None, :]

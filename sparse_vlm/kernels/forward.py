@@ -11,7 +11,7 @@ does the rest: the parameters go through memory once, which a GPU does sooner th
 import triton
 import triton.language as tl
 
-from sparse_vlm.kernels.device import axis, channel_rows, gelu, generate, point_rows, product, read_cells, write_block
+from sparse_vlm.kernels.device import channel_rows, corners, gelu, generate, point_rows, product, read_between, write_block
 
 
 @triton.jit
@@ -38,20 +38,15 @@ def look_forward(
     # where the points lie on the map: (TILE_T, TILE_P, 1) each
     here = (mask[:, None] & (p < P)[None, :])[:, :, None]
     at = (token.to(tl.int64)[:, None] * P + p[None, :])[:, :, None] * 2
-    x, across, left, right, _, _ = axis(tl.load(points_ptr + at, mask=here, other=0.0), width, BORDER)
-    y, down, above, below, _, _ = axis(tl.load(points_ptr + at + 1, mask=here, other=0.0), height, BORDER)
-    cell = ((token // per_picture)[:, None, None] * height + y) * width + x
-    down = down * width
+    picture = (token // per_picture)[:, None, None]
+    cell, across, down, left, right, above, below, _, _, _, _ = corners(points_ptr, at, here, picture, height, width, BORDER)
 
     mixed = tl.zeros((TILE_T, TILE_P, TILE_C), tl.float32)
     for first_in in range(0, C, TILE_C):
         i = first_in + tl.arange(0, TILE_C)
         channel = i[None, None, :]
         wanted = here & (channel < C)
-        sampled = read_cells(map_ptr, cell, channel, wanted, C) * (above * left)
-        sampled += read_cells(map_ptr, cell + across, channel, wanted, C) * (above * right)
-        sampled += read_cells(map_ptr, cell + down, channel, wanted, C) * (below * left)
-        sampled += read_cells(map_ptr, cell + down + across, channel, wanted, C) * (below * right)
+        sampled = read_between(map_ptr, cell, across, down, left, right, above, below, channel, wanted, C)
         if first_out == 0:
             write_block(sampled_ptr, sampled, token, p, i, mask, P, C)
         row, row_mask = channel_rows(first_in, first_out, C, TILE_C)
@@ -92,22 +87,17 @@ def mix_forward(
     p, o = tl.arange(0, TILE_P), tl.arange(0, TILE_O)
     made_ptr += token.to(tl.int64) * (C * C + O * P)
 
-    at = points_ptr + (token.to(tl.int64) * P + p[:, None]) * 2
+    at = (token.to(tl.int64) * P + p[:, None]) * 2
     here = (p < P)[:, None]
-    x, across, left, right, _, _ = axis(tl.load(at, mask=here, other=0.0), width, BORDER)
-    y, down, above, below, _, _ = axis(tl.load(at + 1, mask=here, other=0.0), height, BORDER)
-    cell = (token // per_picture * height + y) * width + x
-    down = down * width
+    picture = token // per_picture
+    cell, across, down, left, right, above, below, _, _, _, _ = corners(points_ptr, at, here, picture, height, width, BORDER)
 
     mixed = tl.zeros((TILE_P, TILE_C), tl.float32)
     for first_in in tl.static_range(0, C, TILE_I):
         i = first_in + tl.arange(0, TILE_I)
         wanted = here & (i < C)[None, :]
         over_channels = tl.load(made_ptr + i[:, None] * C + c[None, :], mask=(i < C)[:, None] & (c < C)[None, :], other=0.0)
-        sampled = read_cells(map_ptr, cell, i[None, :], wanted, C) * (above * left)
-        sampled += read_cells(map_ptr, cell + across, i[None, :], wanted, C) * (above * right)
-        sampled += read_cells(map_ptr, cell + down, i[None, :], wanted, C) * (below * left)
-        sampled += read_cells(map_ptr, cell + down + across, i[None, :], wanted, C) * (below * right)
+        sampled = read_between(map_ptr, cell, across, down, left, right, above, below, i[None, :], wanted, C)
         mixed = product(sampled, over_channels, mixed, dtype, OPERAND, PRECISION)
     mixed = mixed.to(dtype).to(tl.float32)
     if BETAS:

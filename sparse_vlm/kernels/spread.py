@@ -9,7 +9,7 @@ in two runs of the sorted list, and adds them up in their order: two passes over
 import triton
 import triton.language as tl
 
-from sparse_vlm.kernels.device import axis, read_cells
+from sparse_vlm.kernels.device import corners, read_between, read_cells
 
 
 @triton.jit
@@ -35,15 +35,10 @@ def sample_forward(
     c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
     here = (point < points)[:, None]
     at = point.to(tl.int64)[:, None] * 2
-    x, across, left, right, _, _ = axis(tl.load(points_ptr + at, mask=here, other=0.0), width, BORDER)
-    y, down, above, below, _, _ = axis(tl.load(points_ptr + at + 1, mask=here, other=0.0), height, BORDER)
-    cell = ((point // per_picture)[:, None] * height + y) * width + x
-    down = down * width
+    picture = (point // per_picture)[:, None]
+    cell, across, down, left, right, above, below, _, _, _, _ = corners(points_ptr, at, here, picture, height, width, BORDER)
     wanted = here & (c < C)
-    sampled = read_cells(map_ptr, cell, c, wanted, C) * (above * left)
-    sampled += read_cells(map_ptr, cell + across, c, wanted, C) * (above * right)
-    sampled += read_cells(map_ptr, cell + down, c, wanted, C) * (below * left)
-    sampled += read_cells(map_ptr, cell + down + across, c, wanted, C) * (below * right)
+    sampled = read_between(map_ptr, cell, across, down, left, right, above, below, c, wanted, C)
     tl.store(out_ptr + point.to(tl.int64)[:, None] * C + c, sampled.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
@@ -97,10 +92,10 @@ def coordinates_backward(
     mask = point < points
     here = mask[:, None]
     at = point.to(tl.int64)[:, None] * 2
-    x, across, left, right, d_left, d_right = axis(tl.load(points_ptr + at, mask=here, other=0.0), width, BORDER)
-    y, down, above, below, d_above, d_below = axis(tl.load(points_ptr + at + 1, mask=here, other=0.0), height, BORDER)
-    cell = ((point // per_picture)[:, None] * height + y) * width + x
-    down = down * width
+    picture = (point // per_picture)[:, None]
+    cell, across, down, left, right, above, below, d_left, d_right, d_above, d_below = corners(
+        points_ptr, at, here, picture, height, width, BORDER
+    )
     grad_x = tl.zeros((TILE_N,), tl.float32)
     grad_y = tl.zeros((TILE_N,), tl.float32)
     for first in range(0, C, TILE_C):
