@@ -28,7 +28,8 @@ from sparse_vlm.files import write_json
 from sparse_vlm.inherit import inherit
 from sparse_vlm.photos import PhotoSet
 from sparse_vlm.recipes import changed, get_recipe
-from sparse_vlm.teacher import Teacher, load_teacher, open_clip_vit
+from sparse_vlm.teacher import Teacher, load_teacher
+from sparse_vlm.teacher.load import read_open_clip
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.bootstrap import adamw, compile_parts, groups_of
 from sparse_vlm.train.lessons import LiveViews, ResidentViews, Show, gather
@@ -64,8 +65,7 @@ def teacher_of(name: str) -> Teacher:
     model = name.removeprefix("random:")
     if model not in open_clip.list_models():
         raise UserError(f"--teacher {name}: open_clip knows no model called {model}; ViT-B-16-quickgelu is one")
-    visual = open_clip.create_model(model).visual
-    return open_clip_vit.read(name, visual, {"mean": visual.image_mean, "std": visual.image_std})
+    return read_open_clip(name, open_clip.create_model(model))
 
 
 class Step:
@@ -173,8 +173,11 @@ def measure(step: Step, rounds: int) -> dict[str, Any]:
         synchronize(step.device)
         taken.append((time.perf_counter() - began) / IN_A_ROW)
     together = 1000 * statistics.median(taken) / step.batch
-    work = {"student": (step.cost.student, student), "teacher": (step.cost.teacher, ms["teacher"])}
-    work["both, in a row"] = step.cost.student + step.cost.teacher, together
+    work = {
+        "student": (step.cost.student, student),
+        "teacher": (step.cost.teacher, ms["teacher"]),
+        "both, in a row": (step.cost.student + step.cost.teacher, together),
+    }
     return {
         "batch": step.batch,
         "rounds": rounds,

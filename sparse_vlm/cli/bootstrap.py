@@ -82,11 +82,12 @@ def bootstrap(
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
     engine = find_config(deepspeed) if deepspeed else None
-    if gradient_checkpointing and engine and engine.get("zero_optimization", {}).get("stage") == 3:
+    spread = engine is not None and engine.get("zero_optimization", {}).get("stage") == 3
+    if gradient_checkpointing and spread:
         raise UserError(
             "--gradient-checkpointing: ZeRO-3 has a process's own part of the weights alone when they are needed again; take zero2"
         )
-    if compiled and engine and engine.get("zero_optimization", {}).get("stage") == 3:
+    if compiled and spread:
         raise UserError("--compile: not with ZeRO-3, under which a process has its own part of the weights alone; take zero2")
     if chosen.views_per_photo and chosen.views and (resident or chosen.mixed):
         raise UserError(

@@ -78,8 +78,18 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
         licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
     except Exception as error:
         raise TeacherError(f"teacher {name}: open_clip could not load it ({error})") from error
-    reader = _reader(name, model.visual, OPEN_CLIP_READERS)
-    return reader(name, model.visual, open_clip.get_model_preprocess_cfg(model), licence)
+    return read_open_clip(name, model, licence)
+
+
+def read_open_clip(name: str, model: nn.Module, licence: str = "") -> Teacher:
+    """The teacher that a model of open_clip is.
+
+    Raises:
+        TeacherError: its image tower is of no class that a reader knows.
+    """
+    import open_clip
+
+    return _reader(name, model.visual, OPEN_CLIP_READERS)(name, model.visual, open_clip.get_model_preprocess_cfg(model), licence)
 
 
 def _refuse_lost_quick_gelu(name: str, model_name: str, tag: str) -> None:
