@@ -31,16 +31,21 @@ class Statistics(NamedTuple):
 
     embed_mean: Tensor  # (E,)
     token_mean: Tensor  # (d,), of patch tokens
-    whitening: Tensor  # (E, E): centred embeddings @ it have the same variance in every direction
+    covariance: Tensor  # (E, E), of embeddings
 
     @classmethod
     def of(cls, embeds: Tensor, token_mean: Tensor) -> Statistics:
         """Of a sample of embeddings (n, E)."""
         mean = embeds.mean(0)
         centred = (embeds - mean).double()
-        variances, directions = torch.linalg.eigh(centred.T @ centred / len(embeds))
+        return cls(mean, token_mean, centred.T @ centred / len(embeds))
+
+    @property
+    def whitening(self) -> Tensor:
+        """(E, E): centred embeddings @ it have the same variance in every direction."""
+        variances, directions = torch.linalg.eigh(self.covariance)
         scales = variances.clamp_min(FAINTEST * variances.mean()).rsqrt()
-        return cls(mean, token_mean, (directions * scales).to(embeds.dtype))
+        return (directions * scales).to(self.embed_mean.dtype)
 
 
 class Distillation(nn.Module):
@@ -60,8 +65,9 @@ class Distillation(nn.Module):
         super().__init__()
         self.tower = tower
         self.dense_weight, self.relation_weight, self.whitened = dense_weight, relation_weight, whitened
-        for name, value in known._asdict().items():
-            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("embed_mean", known.embed_mean, persistent=False)
+        self.register_buffer("token_mean", known.token_mean, persistent=False)
+        self.register_buffer("whitening", known.whitening if whitened else None, persistent=False)
 
     def forward(self, pixels: Tensor, embeds: Tensor, tokens: Tensor, num_tokens: int | None = None) -> dict[str, Tensor]:
         """Views (B, 3, S, S) uint8 with the teacher's embeddings (B, E) and patch tokens: (B, N, d) averaged over the student's cells, or
