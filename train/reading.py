@@ -28,7 +28,8 @@ class WordPictures:
     """
 
     def __init__(self, vlm: VLM, talks: Corpus, seed: int = 0) -> None:
-        self._embeddings = vlm.model.get_input_embeddings().weight.detach()
+        # in the processor's memory: what loads samples on a GPU's behalf are other processes, which must not touch it
+        self._embeddings = vlm.model.get_input_embeddings().weight.detach().cpu()
         self._tokens, self._seed = vlm.tokens_per_image, seed
         said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(talks).items()}
         # a word of several tokens is known by its first
