@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from sparse_vlm import VLM, SparseFormer
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_rois, grid_rois, roi_average_weights
+from sparse_vlm.geometry import crop_boxes, crop_rois, grid_rois, roi_average_weights
 from sparse_vlm.tower import GlanceConfig, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.cost import count_macs
 
@@ -47,6 +47,13 @@ def test_a_larger_roi_is_averaged_and_not_skipped() -> None:
     picture = torch.rand(1, 3, 64, 64)
     whole = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
     assert torch.allclose(crop_rois(picture, whole, 16)[:, 0], F.avg_pool2d(picture, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_crop_by_products_is_the_crop_by_samples(samples: int) -> None:
+    pictures = torch.rand(3, 3, 40, 56)
+    boxes = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 1.0, 1.0], [0.55, 0.3, 0.6, 1.0]])
+    assert torch.allclose(crop_boxes(pictures, boxes, 16, samples), crop_rois(pictures, boxes.unsqueeze(1), 16, samples)[:, 0], atol=1e-5)
 
 
 def test_crops_follow_their_rois() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_vlm.devices import free_memory, world_size
 from sparse_vlm.distill.views import ViewSet, choose_crop
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_rois
+from sparse_vlm.geometry import crop_boxes
 from sparse_vlm.photos import PhotoError
 from sparse_vlm.preprocess import to_uint8
 
@@ -86,7 +86,7 @@ class ResidentPhotos:
         for some, box, mirrored in zip(*(each.split(AT_ONCE) for each in (photos, boxes, flipped)), strict=True):
             device = self._kept.device
             pictures = self._kept[some.to(device)].float()
-            view = crop_rois(pictures, box.to(device).unsqueeze(1), size, SAMPLES)[:, 0].round_().to(torch.uint8)
+            view = crop_boxes(pictures, box.to(device), size, SAMPLES).round_().to(torch.uint8)
             made.append(torch.where(mirrored.to(device).view(-1, 1, 1, 1), view.flip(-1), view))
         return torch.cat(made)
 
