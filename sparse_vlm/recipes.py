@@ -220,6 +220,7 @@ RECIPES: dict[str, Recipe] = {
         blocks=_each_block,
         lr=1.4e-3,
         dense_weight=1.0,
+        whitened=0.5,
     ),
     "tiny-pool": Recipe(
         summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",

@@ -69,7 +69,7 @@ ROWS = (
     AblationRow("rate", "twice the rate", changes=("lr=2.8e-3",)),
 )
 
-BASE = "dense_weight=0.5"  # of every row that does not change it, as it was of all recipes before this table
+BASE = ("dense_weight=0.5", "whitened=0")  # of every row that does not change them, as they were of all recipes before this table
 
 
 def command(row: AblationRow, seed: int, teacher: str, data: list[str], views: int, out: Path) -> list[str]:
@@ -77,7 +77,7 @@ def command(row: AblationRow, seed: int, teacher: str, data: list[str], views: i
     line = ["sparse-vlm", "bootstrap", "--recipe", row.recipe, "--teacher", teacher]
     for pattern in data:
         line += ["--data", pattern]
-    for change in (BASE, *row.changes):  # a later change counts
+    for change in (*BASE, *row.changes):  # a later change counts
         line += ["--set", change]
     return [*line, "--set", "views_per_photo=1", "--views", str(views), "--seed", str(seed), "--out", str(out / f"{row.slug}-seed{seed}")]
 
