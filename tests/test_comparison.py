@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -36,26 +37,61 @@ def test_rows_differ_in_tower_and_projector_alone(tmp_path: Path) -> None:
     assert all(rival.projector in {"mlp", *PROJECTORS} for rival in comparison.RIVALS)
 
 
-def test_what_is_missing_is_run_and_the_rest_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
+class Commands:
+    """Stands in for `subprocess.run`: an evaluation writes its report, with 0.5 for the first row that gets there and 0.6 for others.
 
-    def run(line: list[str], stdout: object) -> SimpleNamespace:
-        ran.append(line[1])
+    Args:
+        fails: the verb of a command that ends with exit code 3.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
+        self.ran: list[str] = []
+        self.fails = fails
+        monkeypatch.setattr(subprocess, "run", self)
+
+    def __call__(self, line: list[str], stdout: Any, stderr: Any = None) -> SimpleNamespace:
+        self.ran.append(line[1])
+        if stderr is not None:
+            stdout.write(f"{line[1]} said\n".encode())
+        if line[1] == self.fails:
+            return SimpleNamespace(returncode=3)
         if line[1] == "eval":
             folder = Path(line[line.index("--out") + 1])
             folder.mkdir(parents=True)
-            value = 0.5 + 0.1 * (len(ran) > 3)
+            value = 0.5 + 0.1 * (self.ran.count("eval") > 1)
             names = {"captions": ["CIDEr"], "pope": ["accuracy"], "aokvqa": ["accuracy"]}
             rows = [{"task": task, "control": "none", "metrics": {name: {"value": value} for name in of}} for task, of in names.items()]
             (folder / "report.json").write_text(json.dumps({"results": rows}))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+
+def test_what_is_missing_is_run_and_the_rest_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands(monkeypatch)
     said = invoke("--only", "pool", "--seed", "0", "--seed", "1", "--out", str(tmp_path))
-    assert ran == ["train", "train", "eval"] * 2
+    assert commands.ran == ["train", "train", "eval"] * 2
     assert "| pool | the whole ViT, tokens averaged | 1.59 | 2 | 55.0 (10.0) | 55.0 (10.0) | 55.0 (10.0) |" in said
-    assert invoke("--only", "pool", "--seed", "0", "--seed", "1", "--out", str(tmp_path)) == said and len(ran) == 6
+    assert invoke("--only", "pool", "--seed", "0", "--seed", "1", "--out", str(tmp_path)) == said and len(commands.ran) == 6
     with pytest.raises(UserError, match="choose another --out"):
         invoke("--samples", "3", "--out", str(tmp_path))
     with pytest.raises(UserError, match="no such row; there are tiny, pool"):
         invoke("--only", "average")
+
+
+def test_rows_that_run_beside_each_other_keep_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands(monkeypatch)
+    said = invoke("--only", "pool", "--seed", "0", "--seed", "1", "--at-once", "2", "--out", str(tmp_path))
+    assert sorted(commands.ran) == ["eval"] * 2 + ["train"] * 4
+    assert "| 2 | 55.0 (10.0) |" in said
+    for seed in (0, 1):
+        assert (tmp_path / f"pool-seed{seed}" / "log.txt").read_text() == "train said\ntrain said\neval said\n"
+
+
+def test_a_row_that_fails_ends_the_table_and_says_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Commands(monkeypatch, fails="eval")
+    plan = comparison.Plan("V", "I", ("a",), "E", tmp_path, 49, 30, 960, 1)
+    with pytest.raises(typer.Exit) as failed:
+        comparison.run(plan, comparison.RIVALS[0], 0, log=True)
+    assert failed.value.exit_code == 3
+    assert f"failed, with exit code 3; {tmp_path / 'tiny-seed0' / 'log.txt'} says why: sparse-vlm eval" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -323,6 +325,28 @@ def test_bank_keeps_what_the_tower_says(vlm, tmp_path):
         torch.testing.assert_close(again[2].float(), expected, atol=0.02, rtol=0.01)
         vlm.tower.norm.weight.mul_(2)
     assert TokenBank(tmp_path / "cache", vlm.tower, photos).missing([0]) == [0]
+
+
+def test_of_two_commands_that_want_the_same_tokens_one_looks(vlm, tmp_path):
+    photos = photos_of(tmp_path, ["red", "blue", "green"])
+    banks = [TokenBank(tmp_path / "cache", vlm.tower, photos) for _ in range(2)]
+    looked, began = [], threading.Event()
+
+    def second():
+        began.set()
+        banks[1].fill([0, 1, 2], lambda photos: looked.append(("second", photos)))
+
+    other = threading.Thread(target=second)
+
+    def first(photos):
+        looked.append(("first", photos))
+        other.start()
+        began.wait()
+        time.sleep(0.2)  # were it not waiting, it would have looked by now
+
+    banks[0].fill([0, 2], first)
+    other.join()
+    assert looked == [("first", 2), ("second", 1)]
 
 
 # ---- training

@@ -1,7 +1,7 @@
 """A tower against what others do to a ViT's tokens, at equal token count, LLM, data and seeds: each row is two stages and an evaluation.
 
     sparse-vlm bootstrap --recipe vit --teacher local-dir:build/teacher --out build/vit
-    python -m sparse_vlm.train.comparison --vit build/vit --init build/read --data 'photos/*.tar' --eval-data ../shared/data
+    python -m sparse_vlm.train.comparison --vit build/vit --init build/read --data 'photos/*.tar' --eval-data ../shared/data --at-once 2
 
 Notable: every row starts from the same LLM (`--init`, what the stage `read` made), sees the same samples in the same order, and answers
 the same questions; it differs in tower and projector alone. A run that was interrupted goes on where it stopped, and what is finished
@@ -14,6 +14,7 @@ import json
 import shlex
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,9 +63,13 @@ class Plan:
     samples: int
     threads: int
 
+    def folder(self, rival: Rival, seed: int) -> Path:
+        """Of a row's runs."""
+        return self.out / f"{rival.name}-seed{seed}"
+
     def commands(self, rival: Rival, seed: int) -> list[list[str]]:
         """The commands of a row, in order; the last one evaluates."""
-        folder = self.out / f"{rival.name}-seed{seed}"
+        folder = self.folder(rival, seed)
         data = [part for pattern in self.data for part in ("--data", pattern)]
         same = ["--seed", str(seed), "--threads", str(self.threads)]
         kind = [] if rival.projector == "mlp" else ["--projector", rival.projector]
@@ -125,6 +130,20 @@ class Scores:
         return "\n".join(lines) + "\n"
 
 
+def run(plan: Plan, rival: Rival, seed: int, log: bool) -> None:
+    """The commands of a row.
+
+    Args:
+        log: whether what they print goes to a file in the row's folder.
+
+    Raises:
+        typer.Exit: one failed, or was interrupted.
+    """
+    for line in plan.commands(rival, seed):
+        print(shlex.join(line), file=sys.stderr, flush=True)
+        carry_out(line, plan.folder(rival, seed) / "log.txt" if log else None)
+
+
 def main(
     vit: Annotated[str, typer.Option(help="The whole ViT as a tower: what the recipe vit made.")],
     init: Annotated[str, typer.Option(help="A VLM whose LLM every row starts from: what the stage read made.")],
@@ -137,6 +156,9 @@ def main(
     samples: Annotated[int, typer.Option(help="Photos of the stage instruct.", min=1)] = 960,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of results.json.")] = Path("build/comparison"),
     threads: Annotated[int, typer.Option(help="CPU threads of a run.", min=1)] = 1,
+    at_once: Annotated[
+        int, typer.Option(help="Rows that run beside each other, where one leaves the machine idle; each has its log.txt then.", min=1)
+    ] = 1,
     show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,
 ) -> None:
     """Run what is missing of the comparison, and print its table."""
@@ -146,14 +168,15 @@ def main(
     seeds = seed or [0, 1, 2]
     plan = Plan(vit, init, tuple(data), eval_data, out, tokens, align_steps, samples, threads)
     scores = Scores(plan)
-    for number in seeds if not show else ():
-        for rival in rivals:
-            if scores.has(rival, number):
-                continue
-            for line in plan.commands(rival, number):
-                print(shlex.join(line), file=sys.stderr, flush=True)
-                carry_out(line)
-            scores.take(rival, number)
+    missing = [] if show else [(rival, number) for number in seeds for rival in rivals if not scores.has(rival, number)]
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = {pool.submit(run, plan, rival, number, at_once > 1): (rival, number) for rival, number in missing}
+        try:
+            for done in as_completed(runs):
+                done.result()
+                scores.take(*runs[done])
+        finally:
+            pool.shutdown(cancel_futures=True)  # what runs already comes to its end, or was interrupted too
     print(scores.table(rivals, seeds), end="")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,14 +46,25 @@ class FinishedRuns:
         write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
-def carry_out(line: list[str]) -> None:
-    """Run a command whose first word is `sparse-vlm`; what it prints goes to stderr, because stdout is the table's.
+def carry_out(line: list[str], log: Path | None = None) -> None:
+    """Run a command whose first word is `sparse-vlm`.
+
+    Args:
+        log: a file that takes what it prints, behind what it holds; stderr unless given, because stdout is the table's.
 
     Raises:
         typer.Exit: with the command's exit code, where that is not 0.
     """
-    done = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:]], stdout=sys.stderr)
+    command = [str(Path(sys.executable).with_name(line[0])), *line[1:]]
+    if log is None:
+        done = subprocess.run(command, stdout=sys.stderr)
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as stream:
+            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
     if done.returncode:
+        if log is not None:
+            print(f"failed, with exit code {done.returncode}; {log} says why: {shlex.join(line)}", file=sys.stderr)
         raise typer.Exit(done.returncode)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -209,7 +210,7 @@ def report(samples: SampleSet) -> dict[str, int | float]:
 
 
 class TokenBank:
-    """The tower's tokens of each photo, on disk.
+    """The tower's tokens of each photo, on disk. Where several commands want the same ones, one looks and the others wait for it.
 
     Args:
         folder: holds a sub-folder for each (tower, photos).
@@ -238,7 +239,15 @@ class TokenBank:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         while not self.owner and not (path.exists() and path.stat().st_size == size):
             time.sleep(0.1)
-        return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
+        if not path.exists():
+            with self._alone():
+                if not path.exists():
+                    return np.memmap(path, dtype, "w+", shape=shape)
+        return np.memmap(path, dtype, "r+", shape=shape)
+
+    def _alone(self) -> FileLock:
+        """Held by the process that creates or fills these files."""
+        return FileLock(self.folder / "lock")
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
         """Photos of `wanted` that are not computed yet."""
@@ -261,18 +270,22 @@ class TokenBank:
         """
         while not self.owner and self.missing(wanted):
             time.sleep(0.5)
-        missing = self.missing(wanted)
-        for start in range(0, len(missing), BATCH):
-            part = missing[start : start + BATCH]
-            named = on_bad and (lambda place, error, part=part: on_bad(part[place], error))
-            crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=named)
-            images = {index: crop for index, crop in zip(part, crops, strict=True) if crop is not None}
-            if images:
-                chosen = list(images)
-                self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
-                self._tokens.flush()
-                self._done[chosen] = 1
-            on_photos(len(part))
+        count = len(self.missing(wanted))
+        with self._alone():
+            missing = self.missing(wanted)
+            if len(missing) < count:
+                on_photos(count - len(missing))  # another command looked
+            for start in range(0, len(missing), BATCH):
+                part = missing[start : start + BATCH]
+                named = on_bad and (lambda place, error, part=part: on_bad(part[place], error))
+                crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=named)
+                images = {index: crop for index, crop in zip(part, crops, strict=True) if crop is not None}
+                if images:
+                    chosen = list(images)
+                    self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
+                    self._tokens.flush()
+                    self._done[chosen] = 1
+                on_photos(len(part))
 
     def stand_in(self, photos: Collection[int]) -> None:
         """Give some photos the tokens of a blank picture, in this process alone."""
