@@ -193,6 +193,7 @@ def bootstrap(
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in UNSAID},
         "cache": {"teacher": teacher.fingerprint()} | views.describe(),
         "seed": seed,
+        "groups": "sizes to a quarter of an octave",  # runs of before had a group a tensor: their optimizers' states are others
         **({"deepspeed": deepspeed} if deepspeed else {}),
         **{name: getattr(recipe, name) for name in LATER if getattr(recipe, name)},
         **({"resident": True} if resident else {}),

@@ -11,7 +11,7 @@ Source: final-representation alignment of Bootstrapping SparseFormers (arXiv 231
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,13 +121,15 @@ def relation(said: Tensor, wanted: Tensor) -> Tensor:
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: float, lr_rois: float, decay: float) -> list[dict]:
-    """AdamW groups, one a tensor, because a rate is relative to the size of what it changes.
+def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: float, lr_rois: float, decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of tensors about as large, because a rate is relative to the size of what it changes.
 
     Adam moves every number by about its rate, whatever the number's size. A ViT's tensors differ in size by a factor of twenty: what
     writes to the residual stream early, the patch embedding foremost, is tiny, and one rate for all either leaves the late blocks as
     they are or shakes the early ones. So a matrix moves by `lr` of its root mean square a step (compare Adafactor, arXiv 1804.04235,
-    section 8). A new matrix counts as large as a fresh one at least, although it may begin at zero, and a vector as 0.01 at most.
+    section 8). A new matrix counts as large as a fresh one at least, although it may begin at zero, and a vector as 0.01 at most. Sizes
+    are rounded to a quarter of an octave, a tenth up or down: so 215 tensors are about twenty groups, each of which an optimizer launches
+    by itself, and which ZeRO shares out by itself.
 
     Args:
         new: names of the student's tensors that were not inherited; their rate is `new_boost` times as high.
@@ -136,19 +138,19 @@ def parameter_groups(tower: SparseFormer, new: set[str], lr: float, new_boost: f
     """
     sizes = {name: p.detach().square().mean().sqrt().item() for name, p in tower.named_parameters()}
     floor = min(sizes[name] for name, p in tower.named_parameters() if name not in new and p.ndim >= 2)
-    groups = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():
         if not parameter.requires_grad:
             continue
+        matrix = parameter.ndim >= 2
         if any(part in name for part in ("roi_offset", "roi_adjust", "initial_roi")):
-            kind, rate = "rois", lr_rois
+            rate, decays = lr_rois, False
         else:
-            kind = "new" if name in new else "inherited"
             size = max(sizes[name], FRESH if name in new else floor)
-            rate = lr * (size if parameter.ndim >= 2 else min(size, 0.01)) * (new_boost if name in new else 1.0)
-        decays = parameter.ndim >= 2 and kind != "rois"
-        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay if decays else 0.0, "name": f"{kind} {name}"})
-    return groups
+            size = size if matrix else min(size, 0.01)
+            rate, decays = lr * 2 ** (round(4 * math.log2(size)) / 4) * (new_boost if name in new else 1.0), matrix
+        groups.setdefault((rate, decays), []).append(parameter)
+    return [{"params": some, "lr": rate, "weight_decay": decay if decays else 0.0} for (rate, decays), some in groups.items()]
 
 
 @torch.no_grad()
