@@ -92,6 +92,6 @@ def test_a_row_that_fails_ends_the_table_and_says_where_to_look(
     Commands(monkeypatch, fails="eval")
     plan = comparison.Plan("V", "I", ("a",), "E", tmp_path, 49, 30, 960, 1)
     with pytest.raises(typer.Exit) as failed:
-        comparison.run(plan, comparison.RIVALS[0], 0, log=True)
+        comparison.run(comparison.Scores(plan), comparison.RIVALS[0], 0, log=True)
     assert failed.value.exit_code == 3
     assert f"failed, with exit code 3; {tmp_path / 'tiny-seed0' / 'log.txt'} says why: sparse-vlm eval" in capsys.readouterr().err

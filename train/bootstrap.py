@@ -43,8 +43,6 @@ from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, of_all_processes
 from sparse_vlm.train.zero import announce, whole
 
-LATER = ("mixed", "whitened")  # numbers that settings say where they are not 0: runs begun before there were such go on
-UNSAID = ("student", "blocks", "summary", *LATER)
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
 
@@ -190,12 +188,11 @@ def bootstrap(
     steps = -(-recipe.views // recipe.batch_size)
     settings = {
         "recipe": recipe_name,
-        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in UNSAID},
+        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
         "cache": {"teacher": teacher.fingerprint()} | views.describe(),
         "seed": seed,
         "groups": "sizes to a quarter of an octave",  # runs of before had a group a tensor: their optimizers' states are others
         **({"deepspeed": deepspeed} if deepspeed else {}),
-        **{name: getattr(recipe, name) for name in LATER if getattr(recipe, name)},
         **({"resident": True} if resident else {}),
     }
     if rank() == 0:

@@ -106,21 +106,21 @@ class Scores:
 
     def has(self, rival: Rival, seed: int) -> bool:
         """Whether a row is finished."""
-        return f"{rival.name}-seed{seed}" in self.finished.runs
+        return self.plan.folder(rival, seed).name in self.finished.runs
 
     def take(self, rival: Rival, seed: int) -> None:
         """Read what an evaluation wrote."""
-        name = f"{rival.name}-seed{seed}"
-        report = json.loads((self.plan.out / name / "eval" / "report.json").read_text())
+        folder = self.plan.folder(rival, seed)
+        report = json.loads((folder / "eval" / "report.json").read_text())
         rows = {row["task"]: row["metrics"] for row in report["results"] if row["control"] == "none"}
-        self.finished.add(name, {f"{task} {metric}": rows[task][metric]["value"] for task, metric in METRICS})
+        self.finished.add(folder.name, {f"{task} {metric}": rows[task][metric]["value"] for task, metric in METRICS})
 
     def table(self, rivals: tuple[Rival, ...], seeds: list[int]) -> str:
         """Markdown: mean over the finished seeds, and spread (largest minus smallest)."""
         names = [f"{task} {name}" for task, name in METRICS]
         lines = [f"| | what | tower, GMACs | seeds | {' | '.join(names)} |", "|---|---|---:|---:|" + "---:|" * len(names)]
         for rival in rivals:
-            known = [self.finished.runs[f"{rival.name}-seed{seed}"] for seed in seeds if self.has(rival, seed)]
+            known = [self.finished.runs[self.plan.folder(rival, seed).name] for seed in seeds if self.has(rival, seed)]
             cells = []
             for name, scale in zip(names, METRICS.values(), strict=True):
                 each = [scale * run[name] for run in known]
@@ -130,8 +130,8 @@ class Scores:
         return "\n".join(lines) + "\n"
 
 
-def run(plan: Plan, rival: Rival, seed: int, log: bool) -> None:
-    """The commands of a row.
+def run(scores: Scores, rival: Rival, seed: int, log: bool) -> None:
+    """Carry out the commands of a row, and keep its scores.
 
     Args:
         log: whether what they print goes to a file in the row's folder.
@@ -139,9 +139,10 @@ def run(plan: Plan, rival: Rival, seed: int, log: bool) -> None:
     Raises:
         typer.Exit: one failed, or was interrupted.
     """
-    for line in plan.commands(rival, seed):
+    for line in scores.plan.commands(rival, seed):
         print(shlex.join(line), file=sys.stderr, flush=True)
-        carry_out(line, plan.folder(rival, seed) / "log.txt" if log else None)
+        carry_out(line, scores.plan.folder(rival, seed) / "log.txt" if log else None)
+    scores.take(rival, seed)
 
 
 def main(
@@ -169,14 +170,12 @@ def main(
     plan = Plan(vit, init, tuple(data), eval_data, out, tokens, align_steps, samples, threads)
     scores = Scores(plan)
     missing = [] if show else [(rival, number) for number in seeds for rival in rivals if not scores.has(rival, number)]
-    with ThreadPoolExecutor(at_once) as pool:
-        runs = {pool.submit(run, plan, rival, number, at_once > 1): (rival, number) for rival, number in missing}
-        try:
-            for done in as_completed(runs):
-                done.result()
-                scores.take(*runs[done])
-        finally:
-            pool.shutdown(cancel_futures=True)  # what runs already comes to its end, or was interrupted too
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for done in as_completed([pool.submit(run, scores, *row, at_once > 1) for row in missing]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # what runs already comes to its end and is kept, or was interrupted too
     print(scores.table(rivals, seeds), end="")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from filelock import FileLock
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
@@ -40,10 +41,12 @@ class FinishedRuns:
         return document["runs"]
 
     def add(self, name: str, run: dict[str, float]) -> None:
-        """Keep a run, beside those that another process may have kept since."""
-        self.runs = self._read() | {name: run}
-        document = {"settings": self.settings, "runs": self.runs}
-        write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+        """Keep a run, beside those that another process or thread may have kept since."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            self.runs = self._read() | {name: run}
+            document = {"settings": self.settings, "runs": self.runs}
+            write_text(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 def carry_out(line: list[str], log: Path | None = None) -> None:

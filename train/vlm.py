@@ -36,7 +36,7 @@ from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_b
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, reporters
-from sparse_vlm.train.zero import announce, gathered
+from sparse_vlm.train.zero import announce, gathered, shares_weights
 from sparse_vlm.vlm import VLM
 
 __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "prepare", "train", "write_history"]
@@ -91,7 +91,7 @@ class Engine:
     @property
     def shares_weights(self) -> bool:
         """Whether each process holds a part of the weights alone (ZeRO-3)."""
-        return self.deepspeed is not None and self.deepspeed.get("zero_optimization", {}).get("stage") == 3
+        return shares_weights(self.deepspeed)
 
     def part(self, batch_size: int, device: str) -> int | None:
         """Photos that a process computes at a time, of a batch of so many in all processes; None for its whole share."""

@@ -36,7 +36,7 @@ def _config(stage: int, offload: bool = False) -> dict[str, Any]:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "zero_optimization": zero,
-        # AdamW is ours, a rate a tensor
+        # AdamW is ours, at many rates
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": "auto",
@@ -53,6 +53,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "zero2-offload": _config(2, offload=True),
     "zero3-offload": _config(3, offload=True),
 }
+
+
+def shares_weights(config: Mapping[str, Any] | None) -> bool:
+    """Whether each process holds a part of the weights alone, under a configuration of DeepSpeed's (stage 3); None is no DeepSpeed."""
+    return config is not None and config.get("zero_optimization", {}).get("stage") == 3
 
 
 def find_config(name: str, verb: str = "bootstrap") -> dict[str, Any]:

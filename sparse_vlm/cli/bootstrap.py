@@ -73,7 +73,7 @@ def bootstrap(
     from sparse_vlm.teacher import load_teacher
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.tower.cost import count_macs, vit_macs
-    from sparse_vlm.train.zero import find_config
+    from sparse_vlm.train.zero import find_config, shares_weights
 
     # of the processes that torchrun starts, one fills the cache and speaks
     first = rank() == 0
@@ -82,12 +82,11 @@ def bootstrap(
     if views is not None:
         chosen = dataclasses.replace(chosen, views=views)
     engine = find_config(deepspeed) if deepspeed else None
-    spread = engine is not None and engine.get("zero_optimization", {}).get("stage") == 3
-    if gradient_checkpointing and spread:
+    if gradient_checkpointing and shares_weights(engine):
         raise UserError(
             "--gradient-checkpointing: ZeRO-3 has a process's own part of the weights alone when they are needed again; take zero2"
         )
-    if compiled and spread:
+    if compiled and shares_weights(engine):
         raise UserError("--compile: not with ZeRO-3, under which a process has its own part of the weights alone; take zero2")
     if chosen.views_per_photo and chosen.views and (resident or chosen.mixed):
         raise UserError(

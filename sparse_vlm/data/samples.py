@@ -239,15 +239,8 @@ class TokenBank:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         while not self.owner and not (path.exists() and path.stat().st_size == size):
             time.sleep(0.1)
-        if not path.exists():
-            with self._alone():
-                if not path.exists():
-                    return np.memmap(path, dtype, "w+", shape=shape)
+        path.touch()  # "w+" would empty what another command has begun to fill; "r+" makes a file longer, by zeros
         return np.memmap(path, dtype, "r+", shape=shape)
-
-    def _alone(self) -> FileLock:
-        """Held by the process that creates or fills these files."""
-        return FileLock(self.folder / "lock")
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
         """Photos of `wanted` that are not computed yet."""
@@ -271,7 +264,7 @@ class TokenBank:
         while not self.owner and self.missing(wanted):
             time.sleep(0.5)
         count = len(self.missing(wanted))
-        with self._alone():
+        with FileLock(self.folder / "lock"):
             missing = self.missing(wanted)
             if len(missing) < count:
                 on_photos(count - len(missing))  # another command looked
