@@ -199,6 +199,11 @@ def roi_average_weights(rois: Tensor, height: int, width: int, points_per_side: 
     return (down.mT * across).flatten(-2)
 
 
+def encoding_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
+    """(dim / 4,) float32, from 1 to 128 in log space."""
+    return torch.linspace(0, math.log(128), dim // 4, device=device, dtype=torch.float32).exp()
+
+
 def encode_rois(rois: Tensor, dim: int) -> Tensor:
     """Sine/cosine encoding of the four RoI numbers times pi: dim / 4 frequencies from 1 to 128 in log space.
 
@@ -212,8 +217,7 @@ def encode_rois(rois: Tensor, dim: int) -> Tensor:
     Returns:
         (B, N, dim) float32.
     """
-    count = dim // 4
     with torch.no_grad():
-        frequencies = torch.linspace(0, math.log(128), count, device=rois.device, dtype=torch.float32).exp()
+        frequencies = encoding_frequencies(dim, rois.device)
         phase = (rois.float() * math.pi).unsqueeze(-1) * frequencies
         return torch.cat([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from sparse_vlm import SparseFormer, SparseFormerConfig, load_image
+from sparse_vlm import SparseFormer, SparseFormerConfig, kernels, load_image
 from sparse_vlm.bench.vision import RIVALS
 from sparse_vlm.preprocess import preprocess
 from sparse_vlm.tower import GlanceConfig, UnitConfig, inference
@@ -61,6 +62,13 @@ def flat(output: tuple) -> list[torch.Tensor]:
 
 def optimized(tower: SparseFormer) -> SparseFormer:
     return copy.deepcopy(tower).optimize_for_inference()
+
+
+@pytest.fixture(params=["auto", "plain"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With looks as compiled functions, where this machine compiles them, and by torch alone."""
+    with kernels.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

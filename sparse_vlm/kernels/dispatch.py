@@ -72,6 +72,18 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
     return obstacle is None
 
 
+def compiled(dtype: torch.dtype, channels: int) -> bool:
+    """Whether a tower that is optimized for inference on a processor is to look by compiled functions (`sparse_vlm.kernels.native`).
+
+    Args:
+        dtype: of the tower.
+        channels: C.
+    """
+    from sparse_vlm.kernels import native
+
+    return _path == "auto" and native.usable(dtype, channels)
+
+
 def look(
     feature_map: Tensor,
     points: Tensor,

@@ -8,12 +8,14 @@ Notable: each part below says what the part of `sparse_vlm.tower.modules` that i
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
 * Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
 * The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, instead of being sampled one by one.
+* What lies between the blocks is computed by `sparse_vlm.kernels.native` where there is a compiler: for one picture, calling torch's many
+  small operators takes longer than what they do.
 Measured, with what did not help: docs/speed.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.geometry import adjust_rois, crop_samples, encode_rois, roi_average_weights, sample_bilinear
-from sparse_vlm.tower.modules import ACTIVATIONS, AdaptiveMixing, Attention, Glance, Mlp, Unit, _add_to_latents
+from sparse_vlm import kernels
+from sparse_vlm.geometry import Padding, adjust_rois, crop_samples, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
+from sparse_vlm.kernels import native
+from sparse_vlm.tower.modules import ACTIVATIONS, MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
 
 if TYPE_CHECKING:
     from sparse_vlm.tower.config import Activation
@@ -41,9 +45,14 @@ def optimize(tower: SparseFormer) -> None:
     if tower.glance is not None:
         tower.glance = PreparedGlance(tower.glance)
     units = iter(tower.config.units)
+    prepared = PreparedUnit
+    if kernels.compiled(tower.norm.weight.dtype, tower.config.conv_dim):
+        prepared = CompiledUnit
+        if tower.feat_extractor is not None:
+            tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
     for index, layer in enumerate(tower.layers):
         if isinstance(layer, Unit):
-            tower.layers[index] = PreparedUnit(layer, next(units).activation, first=index == 0 and tower.glance is None)
+            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None)
         else:
             tower.layers[index] = _pack(layer)
 
@@ -213,16 +222,24 @@ class PreparedMlp(Mlp):
 
 
 class PreparedMixing(AdaptiveMixing):
-    """What adaptive mixing does to the samples; what it does it with, the token alone decides, and that is generated before."""
+    """Sampling and adaptive mixing; what it mixes with, the token alone decides, and that is generated before."""
 
-    def __init__(self, plain: AdaptiveMixing) -> None:
+    def __init__(self, plain: AdaptiveMixing, padding: Padding) -> None:
         nn.Module.__init__(self)
         self.channels, self.in_points, self.out_points = plain.channels, plain.in_points, plain.out_points
+        self.padding: Padding = padding
         self.parameter_generator, self.out_proj = _pack(plain.parameter_generator), _pack(plain.out_proj)
         self.m_beta, self.s_beta = plain.m_beta, plain.s_beta
 
-    def forward(self, generated: Tensor, sampled: Tensor) -> Tensor:
-        """Parameters (B, n, C * C + P * O), or (1, n, ...) for all pictures, and samples (B, n, P, C) to what tokens gain (B, n, d)."""
+    def forward(self, feature_map: Tensor, points: Tensor, generated: Tensor) -> Tensor:
+        """A map (B, C, H, W) to what tokens gain (B, n, d).
+
+        Args:
+            points: (B, n, P, 2), or (1, n, P, 2) for all pictures.
+            generated: parameters (B, n, C * C + P * O), or (1, n, ...) for all pictures.
+        """
+        points = points.expand(len(feature_map), -1, -1, -1)
+        sampled = sample_bilinear(feature_map, points, self.padding).to(generated.dtype)
         over_channels, over_points = generated.split([self.channels**2, self.in_points * self.out_points], dim=-1)
         x = sampled @ over_channels.unflatten(-1, (self.channels, self.channels))  # (B, n, P, C)
         if self.m_beta is not None:
@@ -268,8 +285,7 @@ class PreparedUnit(Unit):
         self.first = first
         self.stage_embedding = plain.stage_embedding
         if "SAMPLING_M" in self.ops:
-            self.roi_offset_bias, self.roi_offset_module = plain.roi_offset_bias, _pack(plain.roi_offset_module)
-            self.adaptive_mixing = PreparedMixing(plain.adaptive_mixing)
+            self._prepare_looks(plain)
         if "PE_INJECT" in self.ops:
             self.pe_transition = _pack(plain.pe_transition)
         if "ATTN" in self.ops:
@@ -282,7 +298,7 @@ class PreparedUnit(Unit):
                 self.norm2.load_state_dict({name: self.mlp.factor * value.float() for name, value in plain.norm2.state_dict().items()})
                 self.norm2.requires_grad_(False)
         if "ROI_ADJ" in self.ops:
-            self.roi_adjust_module = _pack(plain.roi_adjust_module)
+            self._prepare_moves(*plain.roi_adjust_module)
         self._memories: dict[int, _Memory] = {}
 
     def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -302,12 +318,11 @@ class PreparedUnit(Unit):
                     x = tokens(self._feed, x)
                 elif op == "SAMPLING_M":
                     latents = x[:, -n:]
-                    points = tokens(self.points, latents, rois).expand(batch, -1, -1, -1)
-                    generated = tokens(self.adaptive_mixing.parameter_generator, latents)
+                    points = tokens(self.points, latents, rois)
+                    generated = tokens(self.generate, latents)
                     if points_seen is not None:
-                        points_seen.append(points)
-                    sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
-                    x = _add_to_latents(x, self.adaptive_mixing(generated, sampled))
+                        points_seen.append(points.expand(batch, -1, -1, -1))
+                    x = _add_to_latents(x, self._look(feature_map, points, generated, rois))
                     tokens = _find
                 elif op == "PE_INJECT":
                     x = _add_to_latents(x, boxes(self._inject, rois, x.dtype))
@@ -317,6 +332,18 @@ class PreparedUnit(Unit):
         if memory is not None:
             self._memories[n] = memory
         return x.expand(batch, -1, -1), rois.expand(batch, -1, -1)
+
+    def _prepare_looks(self, plain: Unit) -> None:
+        self.roi_offset_bias, self.roi_offset_module = plain.roi_offset_bias, _pack(plain.roi_offset_module)
+        self.adaptive_mixing = PreparedMixing(plain.adaptive_mixing, plain.padding)
+        self.generate = self.adaptive_mixing.parameter_generator
+
+    def _prepare_moves(self, norm: nn.LayerNorm, *layers: nn.Module) -> None:
+        *hidden, last = layers
+        self.roi_adjust_module = nn.Sequential(norm, *_with_gelu(hidden), _pack(last))
+
+    def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
+        return self.adaptive_mixing(feature_map, points, generated)
 
     def _attend(self, x: Tensor) -> Tensor:
         return x + self.attn(self.norm1(x))
@@ -339,3 +366,57 @@ class PreparedUnit(Unit):
             memory = _Memory(rois[:1].clone())
             return memory.learn, memory
         return (memory.recall(), None) if bool((rois == memory.rois).all()) else (None, None)
+
+
+def _with_gelu(layers: Sequence[nn.Module]) -> list[PackedLinear]:
+    """A linear layer and its GELU as one; nothing of nothing."""
+    return [PackedLinear(layer.weight, layer.bias, "gelu") for layer in layers[:1]]
+
+
+class CompiledEarlyConvolution(EarlyConvolution):
+    """An early convolution whose pooling, ReLU and norm are one pass."""
+
+    def __init__(self, plain: EarlyConvolution) -> None:
+        nn.Module.__init__(self)
+        self.conv1 = plain.conv1
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """As `EarlyConvolution.forward`."""
+        return native.settle(self.conv1(pixels.contiguous(memory_format=torch.channels_last)), MAP_EPS)
+
+
+class CompiledUnit(PreparedUnit):
+    """A prepared unit whose looks are computed by compiled functions; positions that are told right after a look are told with it."""
+
+    def _prepare_looks(self, plain: Unit) -> None:
+        mixing, (norm, layer) = plain.adaptive_mixing, plain.roi_offset_module
+        self.generate = _pack(mixing.parameter_generator)
+        self.m_beta, self.s_beta, self.out_points = mixing.m_beta, mixing.s_beta, mixing.out_points
+        self._where, self._places = native.Points(norm, layer.weight, plain.roi_offset_bias), None
+        weight, bias = mixing.out_proj.weight, mixing.out_proj.bias
+        after = self.ops.index("SAMPLING_M") + 1
+        if self.ops[after : after + 1] == ("PE_INJECT",):
+            self.ops = (*self.ops[:after], *self.ops[after + 1 :])
+            norm, layer = plain.pe_transition
+            self._places = native.Positions(norm, encoding_frequencies(self.width))
+            weight, bias = torch.cat([weight, layer.weight], dim=1), bias + layer.bias
+        self.gain = PackedLinear(weight, bias)
+
+    def _prepare_moves(self, norm: nn.LayerNorm, *layers: nn.Module) -> None:
+        *hidden, last = layers
+        self.roi_adjust_module = nn.Sequential(norm, *_with_gelu(hidden))
+        self._move = last.weight.float()
+
+    def points(self, latents: Tensor, rois: Tensor) -> Tensor:
+        """As `Unit.points`."""
+        return self._where(latents, rois)
+
+    def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
+        beside = 0 if self._places is None else self.width
+        rows = native.mix(feature_map, points, generated, self.m_beta, self.s_beta, self.out_points, self.padding, beside)
+        if self._places is not None:
+            self._places(rois, rows)
+        return self.gain(rows)
+
+    def _adjust(self, x: Tensor, rois: Tensor) -> Tensor:
+        return native.adjust(self.roi_adjust_module(x[:, -rois.shape[1] :]), self._move, rois)

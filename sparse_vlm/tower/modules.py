@@ -28,6 +28,8 @@ from sparse_vlm.geometry import (
 )
 from sparse_vlm.tower.config import Activation, GlanceConfig, SparseFormerConfig, UnitConfig
 
+MAP_EPS = 1e-5  # of the norm over the map's channels
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI CLIP's approximation."""
@@ -56,7 +58,7 @@ class EarlyConvolution(nn.Module):
             x = self.conv1(pixels.contiguous(memory_format=torch.channels_last))
         x = F.relu(F.max_pool2d(x, kernel_size=3, stride=2, padding=1))  # the order does not matter to the result
         # over the last dimension of memory: a quarter of the time of taking mean and variance over dim 1
-        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-5).permute(0, 3, 1, 2)
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=MAP_EPS).permute(0, 3, 1, 2)
 
 
 class Glance(nn.Module):

@@ -1,0 +1,408 @@
+// A look of an inference tower on a processor: where tokens look, what they read there, and how it is mixed; one pass
+// over tokens each.
+//
+// Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a
+// token, H x W the map.
+//
+// Notable: torch computes the same in some sixty operators a look, each of which takes longer to call than to carry out
+// for one picture (docs/speed.md). Here a token's samples, weights and mixed points stay in the first cache. All is
+// summed in float32, whatever is read and written. Plain C++ without torch's headers, so that it compiles in two
+// seconds; sparse_vlm/kernels/native.py compiles and calls it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;  // of a vector: one register of AVX-512, two of AVX2, four of NEON
+constexpr int ROWS =
+    4;  // of a block of a matrix product: with two vectors a row, eight sums to hide the latency of multiply-add
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef float VectorInMemory __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float get(const float* from) { return *from; }
+
+inline float get(const bfloat16* from) {
+    uint32_t bits = uint32_t(from->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void put(float* to, float value) { *to = value; }
+
+inline void put(bfloat16* to, float value) {  // to the nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+template <typename T>
+void widen(const T* from, float* to, long count) {
+    for (long i = 0; i < count; i++) to[i] = get(from + i);
+}
+
+// erf by the ratio of polynomials that Eigen and XLA use: 4e-7 at most
+inline float erf_of(float x) {
+    x = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x;
+    float s = x * x;
+    float p = -2.72614225801306e-10f;
+    p = p * s + 2.77068142495902e-08f;
+    p = p * s - 2.10102402082508e-06f;
+    p = p * s - 5.69250639462346e-05f;
+    p = p * s - 7.34990630326855e-04f;
+    p = p * s - 2.95459980854025e-03f;
+    p = p * s - 1.60960333262415e-02f;
+    float q = -1.45660718464996e-05f;
+    q = q * s - 2.13374055278905e-04f;
+    q = q * s - 1.68282697438203e-03f;
+    q = q * s - 7.37332916720468e-03f;
+    q = q * s - 1.42647390514189e-02f;
+    return x * p / q;
+}
+
+inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f)); }
+
+// sin(2 pi t) of t in [-0.5, 0.5]
+inline float sine_of_turns(float t) {
+    // sin(2 pi t) = sin(2 pi (1/2 - t)) for t beyond a quarter
+    float a = std::fabs(t);
+    a = a > 0.25f ? 0.5f - a : a;
+    float x = 6.28318530717958648f * a, s = x * x;
+    float p = -2.3889859e-08f;
+    p = p * s + 2.7525562e-06f;
+    p = p * s - 1.9840874e-04f;
+    p = p * s + 8.3333310e-03f;
+    p = p * s - 1.6666667e-01f;
+    float y = x + x * s * p;
+    return t < 0 ? -y : y;
+}
+
+inline Vector load(const float* from) { return *reinterpret_cast<const VectorInMemory*>(from); }
+
+inline Vector add_product(Vector sum, float a, Vector b) { return sum + a * b; }
+
+#ifdef __AVX512BF16__
+typedef uint32_t Pairs __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint32_t PairsInMemory __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
+
+inline Pairs load(const uint32_t* from) { return *reinterpret_cast<const PairsInMemory*>(from); }
+
+// two products of a lane, of bfloat16 numbers that lie beside each other
+inline Vector add_product(Vector sum, uint32_t a, Pairs b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+}
+#endif
+
+// R rows and V vectors of c (rows, columns) = a (rows, k) b (k, columns)
+template <int R, int V, typename E>
+inline void block(const E* a, const E* b, float* c, int k, int columns) {
+    Vector sum[R][V] = {};
+    for (int i = 0; i < k; i++) {
+        decltype(load(b)) row[V];
+        for (int v = 0; v < V; v++) row[v] = load(b + long(i) * columns + v * LANES);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sum[r][v] = add_product(sum[r][v], a[long(r) * k + i], row[v]);
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) *reinterpret_cast<VectorInMemory*>(c + long(r) * columns + v * LANES) = sum[r][v];
+}
+
+template <int R, typename E>
+inline void rows_of(const E* a, const E* b, float* c, int k, int columns) {
+    int j = 0;
+    for (; j + 2 * LANES <= columns; j += 2 * LANES) block<R, 2>(a, b + j, c + j, k, columns);
+    if (j < columns) block<R, 1>(a, b + j, c + j, k, columns);
+}
+
+// c (rows, columns) = a (rows, k) b (k, columns); columns is a multiple of LANES
+template <typename E>
+void multiply(const E* a, const E* b, float* c, int rows, int k, int columns) {
+    int r = 0;
+    for (; r + ROWS <= rows; r += ROWS) rows_of<ROWS>(a + long(r) * k, b, c + long(r) * columns, k, columns);
+    for (; r < rows; r++) rows_of<1>(a + long(r) * k, b, c + long(r) * columns, k, columns);
+}
+
+// one point of a map (H, W, C), bilinearly, with half-pixel centres
+template <typename M>
+void read_point(const M* map, float x, float y, int height, int width, int channels, bool border, float* to) {
+    x = x * width - 0.5f;
+    y = y * height - 0.5f;
+    if (border) {  // written so that a NaN becomes 0
+        x = x > 0 ? (x < width - 1 ? x : width - 1) : 0;
+        y = y > 0 ? (y < height - 1 ? y : height - 1) : 0;
+    } else {  // beyond two cells outside all weights are 0
+        x = x > -2 ? (x < width + 1 ? x : width + 1) : -2;
+        y = y > -2 ? (y < height + 1 ? y : height + 1) : -2;
+    }
+    float left = std::floor(x), top = std::floor(y), right_part = x - left, low_part = y - top;
+    int column = int(left), row = int(top);
+    const M* cells[4];
+    float weights[4];
+    for (int corner = 0; corner < 4; corner++) {
+        int i = row + corner / 2, j = column + corner % 2;
+        float weight = (corner / 2 ? low_part : 1 - low_part) * (corner % 2 ? right_part : 1 - right_part);
+        bool inside =
+            i >= 0 && i < height && j >= 0 && j < width;  // with a border, what is outside has a weight of 0 anyway
+        weights[corner] = inside ? weight : 0;
+        cells[corner] = map + (inside ? (long(i) * width + j) * channels : 0);
+    }
+    for (int c = 0; c < channels; c++)
+        to[c] = weights[0] * get(cells[0] + c) + weights[1] * get(cells[1] + c) + weights[2] * get(cells[2] + c) +
+                weights[3] * get(cells[3] + c);
+}
+
+template <typename T>
+void normalise(const T* from, float* to, int width, float eps) {
+    float sum = 0, squares = 0;
+    for (int i = 0; i < width; i++) sum += to[i] = get(from + i);
+    float mean = sum / width;
+    for (int i = 0; i < width; i++) squares += (to[i] - mean) * (to[i] - mean);
+    float scale = 1 / std::sqrt(squares / width + eps);
+    for (int i = 0; i < width; i++) to[i] = (to[i] - mean) * scale;
+}
+
+inline void point_of(const float* roi, float x, float y, float* to) {
+    to[0] = (roi[0] + roi[2]) / 2 + x * (roi[2] - roi[0]);
+    to[1] = (roi[1] + roi[3]) / 2 + y * (roi[3] - roi[1]);
+}
+
+// What a convolution made (B, rows, columns, C) to the map (B, H, W, C): the largest of 3 x 3 cells, two apart, at
+// least 0, normalised.
+template <typename T>
+void settle(const T* cells, float eps, int batch, int rows, int columns, int channels, T* map, int threads) {
+    int height = (rows - 1) / 2 + 1, width = (columns - 1) / 2 + 1;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> largest(channels);
+#pragma omp for collapse(2)
+        for (int b = 0; b < batch; b++)
+            for (int row = 0; row < height; row++)
+                for (int column = 0; column < width; column++) {
+                    std::fill(largest.begin(), largest.end(), 0.0f);
+                    for (int i = 2 * row - 1; i <= 2 * row + 1; i++)
+                        for (int j = 2 * column - 1; j <= 2 * column + 1; j++) {
+                            if (i < 0 || i >= rows || j < 0 || j >= columns) continue;
+                            const T* cell = cells + ((long(b) * rows + i) * columns + j) * channels;
+                            for (int c = 0; c < channels; c++) {
+                                float value = get(cell + c);
+                                largest[c] = value > largest[c] || value != value ? value : largest[c];  // a NaN stays
+                            }
+                        }
+                    normalise(largest.data(), largest.data(), channels, eps);
+                    T* to = map + ((long(b) * height + row) * width + column) * channels;
+                    for (int c = 0; c < channels; c++) put(to + c, largest[c]);
+                }
+    }
+}
+
+// Latents (B, n, d), of which a picture's lie `picture` apart and a token's are whole, to points (B, n, P, 2) in RoIs
+// (B, n, 4). `weight` (d, padded) and `bias` (padded) have the norm's affine part in them; padded is 2 P rounded up to
+// whole vectors.
+template <typename T>
+void points(const T* latents, long picture, const float* rois, const float* weight, const float* bias, float eps,
+            int batch, int n, int width, int count, float* out, int threads) {
+    int padded = (2 * count + LANES - 1) / LANES * LANES, blocks = (n + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> normal(long(ROWS) * width), offsets(long(ROWS) * padded);
+#pragma omp for collapse(2)
+        for (int b = 0; b < batch; b++)
+            for (int chunk = 0; chunk < blocks; chunk++) {
+                int first = chunk * ROWS, rows = n - first < ROWS ? n - first : ROWS;
+                for (int r = 0; r < rows; r++)
+                    normalise(latents + b * picture + long(first + r) * width, normal.data() + long(r) * width, width,
+                              eps);
+                multiply(normal.data(), weight, offsets.data(), rows, width, padded);
+                for (int r = 0; r < rows; r++) {
+                    float* offset = offsets.data() + long(r) * padded;
+                    long token = long(b) * n + first + r;
+                    float mean[2] = {}, squares[2] = {}, scale[2];
+                    for (int i = 0; i < 2 * count; i++) mean[i % 2] += offset[i] += bias[i];
+                    for (int i = 0; i < 2; i++) mean[i] /= count;
+                    for (int i = 0; i < 2 * count; i++)
+                        squares[i % 2] += (offset[i] - mean[i % 2]) * (offset[i] - mean[i % 2]);
+                    for (int i = 0; i < 2; i++) scale[i] = 1 / (3 * (std::sqrt(squares[i] / (count - 1)) + 1e-5f));
+                    for (int p = 0; p < count; p++)
+                        point_of(rois + token * 4, (offset[2 * p] - mean[0]) * scale[0],
+                                 (offset[2 * p + 1] - mean[1]) * scale[1], out + (token * count + p) * 2);
+                }
+            }
+    }
+}
+
+// What one token works in.
+struct Scratch {
+    std::vector<float> sampled, mixed, last, wide;
+    std::vector<bfloat16> narrow;
+    std::vector<uint32_t> pairs;
+
+    Scratch(int count, int channels, int out_points)
+        : sampled(long(count) * channels),
+          mixed(sampled.size()),
+          last(long(out_points) * channels),
+          wide(long(channels) * channels + long(out_points) * count),
+          narrow(sampled.size()),
+          pairs(long(channels) * std::max(channels, count) / 2) {}
+};
+
+inline void activate(float* mixed, const float* beta, int count, int channels) {
+    if (beta)
+        for (int p = 0; p < count; p++)
+            for (int c = 0; c < channels; c++) mixed[p * channels + c] = gelu(mixed[p * channels + c] + beta[c]);
+}
+
+// sampled (P, C) by a channel matrix (C, C) and then a point matrix (O, P), one behind the other in `generated`, to
+// last (O, C)
+template <typename T>
+void mix_token(const T* generated, const float* m_beta, int count, int channels, int out_points, Scratch& at) {
+    widen(generated, at.wide.data(), at.wide.size());
+    multiply(at.sampled.data(), at.wide.data(), at.mixed.data(), count, channels, channels);
+    activate(at.mixed.data(), m_beta, count, channels);
+    multiply(at.wide.data() + long(channels) * channels, at.mixed.data(), at.last.data(), out_points, count, channels);
+}
+
+#ifdef __AVX512BF16__
+inline void interleave(const bfloat16* from, uint32_t* to, int rows, int columns) {  // each two rows as one of pairs
+    for (int i = 0; i < rows / 2; i++)
+        for (int j = 0; j < columns; j++)
+            to[i * columns + j] = from[2 * i * columns + j].bits | uint32_t(from[(2 * i + 1) * columns + j].bits) << 16;
+}
+
+// the same by products of bfloat16 numbers, as torch computes it too: twice as many at once
+void mix_token(const bfloat16* generated, const float* m_beta, int count, int channels, int out_points, Scratch& at) {
+    if (count % 2) return mix_token<bfloat16>(generated, m_beta, count, channels, out_points, at);
+    const auto pairs_of = [](const bfloat16* from) { return reinterpret_cast<const uint32_t*>(from); };
+    for (size_t i = 0; i < at.sampled.size(); i++) put(&at.narrow[i], at.sampled[i]);
+    interleave(generated, at.pairs.data(), channels, channels);
+    multiply(pairs_of(at.narrow.data()), at.pairs.data(), at.mixed.data(), count, channels / 2, channels);
+    activate(at.mixed.data(), m_beta, count, channels);
+    for (size_t i = 0; i < at.mixed.size(); i++) put(&at.narrow[i], at.mixed[i]);
+    interleave(at.narrow.data(), at.pairs.data(), count, channels);
+    multiply(pairs_of(generated + long(channels) * channels), at.pairs.data(), at.last.data(), out_points, count / 2,
+             channels);
+}
+#endif
+
+// Points (B or 1, n, P, 2) read in maps (B, H, W, C), mixed by generated parameters (B or 1, n, C * C + O * P): O * C
+// numbers a token, whose rows in `out` are `apart` from each other.
+template <typename T>
+void mix(const T* map, const float* where, bool same_points, const T* generated, bool same_parameters,
+         const float* m_beta, const float* s_beta, int batch, int n, int count, int channels, int out_points,
+         int height, int width, bool border, T* out, long apart, int threads) {
+    long parameters = long(channels) * channels + long(out_points) * count;
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch at(count, channels, out_points);
+#pragma omp for collapse(2)
+        for (int b = 0; b < batch; b++)
+            for (int token = 0; token < n; token++) {
+                const float* point = where + (same_points ? token : long(b) * n + token) * count * 2;
+                const T* picture = map + long(b) * height * width * channels;
+                for (int p = 0; p < count; p++)
+                    read_point(picture, point[2 * p], point[2 * p + 1], height, width, channels, border,
+                               at.sampled.data() + long(p) * channels);
+                mix_token(generated + (same_parameters ? token : long(b) * n + token) * parameters, m_beta, count,
+                          channels, out_points, at);
+                T* row = out + (long(b) * n + token) * apart;
+                for (int o = 0; o < out_points; o++) {
+                    float beta = s_beta ? s_beta[o] : 0;
+                    for (int c = 0; c < channels; c++)
+                        put(row + long(o) * channels + c, gelu(at.last[long(o) * channels + c] + beta));
+                }
+            }
+    }
+}
+
+// RoIs (B, n, 4) to their sines and cosines, normalised: d numbers a token, whose rows in `out` are `apart` from each
+// other; `frequencies` (d / 4) as geometry.encode_rois has them.
+template <typename T>
+void positions(const float* rois, const float* frequencies, const float* gain, const float* shift, float eps,
+               long tokens, int width, T* out, long apart, int threads) {
+    int quarter = width / 4, half = quarter / 2;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> code(width);
+#pragma omp for
+        for (long token = 0; token < tokens; token++) {
+            for (int side = 0; side < 4; side++) {
+                float turns = rois[token * 4 + side] / 2;  // sin(pi r f) is that of r f / 2 turns
+                float *sines = code.data() + side * quarter, *cosines = sines + half;
+                for (int i = 0; i < half; i++) {
+                    float sine = turns * frequencies[2 * i], cosine = turns * frequencies[2 * i + 1];
+                    cosine += 0.25f;
+                    sines[i] = sine_of_turns(sine - std::nearbyint(sine));
+                    cosines[i] = sine_of_turns(cosine - std::nearbyint(cosine));
+                }
+            }
+            normalise(code.data(), code.data(), width, eps);
+            for (int i = 0; i < width; i++) put(out + token * apart + i, code[i] * gain[i] + shift[i]);
+        }
+    }
+}
+
+// RoIs (B, n, 4) moved and scaled by what a layer `weight` (4, d) says of hidden tokens, of which a picture's lie
+// `picture` apart.
+template <typename T>
+void adjust(const T* hidden, long picture, const float* weight, const float* rois, int batch, int n, int width,
+            float* out, int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads)
+    for (int b = 0; b < batch; b++)
+        for (int token = 0; token < n; token++) {
+            const T* row = hidden + b * picture + long(token) * width;
+            const float* roi = rois + (long(b) * n + token) * 4;
+            float delta[4] = {};
+            for (int k = 0; k < 4; k++)
+                for (int i = 0; i < width; i++) delta[k] += get(row + i) * weight[long(k) * width + i];
+            float* to = out + (long(b) * n + token) * 4;
+            for (int side = 0; side < 2; side++) {
+                float size = roi[side + 2] - roi[side], centre = (roi[side] + roi[side + 2]) / 2 + delta[side] * size;
+                float half = size * std::exp(delta[side + 2]) / 2;
+                to[side] = centre - half;
+                to[side + 2] = centre + half;
+            }
+        }
+}
+
+}  // namespace
+
+#define OF_TYPE(NAME, T)                                                                                          \
+    void settle_##NAME(const T* cells, float eps, int batch, int rows, int columns, int channels, T* map,         \
+                       int threads) {                                                                             \
+        settle(cells, eps, batch, rows, columns, channels, map, threads);                                         \
+    }                                                                                                             \
+    void points_##NAME(const T* latents, long picture, const float* rois, const float* weight, const float* bias, \
+                       float eps, int batch, int n, int width, int count, float* out, int threads) {              \
+        points(latents, picture, rois, weight, bias, eps, batch, n, width, count, out, threads);                  \
+    }                                                                                                             \
+    void positions_##NAME(const float* rois, const float* frequencies, const float* gain, const float* shift,     \
+                          float eps, long tokens, int width, T* out, long apart, int threads) {                   \
+        positions(rois, frequencies, gain, shift, eps, tokens, width, out, apart, threads);                       \
+    }                                                                                                             \
+    void adjust_##NAME(const T* hidden, long picture, const float* weight, const float* rois, int batch, int n,   \
+                       int width, float* out, int threads) {                                                      \
+        adjust(hidden, picture, weight, rois, batch, n, width, out, threads);                                     \
+    }                                                                                                             \
+    void mix_##NAME(const T* map, const float* where, int same_points, const T* generated, int same_parameters,   \
+                    const float* m_beta, const float* s_beta, int batch, int n, int count, int channels,          \
+                    int out_points, int height, int width, int border, T* out, long apart, int threads) {         \
+        mix(map, where, same_points, generated, same_parameters, m_beta, s_beta, batch, n, count, channels,       \
+            out_points, height, width, border, out, apart, threads);                                              \
+    }
+
+extern "C" {
+OF_TYPE(float32, float)
+OF_TYPE(bfloat16, bfloat16)
+}

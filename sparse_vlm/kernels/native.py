@@ -1,0 +1,198 @@
+"""What an inference tower does around its blocks, on a processor, in a few calls of C++ instead of some sixty operators of torch.
+
+Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
+
+Notable: `look.cpp` is compiled by the machine's own compiler when it is first wanted, in about two seconds, and kept where torch keeps
+what it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
+done, torch computes the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparse_vlm import files
+from sparse_vlm.geometry import Padding
+
+SOURCE = Path(__file__).with_name("look.cpp")
+# no -ffast-math: linked into a library, it would make the whole process round its smallest numbers to zero
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-fno-math-errno",
+         "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
+TIMEOUT_S = 60  # of the compiler
+LANES = 16  # as in look.cpp
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# what the functions of look.cpp take: addresses, longs, ints and floats; the threads come last
+ARGUMENTS = {"settle": "afiiiia", "points": "alaaafiiiia", "positions": "aaaaflial", "adjust": "alaaiiia", "mix": "aaiaiaaiiiiiiiial"}
+_KINDS = {"a": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+def usable(dtype: torch.dtype, channels: int) -> bool:
+    """Whether the functions below take tokens of this dtype and a map of so many channels; compiles them when first asked."""
+    return dtype in TYPES and channels % LANES == 0 and _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled source; None where there is no compiler that takes it, or what it makes cannot be kept or loaded."""
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None or platform.system() != "Linux":
+        return None
+    # torch's own OpenMP first, so that both share one set of threads instead of waiting for each other's
+    command = [compiler, *FLAGS, str(SOURCE), *map(str, sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT_S).stdout
+        made_of = b"\0".join([SOURCE.read_bytes(), version, " ".join(command).encode(), _processor()])
+        path = _folder() / f"look-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.aside(path) as part:
+                subprocess.run([*command, "-o", str(part)], capture_output=True, check=True, timeout=TIMEOUT_S)
+        return _declared(ctypes.CDLL(str(path)))
+    return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, letters in ARGUMENTS.items():
+        for kind in TYPES.values():
+            function = getattr(library, f"{name}_{kind}")
+            function.argtypes, function.restype = [*(_KINDS[letter] for letter in letters), ctypes.c_int], None
+    return library
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser() / "sparse_vlm"
+
+
+def _processor() -> bytes:
+    """What tells one processor's instructions from another's: machines may share a home."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU part"))}))
+
+
+def settle(cells: Tensor, eps: float) -> Tensor:
+    """What the early convolution made (B, C, h, w) to the map (B, C, ceil(h / 2), ceil(w / 2)): pooled, rectified, normalised over C.
+
+    Both lie channels last in memory.
+    """
+    batch, channels, rows, columns = cells.shape
+    cells = cells.permute(0, 2, 3, 1).contiguous()
+    out = torch.empty(batch, -(-rows // 2), -(-columns // 2), channels, dtype=cells.dtype)
+    _call("settle", cells.dtype, cells, eps, batch, rows, columns, channels, out)
+    return out.permute(0, 3, 1, 2)
+
+
+class Points:
+    """Where tokens look, as `Unit.points`.
+
+    Args:
+        norm: of tokens (d); its affine part is folded into the layer.
+        weight, bias: (2 P, d) and (2 P,).
+    """
+
+    def __init__(self, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> None:
+        self.count, self.eps = len(bias) // 2, norm.eps
+        rows = -(-len(bias) // LANES) * LANES
+        self.weight = torch.zeros(weight.shape[1], rows)
+        self.bias = torch.zeros(rows)
+        self.weight[:, : len(bias)] = (weight.float() * norm.weight.float()).T
+        self.bias[: len(bias)] = bias.float() + weight.float() @ norm.bias.float()
+
+    def __call__(self, latents: Tensor, rois: Tensor) -> Tensor:
+        """Latents (B, n, d) and RoIs (B or 1, n, 4) to points (B, n, P, 2)."""
+        batch, n, width = latents.shape
+        out = torch.empty(batch, n, self.count, 2)
+        latents, picture = _rows(latents)
+        rois = _numbers(rois.expand(batch, n, 4))
+        _call("points", latents.dtype, latents, picture, rois, self.weight, self.bias, self.eps, batch, n, width, self.count, out)
+        return out
+
+
+class Positions:
+    """What RoIs say of themselves, normalised.
+
+    Args:
+        norm: of positions (d).
+        frequencies: (d / 4), as `encode_rois` has them.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, frequencies: Tensor) -> None:
+        self.gain, self.shift, self.eps, self.frequencies = _numbers(norm.weight), _numbers(norm.bias), norm.eps, frequencies
+
+    def __call__(self, rois: Tensor, out: Tensor) -> None:
+        """(B, n, 4) into the last d numbers of each row of `out` (B, n, at least d), which lies whole in memory."""
+        batch, n, apart = out.shape
+        width = len(self.gain)
+        given = _numbers(rois.expand(batch, n, 4)), self.frequencies, self.gain, self.shift, self.eps, batch * n, width
+        _call("positions", out.dtype, *given, out[..., -width:], apart)
+
+
+def adjust(hidden: Tensor, weight: Tensor, rois: Tensor) -> Tensor:
+    """RoIs (B or 1, n, 4) moved and scaled by what a layer `weight` (4, d), float32, says of hidden tokens (B, n, d), as `adjust_rois`."""
+    batch, n, width = hidden.shape
+    out = torch.empty(batch, n, 4)
+    hidden, picture = _rows(hidden)
+    _call("adjust", hidden.dtype, hidden, picture, weight, _numbers(rois.expand(batch, n, 4)), batch, n, width, out)
+    return out
+
+
+def mix(
+    feature_map: Tensor,
+    points: Tensor,
+    generated: Tensor,
+    m_beta: Tensor | None,
+    s_beta: Tensor | None,
+    out_points: int,
+    padding: Padding,
+    beside: int = 0,
+) -> Tensor:
+    """Sample a map, and mix what was sampled.
+
+    Args:
+        feature_map: (B, C, H, W), read as it is where it lies channels last.
+        points: (B, n, P, 2), or (1, n, P, 2) for all pictures.
+        generated: (B, n, C * C + O * P), or (1, n, ...) for all pictures.
+        m_beta, s_beta: (C,) and (O,), or None both.
+        beside: how many numbers each row has room for besides, which are not set.
+
+    Returns:
+        (B, n, O * C + beside) in the dtype of `generated`, after the last GELU.
+    """
+    batch, channels, height, width = feature_map.shape
+    n, count = points.shape[1:3]
+    apart = out_points * channels + beside
+    out = torch.empty(batch, n, apart, dtype=generated.dtype)
+    cells = feature_map.permute(0, 2, 3, 1).to(generated.dtype).contiguous()
+    betas = (None if beta is None else _numbers(beta) for beta in (m_beta, s_beta))
+    _call(
+        "mix", generated.dtype, cells, _numbers(points), len(points) == 1, generated.contiguous(), len(generated) == 1, *betas,
+        batch, n, count, channels, out_points, height, width, padding == "border", out, apart,
+    )  # fmt: skip
+    return out
+
+
+def _numbers(given: Tensor) -> Tensor:
+    return given.detach().float().contiguous()
+
+
+def _rows(tokens: Tensor) -> tuple[Tensor, int]:
+    """Tokens that are whole in memory, one behind the other in each picture, and how far apart those of two pictures lie."""
+    if tokens.stride()[1:] != (tokens.shape[2], 1):
+        tokens = tokens.contiguous()
+    return tokens, tokens.stride(0)
+
+
+def _call(name: str, dtype: torch.dtype, *given: Tensor | float | None) -> None:
+    function = getattr(_library(), f"{name}_{TYPES[dtype]}")
+    # `given` holds the tensors until the call is over
+    function(*(each.data_ptr() if isinstance(each, Tensor) else each for each in given), torch.get_num_threads())

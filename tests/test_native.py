@@ -1,0 +1,194 @@
+"""Looks as compiled functions: what torch computes, within rounding; and no look by them where they cannot be compiled."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_vlm import SparseFormer, SparseFormerConfig, kernels
+from sparse_vlm.geometry import (
+    adjust_rois,
+    encode_rois,
+    encoding_frequencies,
+    points_in_rois,
+    sample_bilinear,
+    standardize_offsets,
+)
+from sparse_vlm.kernels import native
+from sparse_vlm.tower import UnitConfig, inference
+from sparse_vlm.tower.modules import EarlyConvolution
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # what a result may be off by, relative to the largest number of it
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture
+def compiled() -> None:
+    if not native.usable(torch.float32, 64):
+        pytest.skip("no C++ compiler that takes look.cpp here")
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What is compiled is looked for anew, here and afterwards."""
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+def norm(width: int, dtype: torch.dtype) -> nn.LayerNorm:
+    layer = nn.LayerNorm(width, eps=1e-6)
+    nn.init.normal_(layer.weight, mean=1.0, std=0.2)
+    nn.init.normal_(layer.bias)
+    return layer.to(dtype).requires_grad_(False)
+
+
+def boxes(batch: int, n: int) -> Tensor:
+    """Some of them partly outside of the picture."""
+    corners = torch.rand(batch, n, 2) * 1.2 - 0.2
+    return torch.cat([corners, corners + torch.rand(batch, n, 2)], dim=-1)
+
+
+def off_by(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@dtypes
+@pytest.mark.parametrize(("batch", "n", "points"), [(1, 1, 36), (3, 50, 16), (2, 6, 9)])
+def test_points(compiled: None, dtype: torch.dtype, batch: int, n: int, points: int) -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(batch, n + 1, 96).to(dtype)[:, 1:]  # behind the CLS token
+    before, weight, bias, rois = norm(96, dtype), torch.randn(2 * points, 96), torch.randn(2 * points), boxes(1, n)
+    offsets = F.layer_norm(latents.double(), (96,), before.weight.double(), before.bias.double(), 1e-6) @ weight.double().T + bias.double()
+    wanted = points_in_rois(rois.double().expand(batch, -1, -1), standardize_offsets(offsets.unflatten(-1, (-1, 2))))
+    assert off_by(native.Points(before, weight, bias)(latents, rois), wanted) < 1e-5
+
+
+@dtypes
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize(
+    ("batch", "n", "points", "channels", "out_points", "betas"),
+    [(2, 7, 16, 64, 32, False), (1, 49, 36, 96, 36, True), (3, 5, 9, 16, 5, True)],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_mixing(
+    compiled: None,
+    dtype: torch.dtype,
+    padding: str,
+    batch: int,
+    n: int,
+    points: int,
+    channels: int,
+    out_points: int,
+    betas: bool,
+    shared: bool,
+) -> None:
+    torch.manual_seed(0)
+    each = 1 if shared else batch
+    feature_map = torch.randn(batch, 13, 17, channels).to(dtype).permute(0, 3, 1, 2)
+    where = torch.rand(each, n, points, 2) * 1.6 - 0.3
+    where[0, 0, :2] = torch.tensor([[-1e30, 0.5], [0.5, 1e30]])
+    generated = torch.randn(each, n, channels**2 + out_points * points).to(dtype)
+    m_beta, s_beta = (torch.randn(channels).to(dtype), torch.randn(out_points).to(dtype)) if betas else (None, None)
+    sampled = sample_bilinear(feature_map.float(), where.expand(batch, -1, -1, -1), padding).double()
+    over_channels, over_points = generated.double().split([channels**2, out_points * points], dim=-1)
+    mixed = sampled @ over_channels.unflatten(-1, (channels, channels))
+    if betas:
+        mixed = F.gelu(mixed + m_beta.double())
+    mixed = over_points.unflatten(-1, (out_points, points)) @ mixed
+    wanted = F.gelu(mixed + s_beta.double().unsqueeze(-1) if betas else mixed).flatten(-2)
+    found = native.mix(feature_map, where, generated, m_beta, s_beta, out_points, padding, beside=3)
+    assert found.dtype == dtype and off_by(found[..., :-3], wanted) < DTYPES[dtype]
+
+
+@dtypes
+def test_positions(compiled: None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    after, rois = norm(96, dtype), boxes(2, 11)
+    out = torch.full((2, 11, 100), 7.0, dtype=dtype)
+    native.Positions(after, encoding_frequencies(96))(rois, out)
+    wanted = F.layer_norm(encode_rois(rois, 96).double(), (96,), after.weight.double(), after.bias.double(), 1e-6)
+    # sines of up to 128 turns of float32 numbers are known to four digits
+    assert off_by(out[..., 4:], wanted) < max(DTYPES[dtype], 1e-4) and (out[..., :4] == 7).all()
+
+
+@dtypes
+def test_adjusting(compiled: None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight, rois = torch.randn(2, 12, 96).to(dtype)[:, 1:], torch.randn(4, 96) / 20, boxes(1, 11)
+    assert off_by(native.adjust(hidden, weight, rois), adjust_rois(rois.double(), hidden.double() @ weight.double().T)) < 1e-5
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(56, 56), (33, 50), (1, 2)])
+def test_the_map(compiled: None, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    plain = EarlyConvolution(32).to(dtype).requires_grad_(False)
+    pixels = torch.randn(2, 3, *size).to(dtype)
+    found = inference.CompiledEarlyConvolution(plain)(pixels)
+    assert off_by(found, plain(pixels).double()) < DTYPES[dtype]
+    pixels[1, 0, -1, -1] = torch.nan
+    assert torch.equal(inference.CompiledEarlyConvolution(plain)(pixels).isnan(), plain(pixels).isnan())
+
+
+def tower(dtype: torch.dtype = torch.float32, channels: int = 16) -> SparseFormer:
+    unit = UnitConfig(64, ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ"))
+    return SparseFormer(SparseFormerConfig((unit,), 9, 32, (0.5,) * 3, (0.5,) * 3, head="avg", conv_dim=channels)).to(dtype)
+
+
+def looks_compiled(made: SparseFormer) -> bool:
+    return isinstance(made.optimize_for_inference().units()[0], inference.CompiledUnit)
+
+
+def test_when_a_tower_looks_by_them(compiled: None) -> None:
+    assert looks_compiled(tower()) and looks_compiled(tower(torch.bfloat16))
+    assert not looks_compiled(tower(torch.float16)) and not looks_compiled(tower(channels=24))
+    with kernels.using("plain"):
+        assert not looks_compiled(tower())
+
+
+def test_it_is_compiled_once(compiled: None, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert native.usable(torch.float32, 64)
+    (made,) = (tmp_path / "sparse_vlm").iterdir()
+    first = made.stat().st_mtime_ns
+    native._library.cache_clear()
+    assert native.usable(torch.float32, 64) and made.stat().st_mtime_ns == first
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
+    native._library.cache_clear()
+    assert native.usable(torch.float32, 64) and len(list(made.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails", "a compiler that makes no library", "nowhere to keep it"])
+def test_without_a_compiler_torch_looks(fault: str, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(kept))
+    script = tmp_path / "c++"
+    last = {"a compiler that fails": "exit 1", "a compiler that makes no library": 'echo nothing > "${@: -1}"'}.get(fault, "exit 0")
+    script.write_text(f'#!/bin/bash\n[ "$1" = --version ] && echo c++ 1.0 && exit 0\n{last}\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    if fault == "nowhere to keep it":
+        kept.write_text("a file")
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", str(tmp_path / "missing" if fault == "no compiler" else script))
+    assert not native.usable(torch.float32, 64)
+    assert not looks_compiled(tower())
+    if kept.is_dir():
+        assert not list(kept.rglob("*.tmp"))
+
+
+def test_small_numbers_stay_as_it_is_loaded(compiled: None) -> None:
+    """Flags for faster arithmetic can make a whole process round its smallest numbers to zero."""
+    small = "(torch.tensor(1e-40) * 1).item() > 0"
+    code = f"import torch; from sparse_vlm.kernels.native import usable; print(usable(torch.float32, 64), {small})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["True", "True"]
