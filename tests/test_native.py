@@ -33,7 +33,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 @pytest.fixture
 def compiled() -> None:
     if not native.usable(torch.float32, 64):
-        pytest.skip("no C++ compiler that takes look.cpp here")
+        pytest.skip("no C++ compiler that takes our sources here")
 
 
 @pytest.fixture
@@ -119,6 +119,20 @@ def test_positions(compiled: None, dtype: torch.dtype) -> None:
     wanted = F.layer_norm(encode_rois(rois, 96).double(), (96,), after.weight.double(), after.bias.double(), 1e-6)
     # sines of up to 128 turns of float32 numbers are known to four digits
     assert off_by(out[..., 4:], wanted) < max(DTYPES[dtype], 1e-4) and (out[..., :4] == 7).all()
+
+
+@dtypes
+@pytest.mark.parametrize(("n", "heads", "size"), [(1, 2, 16), (49, 6, 64), (64, 3, 32), (130, 2, 80)])
+def test_attention(compiled: None, dtype: torch.dtype, n: int, heads: int, size: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(3, n, 3 * heads * size).to(dtype)
+    qkv[1, :, :4] *= 20  # one token gets nearly all of the weight
+    q, k, v = qkv.double().unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    wanted = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
+    assert off_by(native.attend(qkv, heads), wanted) < 5 * DTYPES[dtype]  # large scores have large roundings
+    qkv[0, 0, 0] = torch.nan
+    found = native.attend(qkv, heads)
+    assert found[0, 0, 0].isnan() and not found[1:].isnan().any()
 
 
 @dtypes

@@ -1,9 +1,9 @@
-"""What an inference tower does around its blocks, on a processor, in a few calls of C++ instead of some sixty operators of torch.
+"""Looks and attention of an inference tower on a processor, in a few calls of C++ instead of many operators of torch.
 
 Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 
-Notable: `look.cpp` is compiled by the machine's own compiler when it is first wanted, in about two seconds, and kept where torch keeps
-what it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
+Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about four seconds, and kept where torch keeps what
+it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
 done, torch computes the same.
 """
 
@@ -25,15 +25,23 @@ from torch import Tensor, nn
 from sparse_vlm import files
 from sparse_vlm.geometry import Padding
 
-SOURCE = Path(__file__).with_name("look.cpp")
+FOLDER = Path(__file__).with_name("cpp")
 # no -ffast-math: linked into a library, it would make the whole process round its smallest numbers to zero
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-fno-math-errno",
          "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
 TIMEOUT_S = 60  # of the compiler
-LANES = 16  # as in look.cpp
+LANES = 16  # as in vectors.h
+MOST_TOKENS = 256  # that attention is faster for than torch's
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# what the functions of look.cpp take: addresses, longs, ints and floats; the threads come last
-ARGUMENTS = {"settle": "afiiiia", "points": "alaaafiiiia", "positions": "aaaaflial", "adjust": "alaaiiia", "mix": "aaiaiaaiiiiiiiial"}
+# what the functions take: addresses, longs, ints and floats; the threads come last
+ARGUMENTS = {
+    "attend": "aiiiia",
+    "settle": "afiiiia",
+    "points": "alaaafiiiia",
+    "positions": "aaaaflial",
+    "adjust": "alaaiiia",
+    "mix": "aaiaiaaiiiiiiiial",
+}
 _KINDS = {"a": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -49,11 +57,12 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None or platform.system() != "Linux":
         return None
     # torch's own OpenMP first, so that both share one set of threads instead of waiting for each other's
-    command = [compiler, *FLAGS, str(SOURCE), *map(str, sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))]
+    runtime = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    command = [compiler, *FLAGS, *map(str, [*sorted(FOLDER.glob("*.cpp")), *runtime])]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT_S).stdout
-        made_of = b"\0".join([SOURCE.read_bytes(), version, " ".join(command).encode(), _processor()])
-        path = _folder() / f"look-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+        made_of = b"\0".join([*(path.read_bytes() for path in sorted(FOLDER.iterdir())), version, " ".join(command).encode(), _processor()])
+        path = _folder() / f"towers-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.aside(path) as part:
@@ -135,6 +144,14 @@ class Positions:
         width = len(self.gain)
         given = _numbers(rois.expand(batch, n, 4)), self.frequencies, self.gain, self.shift, self.eps, batch * n, width
         _call("positions", out.dtype, *given, out[..., -width:], apart)
+
+
+def attend(qkv: Tensor, heads: int) -> Tensor:
+    """Queries, which are scaled, keys and values (B, N, 3 d) to what each token attends to (B, N, d); a head is a multiple of 16 wide."""
+    batch, n, width = qkv.shape
+    out = torch.empty(batch, n, width // 3, dtype=qkv.dtype)
+    _call("attend", qkv.dtype, qkv.contiguous(), batch, n, heads, width // 3 // heads, out)
+    return out
 
 
 def adjust(hidden: Tensor, weight: Tensor, rois: Tensor) -> Tensor:

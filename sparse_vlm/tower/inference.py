@@ -198,9 +198,11 @@ class PreparedAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) to (B, N, d)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
-        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(attended.transpose(1, 2).flatten(-2))
+        return self.proj(self._attend(self.qkv(x)))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
 
 
 class PreparedMlp(Mlp):
@@ -279,6 +281,8 @@ class PreparedUnit(Unit):
         first: whether it is given the same tokens whatever the picture is, so that all up to its first look is found once.
     """
 
+    attention: type[PreparedAttention] = PreparedAttention
+
     def __init__(self, plain: Unit, activation: Activation, first: bool) -> None:
         nn.Module.__init__(self)
         self.ops, self.repeats, self.width, self.padding = plain.ops, plain.repeats, plain.width, plain.padding
@@ -289,7 +293,7 @@ class PreparedUnit(Unit):
         if "PE_INJECT" in self.ops:
             self.pe_transition = _pack(plain.pe_transition)
         if "ATTN" in self.ops:
-            self.norm1, self.attn = plain.norm1, PreparedAttention(plain.attn)
+            self.norm1, self.attn = plain.norm1, self.attention(plain.attn)
         if "MLP" in self.ops:
             self.norm2, self.mlp = plain.norm2, PreparedMlp(plain.mlp, activation)
             if self.mlp.factor != 1:
@@ -385,8 +389,19 @@ class CompiledEarlyConvolution(EarlyConvolution):
         return native.settle(self.conv1(pixels.contiguous(memory_format=torch.channels_last)), MAP_EPS)
 
 
+class CompiledAttention(PreparedAttention):
+    """Attention whose core is a compiled function, for as many tokens as that is faster for than torch's."""
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        if qkv.shape[1] > native.MOST_TOKENS or qkv.shape[-1] // 3 // self.heads % native.LANES:
+            return super()._attend(qkv)
+        return native.attend(qkv, self.heads)
+
+
 class CompiledUnit(PreparedUnit):
-    """A prepared unit whose looks are computed by compiled functions; positions that are told right after a look are told with it."""
+    """A prepared unit that looks and attends by compiled functions; positions that are told right after a look are told with it."""
+
+    attention = CompiledAttention
 
     def _prepare_looks(self, plain: Unit) -> None:
         mixing, (norm, layer) = plain.adaptive_mixing, plain.roi_offset_module

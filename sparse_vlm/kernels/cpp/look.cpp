@@ -5,135 +5,12 @@
 // token, H x W the map.
 //
 // Notable: torch computes the same in some sixty operators a look, each of which takes longer to call than to carry out
-// for one picture (docs/speed.md). Here a token's samples, weights and mixed points stay in the first cache. All is
-// summed in float32, whatever is read and written. Plain C++ without torch's headers, so that it compiles in two
-// seconds; sparse_vlm/kernels/native.py compiles and calls it.
+// for one picture (docs/speed.md). Here a token's samples, weights and mixed points stay in the first cache. Plain C++
+// without torch's headers, so that it compiles in two seconds; sparse_vlm/kernels/native.py compiles and calls it.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
-
-constexpr int LANES = 16;  // of a vector: one register of AVX-512, two of AVX2, four of NEON
-constexpr int ROWS =
-    4;  // of a block of a matrix product: with two vectors a row, eight sums to hide the latency of multiply-add
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-typedef float VectorInMemory __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float get(const float* from) { return *from; }
-
-inline float get(const bfloat16* from) {
-    uint32_t bits = uint32_t(from->bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline void put(float* to, float value) { *to = value; }
-
-inline void put(bfloat16* to, float value) {  // to the nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-template <typename T>
-void widen(const T* from, float* to, long count) {
-    for (long i = 0; i < count; i++) to[i] = get(from + i);
-}
-
-// erf by the ratio of polynomials that Eigen and XLA use: 4e-7 at most
-inline float erf_of(float x) {
-    x = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x;
-    float s = x * x;
-    float p = -2.72614225801306e-10f;
-    p = p * s + 2.77068142495902e-08f;
-    p = p * s - 2.10102402082508e-06f;
-    p = p * s - 5.69250639462346e-05f;
-    p = p * s - 7.34990630326855e-04f;
-    p = p * s - 2.95459980854025e-03f;
-    p = p * s - 1.60960333262415e-02f;
-    float q = -1.45660718464996e-05f;
-    q = q * s - 2.13374055278905e-04f;
-    q = q * s - 1.68282697438203e-03f;
-    q = q * s - 7.37332916720468e-03f;
-    q = q * s - 1.42647390514189e-02f;
-    return x * p / q;
-}
-
-inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f)); }
-
-// sin(2 pi t) of t in [-0.5, 0.5]
-inline float sine_of_turns(float t) {
-    // sin(2 pi t) = sin(2 pi (1/2 - t)) for t beyond a quarter
-    float a = std::fabs(t);
-    a = a > 0.25f ? 0.5f - a : a;
-    float x = 6.28318530717958648f * a, s = x * x;
-    float p = -2.3889859e-08f;
-    p = p * s + 2.7525562e-06f;
-    p = p * s - 1.9840874e-04f;
-    p = p * s + 8.3333310e-03f;
-    p = p * s - 1.6666667e-01f;
-    float y = x + x * s * p;
-    return t < 0 ? -y : y;
-}
-
-inline Vector load(const float* from) { return *reinterpret_cast<const VectorInMemory*>(from); }
-
-inline Vector add_product(Vector sum, float a, Vector b) { return sum + a * b; }
-
-#ifdef __AVX512BF16__
-typedef uint32_t Pairs __attribute__((vector_size(LANES * sizeof(uint32_t))));
-typedef uint32_t PairsInMemory __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
-
-inline Pairs load(const uint32_t* from) { return *reinterpret_cast<const PairsInMemory*>(from); }
-
-// two products of a lane, of bfloat16 numbers that lie beside each other
-inline Vector add_product(Vector sum, uint32_t a, Pairs b) {
-    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
-}
-#endif
-
-// R rows and V vectors of c (rows, columns) = a (rows, k) b (k, columns)
-template <int R, int V, typename E>
-inline void block(const E* a, const E* b, float* c, int k, int columns) {
-    Vector sum[R][V] = {};
-    for (int i = 0; i < k; i++) {
-        decltype(load(b)) row[V];
-        for (int v = 0; v < V; v++) row[v] = load(b + long(i) * columns + v * LANES);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sum[r][v] = add_product(sum[r][v], a[long(r) * k + i], row[v]);
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) *reinterpret_cast<VectorInMemory*>(c + long(r) * columns + v * LANES) = sum[r][v];
-}
-
-template <int R, typename E>
-inline void rows_of(const E* a, const E* b, float* c, int k, int columns) {
-    int j = 0;
-    for (; j + 2 * LANES <= columns; j += 2 * LANES) block<R, 2>(a, b + j, c + j, k, columns);
-    if (j < columns) block<R, 1>(a, b + j, c + j, k, columns);
-}
-
-// c (rows, columns) = a (rows, k) b (k, columns); columns is a multiple of LANES
-template <typename E>
-void multiply(const E* a, const E* b, float* c, int rows, int k, int columns) {
-    int r = 0;
-    for (; r + ROWS <= rows; r += ROWS) rows_of<ROWS>(a + long(r) * k, b, c + long(r) * columns, k, columns);
-    for (; r < rows; r++) rows_of<1>(a + long(r) * k, b, c + long(r) * columns, k, columns);
-}
 
 // one point of a map (H, W, C), bilinearly, with half-pixel centres
 template <typename M>
@@ -225,7 +102,7 @@ void points(const T* latents, long picture, const float* rois, const float* weig
                 for (int r = 0; r < rows; r++)
                     normalise(latents + b * picture + long(first + r) * width, normal.data() + long(r) * width, width,
                               eps);
-                multiply(normal.data(), weight, offsets.data(), rows, width, padded);
+                multiply(normal.data(), width, weight, offsets.data(), rows, width, padded);
                 for (int r = 0; r < rows; r++) {
                     float* offset = offsets.data() + long(r) * padded;
                     long token = long(b) * n + first + r;
@@ -269,30 +146,24 @@ inline void activate(float* mixed, const float* beta, int count, int channels) {
 template <typename T>
 void mix_token(const T* generated, const float* m_beta, int count, int channels, int out_points, Scratch& at) {
     widen(generated, at.wide.data(), at.wide.size());
-    multiply(at.sampled.data(), at.wide.data(), at.mixed.data(), count, channels, channels);
+    multiply(at.sampled.data(), channels, at.wide.data(), at.mixed.data(), count, channels, channels);
     activate(at.mixed.data(), m_beta, count, channels);
-    multiply(at.wide.data() + long(channels) * channels, at.mixed.data(), at.last.data(), out_points, count, channels);
+    multiply(at.wide.data() + long(channels) * channels, count, at.mixed.data(), at.last.data(), out_points, count,
+             channels);
 }
 
 #ifdef __AVX512BF16__
-inline void interleave(const bfloat16* from, uint32_t* to, int rows, int columns) {  // each two rows as one of pairs
-    for (int i = 0; i < rows / 2; i++)
-        for (int j = 0; j < columns; j++)
-            to[i * columns + j] = from[2 * i * columns + j].bits | uint32_t(from[(2 * i + 1) * columns + j].bits) << 16;
-}
-
 // the same by products of bfloat16 numbers, as torch computes it too: twice as many at once
 void mix_token(const bfloat16* generated, const float* m_beta, int count, int channels, int out_points, Scratch& at) {
     if (count % 2) return mix_token<bfloat16>(generated, m_beta, count, channels, out_points, at);
-    const auto pairs_of = [](const bfloat16* from) { return reinterpret_cast<const uint32_t*>(from); };
     for (size_t i = 0; i < at.sampled.size(); i++) put(&at.narrow[i], at.sampled[i]);
-    interleave(generated, at.pairs.data(), channels, channels);
-    multiply(pairs_of(at.narrow.data()), at.pairs.data(), at.mixed.data(), count, channels / 2, channels);
+    interleave(generated, channels, at.pairs.data(), channels, channels);
+    multiply(pairs_of(at.narrow.data()), channels / 2, at.pairs.data(), at.mixed.data(), count, channels / 2, channels);
     activate(at.mixed.data(), m_beta, count, channels);
     for (size_t i = 0; i < at.mixed.size(); i++) put(&at.narrow[i], at.mixed[i]);
-    interleave(at.narrow.data(), at.pairs.data(), count, channels);
-    multiply(pairs_of(generated + long(channels) * channels), at.pairs.data(), at.last.data(), out_points, count / 2,
-             channels);
+    interleave(at.narrow.data(), channels, at.pairs.data(), count, channels);
+    multiply(pairs_of(generated + long(channels) * channels), count / 2, at.pairs.data(), at.last.data(), out_points,
+             count / 2, channels);
 }
 #endif
 

@@ -1,0 +1,119 @@
+// Attention among few tokens on a processor, reading queries, keys and values as one layer wrote them.
+//
+// Notable: torch's fused attention is made for long sequences; at 49 tokens it takes three times as long
+// (docs/speed.md), of which half is changing layouts before and after. Here a head's keys, scores and values stay in
+// the first caches.
+
+#include "vectors.h"
+
+namespace {
+
+// exp of numbers that are not above 0
+inline float exp_of(float x) {
+    float t = (x < -87.0f ? -87.0f : x) * 1.44269504088896341f, whole = std::nearbyint(t), f = t - whole;
+    float p = 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    uint32_t bits = uint32_t(int(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+// Scores (n, padded) to what they weigh, not yet divided by its sum; places from n on weigh nothing.
+inline void weigh(float* scores, float* sums, int n, int padded) {
+    for (int i = 0; i < n; i++) {
+        float *row = scores + long(i) * padded, most = row[0], sum = 0;
+        for (int j = 1; j < n; j++) most = row[j] > most ? row[j] : most;
+        for (int j = 0; j < n; j++) sum += row[j] = exp_of(row[j] - most);
+        for (int j = n; j < padded; j++) row[j] = 0;
+        sums[i] = sum;
+    }
+}
+
+// What one head works in.
+struct Head {
+    int n, size, padded;
+    std::vector<float> scores, sums, mean, queries, keys, values;
+    std::vector<bfloat16> weights;
+    std::vector<uint32_t> pairs, value_pairs;
+
+    Head(int n, int size)
+        : n(n),
+          size(size),
+          padded((n + LANES - 1) / LANES * LANES),
+          scores(long(n) * padded),
+          sums(n),
+          mean(long(n) * size) {}
+};
+
+// queries, keys and values of a head (n, size), whose rows are `apart`, to what it attends to (n, size), in `at.mean`
+template <typename T>
+void attend_head(const T* q, const T* k, const T* v, long apart, Head& at) {
+    at.queries.resize(long(at.n) * at.size);
+    at.values.resize(at.queries.size());
+    at.keys.resize(long(at.size) * at.padded);
+    for (int j = 0; j < at.n; j++) {
+        widen(q + j * apart, &at.queries[long(j) * at.size], at.size);
+        widen(v + j * apart, &at.values[long(j) * at.size], at.size);
+        for (int i = 0; i < at.size; i++) at.keys[long(i) * at.padded + j] = get(k + j * apart + i);
+    }
+    multiply(at.queries.data(), at.size, at.keys.data(), at.scores.data(), at.n, at.size, at.padded);
+    weigh(at.scores.data(), at.sums.data(), at.n, at.padded);
+    multiply(at.scores.data(), at.padded, at.values.data(), at.mean.data(), at.n, at.n, at.size);
+}
+
+#ifdef __AVX512BF16__
+void attend_head(const bfloat16* q, const bfloat16* k, const bfloat16* v, long apart, Head& at) {
+    int half = at.size / 2;
+    at.pairs.resize(long(half) * at.padded);
+    at.value_pairs.resize(long(at.padded) / 2 * at.size);
+    at.weights.resize(long(at.n) * at.padded);
+    for (int j = 0; j < at.n; j++)
+        for (int i = 0; i < half; i++) at.pairs[long(i) * at.padded + j] = pairs_of(k + j * apart)[i];
+    multiply(pairs_of(q), apart / 2, at.pairs.data(), at.scores.data(), at.n, half, at.padded);
+    weigh(at.scores.data(), at.sums.data(), at.n, at.padded);
+    for (size_t i = 0; i < at.weights.size(); i++) put(&at.weights[i], at.scores[i]);
+    interleave(v, apart, at.value_pairs.data(), at.n, at.size);
+    if (at.n % 2)
+        for (int i = 0; i < at.size; i++) at.value_pairs[long(at.n) / 2 * at.size + i] = v[(at.n - 1) * apart + i].bits;
+    multiply(pairs_of(at.weights.data()), at.padded / 2, at.value_pairs.data(), at.mean.data(), at.n, (at.n + 1) / 2,
+             at.size);
+}
+#endif
+
+// Queries (scaled), keys and values (B, n, 3, heads, size) to what each token attends to (B, n, heads, size).
+template <typename T>
+void attend(const T* qkv, int batch, int n, int heads, int size, T* out, int threads) {
+    long width = long(heads) * size;
+#pragma omp parallel num_threads(threads)
+    {
+        Head at(n, size);
+#pragma omp for collapse(2)
+        for (int b = 0; b < batch; b++)
+            for (int head = 0; head < heads; head++) {
+                const T* q = qkv + b * n * 3 * width + head * size;
+                attend_head(q, q + width, q + 2 * width, 3 * width, at);
+                for (int i = 0; i < n; i++) {
+                    T* row = out + (long(b) * n + i) * width + head * size;
+                    for (int c = 0; c < size; c++) put(row + c, at.mean[long(i) * size + c] / at.sums[i]);
+                }
+            }
+    }
+}
+
+}  // namespace
+
+#define OF_TYPE(NAME, T)                                                                           \
+    void attend_##NAME(const T* qkv, int batch, int n, int heads, int size, T* out, int threads) { \
+        attend(qkv, batch, n, heads, size, out, threads);                                          \
+    }
+
+extern "C" {
+OF_TYPE(float32, float)
+OF_TYPE(bfloat16, bfloat16)
+}
