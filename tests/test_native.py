@@ -39,9 +39,14 @@ def compiled() -> None:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What is compiled is looked for anew, here and afterwards."""
-    native._library.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     native._library.cache_clear()
+    native.multiplies.cache_clear()
 
 
 def norm(width: int, dtype: torch.dtype) -> nn.LayerNorm:
@@ -121,6 +126,39 @@ def test_positions(compiled: None, dtype: torch.dtype) -> None:
     assert off_by(out[..., 4:], wanted) < max(DTYPES[dtype], 1e-4) and (out[..., :4] == 7).all()
 
 
+ACTIVATED = {None: lambda x: x, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 64, 32), (49, 384, 100), (73, 66, 1152)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layers(compiled: None, dtype: torch.dtype, activation: str | None, rows: int, inner: int, outer: int, threads: int) -> None:
+    if not native.multiplies(dtype):
+        pytest.skip("this processor's products are left to libraries")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outer, inner).to(dtype), torch.randn(outer).to(dtype)
+    x, onto = torch.randn(2, rows + 1, inner).to(dtype)[:, 1:], torch.randn(2, rows, outer).to(dtype)
+    x[0, 0] *= 30  # where activations are flat
+    layer, before = native.Linear(weight, bias, activation), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, added = layer(x), layer(x, onto, 0.5)
+    finally:
+        torch.set_num_threads(before)
+    wanted = ACTIVATED[activation](F.linear(x.double(), weight.double(), bias.double()))
+    assert off_by(found, wanted) < DTYPES[dtype] and off_by(added, onto.double() + wanted / 2) < DTYPES[dtype]
+    without = native.Linear(weight, None)(x)
+    assert off_by(without, F.linear(x.double(), weight.double())) < DTYPES[dtype]
+
+
+def test_a_layer_takes_its_own_dtype_alone(compiled: None) -> None:
+    if not native.multiplies(torch.float32):
+        pytest.skip("this processor's products are left to libraries")
+    with pytest.raises(RuntimeError, match=r"expected torch.float32, not torch.bfloat16"):
+        native.Linear(torch.randn(8, 8), None)(torch.randn(1, 8).bfloat16())
+
+
 @dtypes
 @pytest.mark.parametrize(("n", "heads", "size"), [(1, 2, 16), (49, 6, 64), (64, 3, 32), (130, 2, 80)])
 def test_attention(compiled: None, dtype: torch.dtype, n: int, heads: int, size: int) -> None:
@@ -175,10 +213,10 @@ def test_it_is_compiled_once(compiled: None, forgotten: None, tmp_path: Path, mo
     assert native.usable(torch.float32, 64)
     (made,) = (tmp_path / "sparse_vlm").iterdir()
     first = made.stat().st_mtime_ns
-    native._library.cache_clear()
+    forget()
     assert native.usable(torch.float32, 64) and made.stat().st_mtime_ns == first
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
-    native._library.cache_clear()
+    forget()
     assert native.usable(torch.float32, 64) and len(list(made.parent.iterdir())) == 2
 
 

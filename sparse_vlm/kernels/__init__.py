@@ -1,5 +1,5 @@
 """Looks (bilinear sampling, parameter generation and mixing, fused) and the early convolution, in Triton; looks for processors, in C++."""
 
-from sparse_vlm.kernels.dispatch import compiled, convolve, look, sample, usable, using
+from sparse_vlm.kernels.dispatch import compiled, convolve, look, multiplies, sample, usable, using
 
-__all__ = ["compiled", "convolve", "look", "sample", "usable", "using"]
+__all__ = ["compiled", "convolve", "look", "multiplies", "sample", "usable", "using"]

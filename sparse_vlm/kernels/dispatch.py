@@ -84,6 +84,13 @@ def compiled(dtype: torch.dtype, channels: int) -> bool:
     return _path == "auto" and native.usable(dtype, channels)
 
 
+def multiplies(weight: Tensor) -> bool:
+    """Whether a linear layer of few rows, whose weight (outer, inner) this is, is to be `sparse_vlm.kernels.native.Linear`."""
+    from sparse_vlm.kernels import native
+
+    return _path == "auto" and weight.shape[1] % 2 == 0 and native.multiplies(weight.dtype)
+
+
 def look(
     feature_map: Tensor,
     points: Tensor,

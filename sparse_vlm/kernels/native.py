@@ -1,4 +1,4 @@
-"""Looks and attention of an inference tower on a processor, in a few calls of C++ instead of many operators of torch.
+"""Looks, attention and layers of few rows on a processor, of an inference tower, in C++.
 
 Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 
@@ -18,8 +18,10 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import files
@@ -31,10 +33,12 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "
          "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
 TIMEOUT_S = 60  # of the compiler
 LANES = 16  # as in vectors.h
+PANEL = 2 * LANES  # as in linear.cpp
 MOST_TOKENS = 256  # that attention is faster for than torch's
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
 ARGUMENTS = {
+    "linear": "aaaafiiiia",
     "attend": "aiiiia",
     "settle": "afiiiia",
     "points": "alaaafiiiia",
@@ -48,6 +52,12 @@ _KINDS = {"a": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctyp
 def usable(dtype: torch.dtype, channels: int) -> bool:
     """Whether the functions below take tokens of this dtype and a map of so many channels; compiles them when first asked."""
     return dtype in TYPES and channels % LANES == 0 and _library() is not None
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `Linear` is for this processor and dtype: for AVX-512, and in bfloat16 where that multiplies it and no AMX does."""
+    return dtype in TYPES and _library() is not None and bool(getattr(_library(), f"multiplies_{TYPES[dtype]}")())
 
 
 @functools.cache
@@ -74,7 +84,9 @@ def _library() -> ctypes.CDLL | None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, letters in ARGUMENTS.items():
         for kind in TYPES.values():
-            function = getattr(library, f"{name}_{kind}")
+            function = getattr(library, f"{name}_{kind}", None)
+            if function is None:  # for other processors
+                continue
             function.argtypes, function.restype = [*(_KINDS[letter] for letter in letters), ctypes.c_int], None
     return library
 
@@ -99,6 +111,42 @@ def settle(cells: Tensor, eps: float) -> Tensor:
     out = torch.empty(batch, -(-rows // 2), -(-columns // 2), channels, dtype=cells.dtype)
     _call("settle", cells.dtype, cells, eps, batch, rows, columns, channels, out)
     return out.permute(0, 3, 1, 2)
+
+
+class Linear:
+    """A linear layer, best at few rows.
+
+    Args:
+        weight, bias: (outer, inner) and (outer), which are left as they are; inner is even.
+        activation: a key of `ACTIVATIONS`.
+    """
+
+    ACTIVATIONS: ClassVar[dict[str | None, int]] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> None:
+        self.dtype, self.outer, self.inner = weight.dtype, *weight.shape
+        panels = -(-self.outer // PANEL)
+        padded = F.pad(weight.detach(), (0, 0, 0, panels * PANEL - self.outer))
+        together = 2 if weight.dtype == torch.bfloat16 else 1  # numbers that are multiplied at once
+        self.weight = padded.view(panels, PANEL, self.inner // together, together).transpose(1, 2).contiguous()
+        self.bias = torch.zeros(panels * PANEL)
+        if bias is not None:
+            self.bias[: self.outer] = bias.detach().float()
+        self.activation = self.ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """(..., inner) to (..., outer), times `factor` and added onto that where it is given.
+
+        Raises:
+            RuntimeError: another dtype than the weight's.
+        """
+        if x.dtype != self.dtype or (onto is not None and onto.dtype != self.dtype):
+            raise RuntimeError(f"expected {self.dtype}, not {x.dtype}")
+        out = torch.empty(*x.shape[:-1], self.outer, dtype=x.dtype)
+        x, rows = x.contiguous(), x.numel() // self.inner
+        onto = None if onto is None else onto.expand_as(out).contiguous()
+        _call("linear", x.dtype, x, self.weight, self.bias, onto, factor, self.activation, rows, self.inner, self.outer, out)
+        return out
 
 
 class Points:

@@ -4,12 +4,12 @@ Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C 
 H x W pixels, p pixels a side of a patch.
 
 Notable: each part below says what the part of `sparse_vlm.tower.modules` that it stands for says, within rounding. What is folded:
-* Weights of linear layers are laid out once as oneDNN's kernels read them, instead of at every call, with an activation in the same pass.
+* Weights of linear layers are laid out once as products read them, instead of at every call, with an activation in the same pass.
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
 * Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
 * The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, instead of being sampled one by one.
-* What lies between the blocks is computed by `sparse_vlm.kernels.native` where there is a compiler: for one picture, calling torch's many
-  small operators takes longer than what they do.
+* Looks, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one picture, calling torch's
+  many small operators takes longer than what they do, and libraries are made for more rows.
 Measured, with what did not help: docs/speed.md.
 """
 
@@ -67,28 +67,37 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights are laid out for oneDNN where that is to be had; with an activation in the same pass.
+    """A linear layer whose weights are laid out for our own products or for oneDNN's, where those are to be had.
 
     Args:
         weight, bias: (outer, inner) and (outer), which are left as they are.
-        activation: of the output; of `quick_gelu` only silu, whose factors are the caller's.
+        activation: of the output, in the same pass; of `quick_gelu` only silu, whose factors are the caller's.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> None:
         super().__init__()
-        # attributes, not buffers: a packed tensor cannot be saved, moved or converted
-        self.bias = None if bias is None else bias.detach()
-        self.packed = packs(weight.dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()) if self.packed else weight.detach()
+        self.ours = self.packed = None
         self.fused = ("none", "") if activation is None else FUSED[activation]
         self.activation = {None: None, "quick_gelu": F.silu}.get(activation, ACTIVATIONS.get(activation))
+        # attributes, not buffers: a packed tensor cannot be saved, moved or converted
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        if kernels.multiplies(weight):
+            self.ours = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation)
+            self.weight = self.bias = None
+        elif packs(weight.dtype):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+            self.weight = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inner) to (..., outer)."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.fused[0], [], self.fused[1])
-        x = F.linear(x, self.weight, self.bias)
-        return x if self.activation is None else self.activation(x)
+    def forward(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """(..., inner) to (..., outer), times `factor` and added onto that where it is given."""
+        if self.ours is not None:
+            return self.ours(x, onto, factor)
+        if self.packed is not None:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.fused[0], [], self.fused[1])
+        else:
+            y = F.linear(x, self.weight, self.bias)
+            y = y if self.activation is None else self.activation(y)
+        return y if onto is None else torch.add(onto, y, alpha=factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
         raise RuntimeError("this tower is optimized for inference and can no longer be moved or converted; do that before optimizing it")
@@ -196,9 +205,9 @@ class PreparedAttention(Attention):
         scale[:width] = (width // plain.heads) ** -0.5
         self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), _pack(plain.proj)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d) to (B, N, d)."""
-        return self.proj(self._attend(self.qkv(x)))
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """(B, N, d) to what it adds onto (B, N, d), with that."""
+        return self.proj(self._attend(self.qkv(x)), onto)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
@@ -209,7 +218,7 @@ class PreparedMlp(Mlp):
     """An MLP of packed layers with its activation in the first one's pass.
 
     Attributes:
-        factor: what the input has to be multiplied with, and the output divided by; 1 unless the activation is quick_gelu.
+        factor: what the input has to be multiplied with; 1 unless the activation is quick_gelu.
     """
 
     def __init__(self, plain: Mlp, activation: Activation) -> None:
@@ -218,9 +227,9 @@ class PreparedMlp(Mlp):
         self.fc1 = PackedLinear(plain.fc1.weight, plain.fc1.bias * self.factor, activation)
         self.fc2 = PackedLinear(plain.fc2.weight, plain.fc2.bias * self.factor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d) to (B, N, d), both `factor` times what they are elsewhere."""
-        return self.fc2(self.fc1(x))
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """(B, N, d), `factor` times what it is elsewhere, to what it adds onto (B, N, d), with that."""
+        return self.fc2(self.fc1(x), onto, 1 / self.factor)
 
 
 class PreparedMixing(AdaptiveMixing):
@@ -350,10 +359,10 @@ class PreparedUnit(Unit):
         return self.adaptive_mixing(feature_map, points, generated)
 
     def _attend(self, x: Tensor) -> Tensor:
-        return x + self.attn(self.norm1(x))
+        return self.attn(self.norm1(x), x)
 
     def _feed(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.mlp(self.norm2(x)), alpha=1 / self.mlp.factor)
+        return self.mlp(self.norm2(x), x)
 
     def _inject(self, rois: Tensor, dtype: torch.dtype) -> Tensor:
         return self.pe_transition(encode_rois(rois, self.width).to(dtype))

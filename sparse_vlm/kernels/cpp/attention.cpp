@@ -8,22 +8,6 @@
 
 namespace {
 
-// exp of numbers that are not above 0
-inline float exp_of(float x) {
-    float t = (x < -87.0f ? -87.0f : x) * 1.44269504088896341f, whole = std::nearbyint(t), f = t - whole;
-    float p = 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    uint32_t bits = uint32_t(int(whole) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
 // Scores (n, padded) to what they weigh, not yet divided by its sum; places from n on weigh nothing.
 inline void weigh(float* scores, float* sums, int n, int padded) {
     for (int i = 0; i < n; i++) {

@@ -1,4 +1,4 @@
-// Numbers, vectors and small matrix products, for look.cpp and attention.cpp. All is summed in float32, whatever is
+// Numbers, vectors and small matrix products, for the other files here. All is summed in float32, whatever is
 // read and written.
 #pragma once
 
@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX512BF16__
@@ -66,6 +67,26 @@ inline float erf_of(float x) {
 }
 
 inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f)); }
+
+// exp, of numbers below -87 as of -87 and above 88 as of 88
+inline float exp_of(float x) {
+    float t = (x < -87.0f  ? -87.0f
+               : x > 88.0f ? 88.0f
+                           : x) *
+              1.44269504088896341f,
+          whole = std::nearbyint(t), f = t - whole;
+    float p = 1.5403530e-4f;
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    uint32_t bits = uint32_t(int(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
 
 // sin(2 pi t) of t in [-0.5, 0.5]
 inline float sine_of_turns(float t) {
