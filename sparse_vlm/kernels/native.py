@@ -32,8 +32,8 @@ FOLDER = Path(__file__).with_name("cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-fno-math-errno",
          "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
 TIMEOUT_S = 60  # of the compiler
-LANES = 16  # as in vectors.h
-PANEL = 2 * LANES  # as in linear.cpp
+PADDING = 16  # as in vectors.h
+PANEL = 32  # as in linear.cpp
 MOST_TOKENS = 256  # that attention is faster for than torch's
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
@@ -51,7 +51,7 @@ _KINDS = {"a": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctyp
 
 def usable(dtype: torch.dtype, channels: int) -> bool:
     """Whether the functions below take tokens of this dtype and a map of so many channels; compiles them when first asked."""
-    return dtype in TYPES and channels % LANES == 0 and _library() is not None
+    return dtype in TYPES and channels % PADDING == 0 and _library() is not None
 
 
 @functools.cache
@@ -159,7 +159,7 @@ class Points:
 
     def __init__(self, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> None:
         self.count, self.eps = len(bias) // 2, norm.eps
-        rows = -(-len(bias) // LANES) * LANES
+        rows = -(-len(bias) // PADDING) * PADDING
         self.weight = torch.zeros(weight.shape[1], rows)
         self.bias = torch.zeros(rows)
         self.weight[:, : len(bias)] = (weight.float() * norm.weight.float()).T

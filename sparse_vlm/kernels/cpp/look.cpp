@@ -91,7 +91,7 @@ void settle(const T* cells, float eps, int batch, int rows, int columns, int cha
 template <typename T>
 void points(const T* latents, long picture, const float* rois, const float* weight, const float* bias, float eps,
             int batch, int n, int width, int count, float* out, int threads) {
-    int padded = (2 * count + LANES - 1) / LANES * LANES, blocks = (n + ROWS - 1) / ROWS;
+    int padded = (2 * count + PADDING - 1) / PADDING * PADDING, blocks = (n + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> normal(long(ROWS) * width), offsets(long(ROWS) * padded);

@@ -15,8 +15,13 @@
 
 namespace {
 
-constexpr int LANES = 16;  // of a vector: one register of AVX-512, two of AVX2, four of NEON
-constexpr int ROWS = 4;    // of a block of a product: with two vectors a row, eight sums hide how long one takes
+#ifdef __AVX512F__
+constexpr int LANES = 16;  // of a vector, which is one register
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int PADDING = 16;  // rows are padded to a multiple of this, as native.py pads them
+constexpr int ROWS = 4;      // of a block of a product: with two vectors a row, eight sums hide how long one takes
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef float VectorInMemory __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
