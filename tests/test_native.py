@@ -115,6 +115,15 @@ def test_mixing(
     assert found.dtype == dtype and off_by(found[..., :-3], wanted) < DTYPES[dtype]
 
 
+def test_when_it_attends_by_them(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "multiplies", lambda dtype: True)
+    few, many, too_many = (torch.zeros(1, n, 96) for n in (128, 577, 578))
+    assert native.attends(few, 2) and not native.attends(many, 2) and not native.attends(few, 4)
+    assert native.attends(many.bfloat16(), 2) and not native.attends(too_many.bfloat16(), 2)
+    monkeypatch.setattr(native, "multiplies", lambda dtype: False)
+    assert native.attends(few.bfloat16(), 2) and not native.attends(many.bfloat16(), 2)
+
+
 @dtypes
 def test_positions(compiled: None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

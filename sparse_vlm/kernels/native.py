@@ -34,7 +34,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "
 TIMEOUT_S = 60  # of the compiler
 PADDING = 16  # as in vectors.h
 PANEL = 32  # as in linear.cpp
-MOST_TOKENS = 256  # that attention is faster for than torch's
+FEW_TOKENS = 128  # that attention is faster for than torch's
+MOST_TOKENS = 577  # the same, where pairs of bfloat16 numbers are multiplied; more were not measured
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
 ARGUMENTS = {
@@ -58,6 +59,12 @@ def usable(dtype: torch.dtype, channels: int) -> bool:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `Linear` is for this processor and dtype: for AVX-512, and in bfloat16 where that multiplies it and no AMX does."""
     return dtype in TYPES and _library() is not None and bool(getattr(_library(), f"multiplies_{TYPES[dtype]}")())
+
+
+def attends(qkv: Tensor, heads: int) -> bool:
+    """Whether `attend` takes queries, keys and values (B, N, 3 d), and is faster than torch."""
+    most = MOST_TOKENS if qkv.dtype == torch.bfloat16 and multiplies(qkv.dtype) else FEW_TOKENS
+    return qkv.shape[1] <= most and qkv.shape[2] // 3 // heads % PADDING == 0
 
 
 @functools.cache

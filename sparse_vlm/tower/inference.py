@@ -402,9 +402,7 @@ class CompiledAttention(PreparedAttention):
     """Attention whose core is a compiled function, for as many tokens as that is faster for than torch's."""
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        if qkv.shape[1] > native.MOST_TOKENS or qkv.shape[-1] // 3 // self.heads % native.PADDING:
-            return super()._attend(qkv)
-        return native.attend(qkv, self.heads)
+        return native.attend(qkv, self.heads) if native.attends(qkv, self.heads) else super()._attend(qkv)
 
 
 class CompiledUnit(PreparedUnit):

@@ -12,6 +12,8 @@ namespace {
 constexpr int PANEL = 2 * LANES;  // outputs of a panel
 constexpr int BLOCK = 10;         // rows at once: 20 sums, of the 32 registers of AVX-512; 50 rows are five blocks
 
+constexpr long KEPT = 1 << 18;  // bytes of rows
+
 #ifdef __AVX512F__
 template <typename F>
 inline void each_of(float* panel, F function) {
@@ -74,13 +76,14 @@ template <typename T>
 void linear(const T* x, const T* weight, const float* bias, const T* onto, float factor, int activation, int count,
             int k, int outputs, T* out, int threads) {
     int panels = (outputs + PANEL - 1) / PANEL, blocks = (count + BLOCK - 1) / BLOCK, each = elements(x, k);
-    // few panels are shared by rows as well
-    int parts = std::max(1, std::min(blocks, (2 * threads + panels - 1) / panels));
+    // rows stay in the second cache while all panels pass; few panels are shared by rows as well
+    long parts = std::max(long(long(count) * k * sizeof(T) / KEPT + 1), long(2 * threads + panels - 1) / panels);
+    parts = std::min(long(blocks), parts);
 #pragma omp parallel for collapse(2) num_threads(threads)
-    for (int p = 0; p < panels; p++)
-        for (int part = 0; part < parts; part++) {
+    for (long part = 0; part < parts; part++)
+        for (int p = 0; p < panels; p++) {
             auto panel = elements(weight + long(p) * k * PANEL);
-            int row = blocks * part / parts * BLOCK, last = std::min(count, blocks * (part + 1) / parts * BLOCK);
+            int row = blocks * part / parts * BLOCK, last = std::min(long(count), blocks * (part + 1) / parts * BLOCK);
             int here = std::min(PANEL, outputs - p * PANEL);
             auto some = [&](auto height) {
                 constexpr int R = decltype(height)::value;
