@@ -57,6 +57,34 @@ def save_tower(folder: Path) -> str:
     return f"sparse-vlm:{folder}"
 
 
+def save_talks(folder: Path) -> None:
+    """What LLaVA's train.py starts from: `llm`, a LLaMA with SentencePiece's tokenizer, `talks.json` about two examples, and `tower`."""
+    import sentencepiece
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+    said = {"chelsea": "a cat on a chair", "coffee": "a cup of coffee on a table"}
+    # as LLaVA asks; a character that the tokenizer has not seen would be counted as padding, and LLaVA gives such a conversation no loss
+    system = "A chat between a curious user and an artificial intelligence assistant."
+    system += " The assistant gives helpful, detailed, and polite answers to the user's questions."
+    (folder / "words.txt").write_text("\n".join([f"{system} USER: What is this? ASSISTANT: {text}." for text in said.values()] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "words.txt"), model_prefix=str(folder / "words"), vocab_size=120, hard_vocab_limit=False, minloglevel=2
+    )
+    tokenizer = LlamaTokenizer(str(folder / "words.model"))
+    tokenizer.save_pretrained(folder / "llm")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(folder / "llm")
+    save_tower(folder / "tower")
+    asked = {"from": "human", "value": "<image>\nWhat is this?"}
+    talks = [
+        {"id": str(i), "image": f"{name}.jpg", "conversations": [asked, {"from": "gpt", "value": text}]}
+        for i, (name, text) in enumerate([*said.items()] * 2)
+    ]
+    (folder / "talks.json").write_text(json.dumps(talks))
+
+
 def settings(tower: str, **changes: Any) -> Any:
     """What LLaVA's ModelArguments hold."""
     return types.SimpleNamespace(

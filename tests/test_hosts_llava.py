@@ -19,6 +19,7 @@ import pytest
 import torch
 from commands import free_port
 from PIL import Image
+from safetensors.torch import load_file
 from test_house import BLOCK, IMPORT_NAMES, python
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, UserError
@@ -34,15 +35,21 @@ PLAIN = types.SimpleNamespace(mm_vision_select_layer=-1)
 
 
 @pytest.fixture(scope="session")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
-    """Name of each check to None, or to how it failed."""
-    folder = tmp_path_factory.mktemp("llava")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of LLaVA's packages."""
+    folder = tmp_path_factory.mktemp("llava") / "world"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--only-binary=:all:"]
-    done = subprocess.run([*pip, "--target", str(folder / "world"), *llava_checks.PACKAGES], capture_output=True, text=True)
+    done = subprocess.run([*pip, "--target", str(folder), *llava_checks.PACKAGES], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"LLaVA 1.2.2 and transformers 4.37 do not install here: {done.stderr.strip().splitlines()[-1:]}")
-    line = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "llava_checks.py"), str(folder / "models")]
-    paths = os.pathsep.join([str(folder / "world"), str(ROOT)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def outcome(world: Path) -> dict[str, str | None]:
+    """Name of each check to None, or to how it failed."""
+    line = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "llava_checks.py"), str(world.parent / "models")]
+    paths = os.pathsep.join([str(world), str(ROOT)])
     done = subprocess.run(line, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -51,6 +58,62 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
 @pytest.mark.parametrize("name", llava_checks.names())
 def test_in_llava(name: str, outcome: dict[str, str | None]) -> None:
     assert outcome[name] is None, outcome[name]
+
+
+@pytest.fixture(scope="session")
+def alone(world: Path) -> dict[str, str]:
+    """The environment of a process, to be started with -S, that has LLaVA's packages and of ours only what LLaVA has too."""
+    beside = world.parent / "beside"
+    beside.mkdir()
+    absent = {"datasets", "peft", "open_clip", "open_clip_torch", "timm", "torchvision", "bitsandbytes", "sparse_vlm", "tensorboard"}
+    absent |= {package.split("==")[0] for package in llava_checks.PACKAGES}
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if re.split(r"[-.]", entry.name)[0] not in absent and entry.suffix != ".pth":
+            (beside / entry.name).symlink_to(entry)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (world, beside, ROOT, ROOT / "tests"))), "PYTHONWARNINGS": "ignore"}
+
+
+def test_the_launcher_trains_in_two_stages(world: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    """What docs/plug-in.md says, by LLaVA's own train.py: a projector, then all of it, tower included."""
+    for package in ("deepspeed", "sentencepiece"):
+        pytest.importorskip(package)
+    (launcher,) = re.findall(
+        r"```python\n(import sparse_vlm\.llava\n.*?)```", (ROOT / "docs" / "plug-in.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (tmp_path / "train_sparse.py").write_text(launcher)
+
+    def run(*line: str) -> str:
+        done = subprocess.run([sys.executable, "-S", *line], capture_output=True, text=True, timeout=300, env=alone, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    given = {
+        "model_name_or_path": "llm", "data_path": "talks.json", "image_folder": ROOT / "examples", "lazy_preprocess": True,
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -1, "bf16": True, "use_cpu": True, "num_train_epochs": 1,
+        "per_device_train_batch_size": 2, "learning_rate": 0.01, "logging_steps": 1, "save_strategy": "no", "model_max_length": 512,
+    }  # fmt: skip
+
+    def train(**changes: object) -> list[float]:
+        """The loss of each step."""
+        options = [str(each) for name, value in {**given, **changes}.items() for each in (f"--{name}", value)]
+        return [float(loss) for loss in re.findall(r"'loss': ([\d.]+)", run("train_sparse.py", *options, "--report_to", "none"))]
+
+    run("-c", "import llava_checks, pathlib; llava_checks.save_talks(pathlib.Path())")
+    tower = "sparse-vlm:tower"
+    losses = train(vision_tower=tower, version="plain", tune_mm_mlp_adapter=True, output_dir="llava-align")
+    assert len(losses) == 2 and min(losses) > 1
+    projector = torch.load(tmp_path / "llava-align" / "mm_projector.bin", weights_only=True)
+    assert {tuple(weight.shape) for weight in projector.values()} == {(32, 64), (32,), (32, 32)}
+    tuned_tower, adapter = f"{tower}?tokens=4&unfreeze=true", "llava-align/mm_projector.bin"
+    losses = train(vision_tower=tuned_tower, version="v1", pretrain_mm_mlp_adapter=adapter, output_dir="llava-tuned")
+    assert len(losses) == 2 and min(losses) > 1
+    assert json.loads((tmp_path / "llava-tuned" / "config.json").read_text())["mm_vision_tower"] == tuned_tower
+    tuned = load_file(tmp_path / "llava-tuned" / "model.safetensors")
+    for name, weight in projector.items():
+        assert tuned[name].shape == weight.shape and not torch.equal(tuned[name], weight)
+    before = load_file(tmp_path / "tower" / "model.safetensors")
+    after = {name.split("vision_tower.vision_tower.")[1]: weight for name, weight in tuned.items() if "vision_tower" in name}
+    assert after.keys() <= before.keys() and not torch.equal(after["layers.0.mlp.fc1.weight"].float(), before["layers.0.mlp.fc1.weight"])
 
 
 # ---- what needs no LLaVA
