@@ -50,6 +50,7 @@ class Settings:
         tokens: numbers of tokens a picture, where they can be chosen.
         images: files of pictures; one is made where there are none.
         compile: measure towers compiled as well.
+        optimized: measure towers after `optimize_for_inference`, ours and ViTs alike.
         prompt_tokens: of text beside a picture (P).
         rounds: turns of each piece, after the warm-up.
         limit_s: a piece that took so many seconds takes no more turns than it must.
@@ -67,6 +68,7 @@ class Settings:
     dtypes: tuple[str, ...] = ("bfloat16",)
     device: str = "cpu"
     compile: bool = False
+    optimized: bool = False
     prompt_tokens: int = 32
     rounds: int = 10
     limit_s: float = 20.0
@@ -86,6 +88,12 @@ class Settings:
         if self.rounds < FEWEST:
             raise UserError(f"--rounds is {self.rounds}; a median needs {FEWEST} at least")
         kind = self.device.partition(":")[0]
+        if self.optimized and self.compile:
+            raise UserError("--optimized and --compile: an optimized tower cannot be compiled; measure them in two runs")
+        if self.optimized and len(self.dtypes) > 1:
+            raise UserError("--optimized: weights are laid out for one --dtype; measure each in a run of its own")
+        if self.optimized and kind != "cpu":
+            raise UserError(f"--optimized: folds towers for a processor, not for {self.device}; on a GPU take --compile")
         if kind not in ("cpu", "cuda"):
             raise UserError(f"--device {self.device}: known are cpu and cuda")
         if kind == "cuda" and not torch.cuda.is_available():
@@ -109,6 +117,8 @@ class Bench:
         self.pictures = [_read(name) for name in settings.images] or [made_picture()]
         self.plans = [plan_llm(name) for name in dict.fromkeys(settings.llms)]
         self.visions = load_visions(list(dict.fromkeys(settings.models)), settings.tokens)
+        if settings.optimized and (pruned := [vision.model for vision in self.visions if vision.prunes]):
+            raise UserError(f"--optimized: {pruned[0]} makes tokens fewer within its tower, which is measured plain; leave it out")
         self._began = time.monotonic()
         self._expected = self._done = 0.0
         self._projecting: dict[str, Work] = {}
@@ -150,6 +160,9 @@ class Bench:
                 dtype = DTYPES[name]
                 for vision in self.visions:
                     vision.module.to(self.device, dtype)
+                if self.settings.optimized:
+                    for vision in {id(vision.module): vision for vision in self.visions}.values():
+                        vision.optimize()
                 for batch in self.settings.batches:
                     self._group(list(self._of_towers(dtype, batch)), name)
                 for plan in self.plans:

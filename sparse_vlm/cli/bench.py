@@ -47,6 +47,7 @@ def bench(
         list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. What the machine multiplies in unless given.")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Measure towers compiled, too.")] = False,
+    optimized: Annotated[bool, typer.Option("--optimized", help="Measure towers folded for a processor, ours and ViTs alike.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one unless given.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of text beside a picture.", min=1)] = 32,
@@ -99,6 +100,7 @@ def bench(
             dtypes=tuple(dict.fromkeys(dtype or [str(native_dtype(where)).removeprefix("torch.")])),
             device=where,
             compile=compile,
+            optimized=optimized,
             prompt_tokens=prompt_tokens,
             rounds=rounds,
             limit_s=seconds,
