@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels, load_image
 from sparse_vlm.bench.vision import RIVALS
 from sparse_vlm.preprocess import preprocess
-from sparse_vlm.tower import GlanceConfig, UnitConfig, inference
+from sparse_vlm.tower import GlanceConfig, UnitConfig, packed
 from sparse_vlm.tower.config import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +201,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_tower(tiny: SparseFor
 
 
 def test_without_onednn_it_says_the_same(tiny: SparseFormer, photos: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "packs", lambda dtype: False)
+    monkeypatch.setattr(packed, "packs", lambda dtype: False)
     assert differences(tiny, optimized(tiny), photos[:1]) < 1e-4
     vit = stirred(dataclasses.replace(RIVALS["clip-b32"].config, units=RIVALS["clip-b32"].config.units[:1]))  # with quick_gelu
     assert differences(vit, optimized(vit), torch.randn(1, 3, 224, 224)) < 1e-4

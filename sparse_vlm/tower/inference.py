@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from sparse_vlm import kernels
 from sparse_vlm.geometry import Padding, adjust_rois, crop_samples, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
 from sparse_vlm.kernels import native
-from sparse_vlm.tower.modules import ACTIVATIONS, MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
+from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
+from sparse_vlm.tower.packed import PackedLinear, pack
 
 if TYPE_CHECKING:
     from sparse_vlm.tower.config import Activation
     from sparse_vlm.tower.model import SparseFormer
 
 QUICK = 1.702
-# oneDNN's names of what is applied to a layer's output in the same pass: (operation, algorithm)
-FUSED: dict[Activation, tuple[str, str]] = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "quick_gelu": ("swish", "")}
 Find = Callable[..., Tensor]  # of a function and its arguments, what it returns
 
 
@@ -54,65 +53,7 @@ def optimize(tower: SparseFormer) -> None:
         if isinstance(layer, Unit):
             tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None)
         else:
-            tower.layers[index] = _pack(layer)
-
-
-def packs(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN here, and that has kernels of this dtype for this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weights are laid out for our own products or for oneDNN's, where those are to be had.
-
-    Args:
-        weight, bias: (outer, inner) and (outer), which are left as they are.
-        activation: of the output, in the same pass; of `quick_gelu` only silu, whose factors are the caller's.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> None:
-        super().__init__()
-        self.ours = self.packed = None
-        self.fused = ("none", "") if activation is None else FUSED[activation]
-        self.activation = {None: None, "quick_gelu": F.silu}.get(activation, ACTIVATIONS.get(activation))
-        # attributes, not buffers: a packed tensor cannot be saved, moved or converted
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        if kernels.multiplies(weight):
-            self.ours = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation)
-            self.weight = self.bias = None
-        elif packs(weight.dtype):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
-            self.weight = None
-
-    def forward(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
-        """(..., inner) to (..., outer), times `factor` and added onto that where it is given."""
-        if self.ours is not None:
-            return self.ours(x, onto, factor)
-        if self.packed is not None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.fused[0], [], self.fused[1])
-        else:
-            y = F.linear(x, self.weight, self.bias)
-            y = y if self.activation is None else self.activation(y)
-        return y if onto is None else torch.add(onto, y, alpha=factor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
-        raise RuntimeError("this tower is optimized for inference and can no longer be moved or converted; do that before optimizing it")
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
-        raise RuntimeError("this tower is optimized for inference and can no longer be saved; save it before optimizing it")
-
-
-def _pack(module: nn.Module) -> nn.Module:
-    """The same module with packed linear layers, here or in its children."""
-    if isinstance(module, nn.Linear):
-        return PackedLinear(module.weight, module.bias)
-    for name, child in module.named_children():
-        setattr(module, name, _pack(child))
-    return module
+            tower.layers[index] = pack(layer)
 
 
 @dataclass
@@ -203,7 +144,7 @@ class PreparedAttention(Attention):
         self.heads, width = plain.heads, plain.proj.in_features
         scale = torch.ones_like(plain.qkv.bias)
         scale[:width] = (width // plain.heads) ** -0.5
-        self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), _pack(plain.proj)
+        self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), pack(plain.proj)
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         """(B, N, d) to what it adds onto (B, N, d), with that."""
@@ -239,7 +180,7 @@ class PreparedMixing(AdaptiveMixing):
         nn.Module.__init__(self)
         self.channels, self.in_points, self.out_points = plain.channels, plain.in_points, plain.out_points
         self.padding: Padding = padding
-        self.parameter_generator, self.out_proj = _pack(plain.parameter_generator), _pack(plain.out_proj)
+        self.parameter_generator, self.out_proj = pack(plain.parameter_generator), pack(plain.out_proj)
         self.m_beta, self.s_beta = plain.m_beta, plain.s_beta
 
     def forward(self, feature_map: Tensor, points: Tensor, generated: Tensor) -> Tensor:
@@ -300,7 +241,7 @@ class PreparedUnit(Unit):
         if "SAMPLING_M" in self.ops:
             self._prepare_looks(plain)
         if "PE_INJECT" in self.ops:
-            self.pe_transition = _pack(plain.pe_transition)
+            self.pe_transition = pack(plain.pe_transition)
         if "ATTN" in self.ops:
             self.norm1, self.attn = plain.norm1, self.attention(plain.attn)
         if "MLP" in self.ops:
@@ -347,13 +288,13 @@ class PreparedUnit(Unit):
         return x.expand(batch, -1, -1), rois.expand(batch, -1, -1)
 
     def _prepare_looks(self, plain: Unit) -> None:
-        self.roi_offset_bias, self.roi_offset_module = plain.roi_offset_bias, _pack(plain.roi_offset_module)
+        self.roi_offset_bias, self.roi_offset_module = plain.roi_offset_bias, pack(plain.roi_offset_module)
         self.adaptive_mixing = PreparedMixing(plain.adaptive_mixing, plain.padding)
         self.generate = self.adaptive_mixing.parameter_generator
 
     def _prepare_moves(self, norm: nn.LayerNorm, *layers: nn.Module) -> None:
         *hidden, last = layers
-        self.roi_adjust_module = nn.Sequential(norm, *_with_gelu(hidden), _pack(last))
+        self.roi_adjust_module = nn.Sequential(norm, *_with_gelu(hidden), pack(last))
 
     def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
         return self.adaptive_mixing(feature_map, points, generated)
@@ -412,7 +353,7 @@ class CompiledUnit(PreparedUnit):
 
     def _prepare_looks(self, plain: Unit) -> None:
         mixing, (norm, layer) = plain.adaptive_mixing, plain.roi_offset_module
-        self.generate = _pack(mixing.parameter_generator)
+        self.generate = pack(mixing.parameter_generator)
         self.m_beta, self.s_beta, self.out_points = mixing.m_beta, mixing.s_beta, mixing.out_points
         self._where, self._places = native.Points(norm, layer.weight, plain.roi_offset_bias), None
         weight, bias = mixing.out_proj.weight, mixing.out_proj.bias

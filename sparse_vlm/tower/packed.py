@@ -1,0 +1,78 @@
+"""Linear layers of an inference tower: weights laid out once for the products that are to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_vlm import kernels
+from sparse_vlm.kernels import native
+from sparse_vlm.tower.modules import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from sparse_vlm.tower.config import Activation
+
+# oneDNN's names of what is applied to a layer's output in the same pass: (operation, algorithm)
+FUSED: dict[Activation, tuple[str, str]] = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "quick_gelu": ("swish", "")}
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN here, and that has kernels of this dtype for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights are laid out for our own products or for oneDNN's, where those are to be had.
+
+    Args:
+        weight, bias: (outer, inner) and (outer), which are left as they are.
+        activation: of the output, in the same pass; of `quick_gelu` only silu, whose factors are the caller's.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> None:
+        super().__init__()
+        self.ours = self.packed = None
+        self.fused = ("none", "") if activation is None else FUSED[activation]
+        self.activation = {None: None, "quick_gelu": F.silu}.get(activation, ACTIVATIONS.get(activation))
+        # attributes, not buffers: a packed tensor cannot be saved, moved or converted
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        if kernels.multiplies(weight):
+            self.ours = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation)
+            self.weight = self.bias = None
+        elif packs(weight.dtype):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+            self.weight = None
+
+    def forward(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """(..., inner) to (..., outer), times `factor` and added onto that where it is given."""
+        if self.ours is not None:
+            return self.ours(x, onto, factor)
+        if self.packed is not None:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.fused[0], [], self.fused[1])
+        else:
+            y = F.linear(x, self.weight, self.bias)
+            y = y if self.activation is None else self.activation(y)
+        return y if onto is None else torch.add(onto, y, alpha=factor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
+        raise RuntimeError("this tower is optimized for inference and can no longer be moved or converted; do that before optimizing it")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
+        raise RuntimeError("this tower is optimized for inference and can no longer be saved; save it before optimizing it")
+
+
+def pack(module: nn.Module) -> nn.Module:
+    """The same module with packed linear layers, here or in its children."""
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias)
+    for name, child in module.named_children():
+        setattr(module, name, pack(child))
+    return module
