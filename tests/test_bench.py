@@ -414,19 +414,14 @@ def test_what_ends_a_run_leaves_what_was_finished(monkeypatch: pytest.MonkeyPatc
 
 def test_towers_are_measured_optimized(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    optimize = SparseFormer.optimize_for_inference
-    monkeypatch.setattr(SparseFormer, "optimize_for_inference", lambda tower: asked.append(tower.config.head) or optimize(tower))
-    found = document_of(models=("vit", "vit+pool"), tokens=(4,), optimized=True)
-    assert len(asked) == 1, "both share one tower"
-    assert found["settings"]["optimized"] and [m["model"] for m in found["measurements"] if m["stage"] == "tower"] == ["vit"]
-    for changes, said in (
-        ({"compile": True}, "--optimized and --compile"),
-        ({"dtypes": ("float32", "bfloat16")}, "for one --dtype"),
-        ({"device": "cuda"}, "for a processor, not for cuda"),
-        ({"models": ("vit", "vit+prune")}, "vit\\+prune makes tokens fewer within its tower"),
-    ):
+    optimize, given = SparseFormer.optimize_for_inference, {"models": ("vit", "vit+pool"), "tokens": (4,), "optimized": True}
+    monkeypatch.setattr(SparseFormer, "optimize_for_inference", lambda tower: asked.append("once") or optimize(tower))
+    assert document_of(**given)["settings"]["optimized"] and asked == ["once"], "both share one tower"
+    two, pruned = {"dtypes": ("float32", "bfloat16")}, {"models": ("vit+prune",)}
+    refused = {"and --compile": {"compile": True}, "one --dtype": two, "not for cuda": {"device": "cuda"}, r"vit\+prune makes": pruned}
+    for said, changes in refused.items():
         with pytest.raises(UserError, match=said):
-            document_of(**{"models": ("vit",), "tokens": (4,), "optimized": True, **changes})
+            document_of(**given | changes)
 
 
 def test_a_tower_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

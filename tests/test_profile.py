@@ -18,6 +18,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower import modules as tower_modules
 from sparse_vlm.tower.cost import count_operations
+from sparse_vlm.tower.inference import CompiledUnit
 
 ALL = SparseFormerConfig(
     units=(
@@ -60,7 +61,8 @@ def test_every_operation_is_timed_once_and_nothing_is_lost(optimized: bool) -> N
         with clocked(tower) as clock:
             plain = tower(pixels).image_embeds
         whole = time.perf_counter() - began
-        assert set(clock.seconds) == OPERATIONS | {"norms", REST}
+        within = {"sampling"} if isinstance(tower.units()[0], CompiledUnit) else set()  # which is mixing's then
+        assert set(clock.seconds) == OPERATIONS - within | {"norms", REST}
         assert min(clock.seconds.values()) > 0
         assert sum(clock.seconds.values()) <= whole
         before = dict(clock.seconds)

@@ -27,6 +27,7 @@ from sparse_vlm.bench.turns import FEWEST, WARM_UP
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_json
+from sparse_vlm.kernels import native
 from sparse_vlm.tower import SparseFormer, inference
 from sparse_vlm.tower import modules as tower_modules
 from sparse_vlm.tower.cost import Work, count_operations
@@ -39,6 +40,8 @@ BY_MODULE = {
     "glance": "glance",
     "glance.norm_pre": "norms",
     "roi_offset_module": "points",
+    "generate": "parameter generation",
+    "gain": "output projection",
     "adaptive_mixing.parameter_generator": "parameter generation",
     "adaptive_mixing.out_proj": "output projection",
     "adaptive_mixing": "mixing",
@@ -52,14 +55,21 @@ BY_MODULE = {
     "pool": "head",
     "proj": "head",
 }
-# Operations by the function that carries them out, as `sparse_vlm.tower.modules` and `inference` call it.
-BY_FUNCTION = {
+# Operations by the function that carries them out, and where it is looked up.
+PLAIN = {
     "sample_bilinear": "sampling",
     "points_in_rois": "points",
     "standardize_offsets": "points",
     "encode_rois": "position injection",
     "adjust_rois": "RoI adjusting",
 }
+BY_FUNCTION = [
+    *((home, name, operation) for home, (name, operation) in product((tower_modules, inference), PLAIN.items()) if hasattr(home, name)),
+    (native, "mix", "mixing"),  # sampling as well
+    (native, "adjust", "RoI adjusting"),
+    (native.Points, "__call__", "points"),
+    (native.Positions, "__call__", "position injection"),
+]
 
 
 class Clock:
@@ -103,10 +113,10 @@ def clocked(tower: SparseFormer) -> Iterator[Clock]:
         if operation is not None:
             hooks.append(module.register_forward_pre_hook(lambda *_, operation=operation: clock.begin(operation), prepend=True))
             hooks.append(module.register_forward_hook(lambda *_: clock.end()))
-    for home, (name, operation) in product((tower_modules, inference), BY_FUNCTION.items()):
-        if (function := getattr(home, name, None)) is not None:
-            functions.append((home, name, function))
-            setattr(home, name, wrapped(function, operation))
+    for home, name, operation in BY_FUNCTION:
+        function = getattr(home, name)
+        functions.append((home, name, function))
+        setattr(home, name, wrapped(function, operation))
     try:
         yield clock
     finally:
