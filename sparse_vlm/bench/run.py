@@ -161,7 +161,7 @@ class Bench:
                 for vision in self.visions:
                     vision.module.to(self.device, dtype)
                 if self.settings.optimized:
-                    for vision in {id(vision.module): vision for vision in self.visions}.values():
+                    for vision in self._by_tower():
                         vision.optimize()
                 for batch in self.settings.batches:
                     self._group(list(self._of_towers(dtype, batch)), name)
@@ -220,8 +220,12 @@ class Bench:
 
             yield Piece("preprocess", [(prepare, 1 / len(self.pictures))], model=str(size))
 
+    def _by_tower(self) -> list[Vision]:
+        """One of those that share a tower."""
+        return list({vision.tower: vision for vision in self.visions}.values())
+
     def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[Piece]:
-        for vision in {vision.tower: vision for vision in self.visions}.values():
+        for vision in self._by_tower():
             pixels = self._pixels(vision, batch).to(self.device, dtype)
             for compiled in (False, True) if self.settings.compile else (False,):
 

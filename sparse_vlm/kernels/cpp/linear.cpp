@@ -11,8 +11,7 @@ namespace {
 
 constexpr int PANEL = 2 * LANES;  // outputs of a panel
 constexpr int BLOCK = 10;         // rows at once: 20 sums, of the 32 registers of AVX-512; 50 rows are five blocks
-
-constexpr long KEPT = 1 << 18;  // bytes of rows
+constexpr long KEPT = 1 << 18;    // bytes of rows that pass before the next ones
 
 #ifdef __AVX512F__
 template <typename F>
@@ -37,15 +36,15 @@ inline void finish(float* panel, const T* onto, float factor, T* out, int output
 
 // R rows of a panel. `outputs` of its 32 are there.
 template <int R, typename E, typename T>
-void rows(const E* x, long apart, const E* panel, int k, const float* bias, const T* onto, float factor, int activation,
-          T* out, long columns, int outputs) {
+void rows(const E* x, const E* panel, int k, const float* bias, const T* onto, float factor, int activation, T* out,
+          long columns, int outputs) {
     Vector sum[R][2];
     for (int r = 0; r < R; r++) sum[r][0] = load(bias), sum[r][1] = load(bias + LANES);
     for (int i = 0; i < k; i++) {
         auto left = load(panel + long(i) * PANEL), right = load(panel + long(i) * PANEL + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            E each = x[r * apart + i];
+            E each = x[long(r) * k + i];
             sum[r][0] = add_product(sum[r][0], each, left);
             sum[r][1] = add_product(sum[r][1], each, right);
         }
@@ -89,8 +88,8 @@ void linear(const T* x, const T* weight, const float* bias, const T* onto, float
                 constexpr int R = decltype(height)::value;
                 for (; row + R <= last; row += R) {
                     long to = long(row) * outputs + p * PANEL;
-                    rows<R>(elements(x + long(row) * k), each, panel, each, bias + p * PANEL, onto ? onto + to : onto,
-                            factor, activation, out + to, outputs, here);
+                    rows<R>(elements(x + long(row) * k), panel, each, bias + p * PANEL, onto ? onto + to : onto, factor,
+                            activation, out + to, outputs, here);
                 }
             };
             some(std::integral_constant<int, BLOCK>());

@@ -75,11 +75,9 @@ inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.707106781186
 
 // exp, of numbers below -87 as of -87 and above 88 as of 88
 inline float exp_of(float x) {
-    float t = (x < -87.0f  ? -87.0f
-               : x > 88.0f ? 88.0f
-                           : x) *
-              1.44269504088896341f,
-          whole = std::nearbyint(t), f = t - whole;
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float t = x * 1.44269504088896341f, whole = std::nearbyint(t), f = t - whole;
     float p = 1.5403530e-4f;
     p = p * f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
