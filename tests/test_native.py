@@ -117,11 +117,11 @@ def test_mixing(
 
 def test_when_it_attends_by_them(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "multiplies", lambda dtype: True)
-    few, many, too_many = (torch.zeros(1, n, 96) for n in (128, 577, 578))
-    assert native.attends(few, 2) and not native.attends(many, 2) and not native.attends(few, 4)
-    assert native.attends(many.bfloat16(), 2) and not native.attends(too_many.bfloat16(), 2)
+    few, many, too_many = (torch.zeros(1, n, 96) for n in (128, 1025, 1026))
+    assert native.attends(few, 2) and not native.attends(few, 4)
+    assert native.attends(many, 2) and not native.attends(too_many, 2)
     monkeypatch.setattr(native, "multiplies", lambda dtype: False)
-    assert native.attends(few.bfloat16(), 2) and not native.attends(many.bfloat16(), 2)
+    assert native.attends(few, 2) and not native.attends(many, 2)
 
 
 @dtypes
@@ -161,11 +161,16 @@ def test_layers(compiled: None, dtype: torch.dtype, activation: str | None, rows
     assert off_by(without, F.linear(x.double(), weight.double())) < DTYPES[dtype]
 
 
-def test_a_layer_takes_its_own_dtype_alone(compiled: None) -> None:
+def test_layers_take_their_own_dtype_alone(compiled: None) -> None:
     if not native.multiplies(torch.float32):
         pytest.skip("this processor's products are left to libraries")
+    layer, x = native.Linear(torch.randn(16, 16), None), torch.randn(1, 1, 16)
+    before = norm(16, torch.float32)
+    for function in (layer, native.Attention(before, layer, layer, 1), native.Feed(before, layer, layer, 1.0)):
+        with pytest.raises(RuntimeError, match=r"expected torch.float32, not torch.bfloat16"):
+            function(x.bfloat16())
     with pytest.raises(RuntimeError, match=r"expected torch.float32, not torch.bfloat16"):
-        native.Linear(torch.randn(8, 8), None)(torch.randn(1, 8).bfloat16())
+        layer(x, x.bfloat16())
 
 
 @dtypes
@@ -182,6 +187,41 @@ def test_attention(compiled: None, dtype: torch.dtype, n: int, heads: int, size:
     assert found[0, 0, 0].isnan() and not found[1:].isnan().any()
 
 
+def linear(outer: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (torch.randn(outer, inner) / inner**0.5).to(dtype), torch.randn(outer).to(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(("batch", "n", "heads", "size"), [(1, 1, 2, 16), (3, 49, 2, 64), (1, 130, 3, 32)])
+def test_attention_with_its_norm(compiled: None, dtype: torch.dtype, batch: int, n: int, heads: int, size: int) -> None:
+    if not native.multiplies(dtype):
+        pytest.skip("this processor's products are left to libraries")
+    torch.manual_seed(0)
+    width = heads * size
+    x, before = torch.randn(batch, n + 1, width).to(dtype)[:, 1:], norm(width, torch.float32)
+    qkv, proj = linear(3 * width, width, dtype), linear(width, width, dtype)
+    normal = F.layer_norm(x.double(), (width,), before.weight.double(), before.bias.double(), before.eps)
+    made = F.linear(normal, *(part.double() for part in qkv)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(*made, scale=1.0).transpose(1, 2).flatten(-2)
+    wanted = x.double() + F.linear(attended, *(part.double() for part in proj))
+    found = native.Attention(before, native.Linear(*qkv), native.Linear(*proj), heads)(x)
+    assert found.dtype == dtype and off_by(found, wanted) < 5 * DTYPES[dtype]
+
+
+@dtypes
+@pytest.mark.parametrize(("batch", "n", "width", "hidden"), [(1, 1, 16, 64), (3, 49, 96, 130), (2, 7, 1536, 32)])
+def test_mlp_with_its_norm(compiled: None, dtype: torch.dtype, batch: int, n: int, width: int, hidden: int) -> None:
+    if not native.multiplies(dtype):
+        pytest.skip("this processor's products are left to libraries")
+    torch.manual_seed(0)
+    x, before = torch.randn(batch, n + 1, width).to(dtype)[:, 1:], norm(width, dtype)
+    fc1, fc2 = linear(hidden, width, dtype), linear(width, hidden, dtype)
+    normal = F.layer_norm(x.double(), (width,), before.weight.double(), before.bias.double(), before.eps)
+    wanted = x.double() + F.linear(F.silu(F.linear(normal, *(part.double() for part in fc1))), *(part.double() for part in fc2)) / 2
+    found = native.Feed(before, native.Linear(*fc1, activation="silu"), native.Linear(*fc2), 0.5)(x)
+    assert found.dtype == dtype and off_by(found, wanted) < DTYPES[dtype]
+
+
 @dtypes
 def test_adjusting(compiled: None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -190,15 +230,26 @@ def test_adjusting(compiled: None, dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(56, 56), (33, 50), (1, 2)])
-def test_the_map(compiled: None, dtype: torch.dtype, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("batch", "channels", "size"), [(2, 32, (56, 56)), (1, 48, (33, 50)), (5, 16, (1, 2)), (1, 64, (75, 9))])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_map(compiled: None, dtype: torch.dtype, batch: int, channels: int, size: tuple[int, int], threads: int) -> None:
     torch.manual_seed(0)
-    plain = EarlyConvolution(32).to(dtype).requires_grad_(False)
-    pixels = torch.randn(2, 3, *size).to(dtype)
-    found = inference.CompiledEarlyConvolution(plain)(pixels)
-    assert off_by(found, plain(pixels).double()) < DTYPES[dtype]
-    pixels[1, 0, -1, -1] = torch.nan
-    assert torch.equal(inference.CompiledEarlyConvolution(plain)(pixels).isnan(), plain(pixels).isnan())
+    plain = EarlyConvolution(channels).requires_grad_(False).to(dtype)
+    exact = EarlyConvolution(channels).double().requires_grad_(False)
+    exact.load_state_dict(plain.state_dict())
+    ours, pixels, before = inference.CompiledEarlyConvolution(plain), torch.randn(batch, 3, *size).to(dtype), torch.get_num_threads()
+    wanted = exact(pixels.double())
+    torch.set_num_threads(threads)
+    try:
+        found = ours(pixels)
+        pixels[0, 0, -1, -1] = torch.nan
+        spoilt = ours(pixels)
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == dtype and off_by(found, wanted) < DTYPES[dtype]
+    assert spoilt.isnan()[0, :, -1, -1].all() and not spoilt[1:].isnan().any()
+    with pytest.raises(RuntimeError, match=r"expected torch\.\w+, not torch.float16"):
+        ours(pixels.half())
 
 
 def tower(dtype: torch.dtype = torch.float32, channels: int = 16) -> SparseFormer:

@@ -69,6 +69,8 @@ BY_FUNCTION = [
     (native, "adjust", "RoI adjusting"),
     (native.Points, "__call__", "points"),
     (native.Positions, "__call__", "position injection"),
+    (native.Attention, "__call__", "attention"),  # with its norm, as the MLP
+    (native.Feed, "__call__", "MLP"),
 ]
 
 

@@ -33,15 +33,17 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "
          "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
 TIMEOUT_S = 60  # of the compiler
 PADDING = 16  # as in vectors.h
-PANEL = 32  # as in linear.cpp
+PANEL = 32  # as in linear.h
 FEW_TOKENS = 128  # that attention is faster for than torch's
-MOST_TOKENS = 577  # the same, where pairs of bfloat16 numbers are multiplied; more were not measured
+MOST_TOKENS = 1025  # the same, with AVX-512 (in bfloat16 with pairs); more were not measured
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
 ARGUMENTS = {
     "linear": "aaaafiiiia",
     "attend": "aiiiia",
-    "settle": "afiiiia",
+    "attention": "aaafaaaaiiiiaa",
+    "feed": "aaafaaiaafiiiaa",
+    "convolve": "aaafiiiia",
     "points": "alaaafiiiia",
     "positions": "aaaaflial",
     "adjust": "alaaiiia",
@@ -63,8 +65,11 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def attends(qkv: Tensor, heads: int) -> bool:
     """Whether `attend` takes queries, keys and values (B, N, 3 d), and is faster than torch."""
-    most = MOST_TOKENS if qkv.dtype == torch.bfloat16 and multiplies(qkv.dtype) else FEW_TOKENS
-    return qkv.shape[1] <= most and qkv.shape[2] // 3 // heads % PADDING == 0
+    return _attends(qkv.dtype, qkv.shape[1], qkv.shape[2] // 3 // heads)
+
+
+def _attends(dtype: torch.dtype, tokens: int, size: int) -> bool:
+    return tokens <= (MOST_TOKENS if multiplies(dtype) else FEW_TOKENS) and size % PADDING == 0
 
 
 @functools.cache
@@ -108,16 +113,32 @@ def _processor() -> bytes:
     return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU part"))}))
 
 
-def settle(cells: Tensor, eps: float) -> Tensor:
-    """What the early convolution made (B, C, h, w) to the map (B, C, ceil(h / 2), ceil(w / 2)): pooled, rectified, normalised over C.
+class Convolution:
+    """An early convolution, pooling, ReLU and norm.
 
-    Both lie channels last in memory.
+    Args:
+        plain: 7 x 7, stride 2, of 3 to C channels.
+        eps: of the norm over C.
     """
-    batch, channels, rows, columns = cells.shape
-    cells = cells.permute(0, 2, 3, 1).contiguous()
-    out = torch.empty(batch, -(-rows // 2), -(-columns // 2), channels, dtype=cells.dtype)
-    _call("settle", cells.dtype, cells, eps, batch, rows, columns, channels, out)
-    return out.permute(0, 3, 1, 2)
+
+    def __init__(self, plain: nn.Conv2d, eps: float) -> None:
+        # a line of the window as numbers that lie beside each other, and one more, so that they are pairs
+        weight = plain.weight.detach().permute(2, 3, 1, 0).flatten(1, 2)  # (7, 21, C)
+        self.weight, self.bias, self.eps = F.pad(weight, (0, 0, 0, 1)).contiguous(), _numbers(plain.bias), eps
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, h, w) to the map (B, C, ceil(ceil(h / 2) / 2), ceil(ceil(w / 2) / 2)), which lies channels last in memory.
+
+        Raises:
+            RuntimeError: another dtype than the weight's.
+        """
+        _same(pixels.dtype, self.weight.dtype)
+        batch, _, height, width = pixels.shape
+        channels = self.weight.shape[2]
+        out = torch.empty(batch, -(-height // 4), -(-width // 4), channels, dtype=pixels.dtype)
+        given = pixels.contiguous(), self.weight, self.bias, self.eps
+        _call("convolve", pixels.dtype, *given, batch, height, width, channels, out)
+        return out.permute(0, 3, 1, 2)
 
 
 class Linear:
@@ -147,11 +168,12 @@ class Linear:
         Raises:
             RuntimeError: another dtype than the weight's.
         """
-        if x.dtype != self.dtype or (onto is not None and onto.dtype != self.dtype):
-            raise RuntimeError(f"expected {self.dtype}, not {x.dtype}")
+        _same(x.dtype, self.dtype)
         out = torch.empty(*x.shape[:-1], self.outer, dtype=x.dtype)
         x, rows = x.contiguous(), x.numel() // self.inner
-        onto = None if onto is None else onto.expand_as(out).contiguous()
+        if onto is not None:
+            _same(onto.dtype, self.dtype)
+            onto = onto.expand_as(out).contiguous()
         _call("linear", x.dtype, x, self.weight, self.bias, onto, factor, self.activation, rows, self.inner, self.outer, out)
         return out
 
@@ -199,6 +221,68 @@ class Positions:
         width = len(self.gain)
         given = _numbers(rois.expand(batch, n, 4)), self.frequencies, self.gain, self.shift, self.eps, batch * n, width
         _call("positions", out.dtype, *given, out[..., -width:], apart)
+
+
+class _Half:
+    """Half of a transformer's block: tokens (B, N, d), and what becomes of their norm, as one call.
+
+    Args:
+        norm: of tokens, of any dtype.
+        first, last: linear layers, the last one's output as wide as the first one's input.
+
+    Raises:
+        RuntimeError: when called with another dtype than the layers'.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, first: Linear, last: Linear) -> None:
+        self.norm, self.first, self.last = (_numbers(norm.weight), _numbers(norm.bias), norm.eps), first, last
+
+    def _compute(self, name: str, x: Tensor, room: int, *given: Tensor | float) -> Tensor:
+        """A function of x (B, N, d), into a new one; `room` numbers a token are needed on the way."""
+        _same(x.dtype, self.first.dtype)
+        x = x.contiguous()
+        out, between = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1] * room, dtype=x.dtype)
+        _call(name, x.dtype, x, *self.norm, *given, between, out)
+        return out
+
+
+class Attention(_Half):
+    """Attention, its norm, and what it adds onto, of a layer that makes queries, which are scaled, keys and values, and another.
+
+    Args:
+        heads: each a multiple of 16 wide.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, qkv: Linear, proj: Linear, heads: int) -> None:
+        super().__init__(norm, qkv, proj)
+        self.heads, self.size = heads, proj.inner // heads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, d) to the same, with what they attend to."""
+        layers = self.first.weight, self.first.bias, self.last.weight, self.last.bias
+        return self._compute("attention", x, 4 * x.shape[2], *layers, *x.shape[:2], self.heads, self.size)
+
+    def takes(self, tokens: int) -> bool:
+        """Whether it is faster than torch for so many."""
+        return _attends(self.first.dtype, tokens, self.size)
+
+
+class Feed(_Half):
+    """An MLP, its norm, and what it adds onto.
+
+    Args:
+        factor: what its output is multiplied with.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, fc1: Linear, fc2: Linear, factor: float) -> None:
+        super().__init__(norm, fc1, fc2)
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, d) to the same, with what the MLP makes of them."""
+        first, last = self.first, self.last
+        layers = first.weight, first.bias, first.activation, last.weight, last.bias
+        return self._compute("feed", x, x.shape[2] + first.outer, *layers, self.factor, x.shape[0] * x.shape[1], first.inner, first.outer)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -251,6 +335,11 @@ def mix(
         batch, n, count, channels, out_points, height, width, padding == "border", out, apart,
     )  # fmt: skip
     return out
+
+
+def _same(given: torch.dtype, expected: torch.dtype) -> None:
+    if given != expected:
+        raise RuntimeError(f"expected {expected}, not {given}")
 
 
 def _numbers(given: Tensor) -> Tensor:

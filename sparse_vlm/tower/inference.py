@@ -328,15 +328,15 @@ def _with_gelu(layers: Sequence[nn.Module]) -> list[PackedLinear]:
 
 
 class CompiledEarlyConvolution(EarlyConvolution):
-    """An early convolution whose pooling, ReLU and norm are one pass."""
+    """An early convolution that is one compiled function, with its pooling, ReLU and norm."""
 
     def __init__(self, plain: EarlyConvolution) -> None:
         nn.Module.__init__(self)
-        self.conv1 = plain.conv1
+        self._whole = native.Convolution(plain.conv1, MAP_EPS)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """As `EarlyConvolution.forward`."""
-        return native.settle(self.conv1(pixels.contiguous(memory_format=torch.channels_last)), MAP_EPS)
+        return self._whole(pixels)
 
 
 class CompiledAttention(PreparedAttention):
@@ -350,6 +350,21 @@ class CompiledUnit(PreparedUnit):
     """A prepared unit that looks and attends by compiled functions; positions that are told right after a look are told with it."""
 
     attention = CompiledAttention
+
+    def __init__(self, plain: Unit, activation: Activation, first: bool) -> None:
+        super().__init__(plain, activation, first)
+        self._attention = self._mlp = None  # as one call each, where products are our own
+        if "ATTN" in self.ops and self.attn.qkv.ours is not None:
+            self._attention = native.Attention(self.norm1, self.attn.qkv.ours, self.attn.proj.ours, self.attn.heads)
+        if "MLP" in self.ops and self.mlp.fc1.ours is not None:
+            self._mlp = native.Feed(self.norm2, self.mlp.fc1.ours, self.mlp.fc2.ours, 1 / self.mlp.factor)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        whole = self._attention is not None and self._attention.takes(x.shape[1])
+        return self._attention(x) if whole else super()._attend(x)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return super()._feed(x) if self._mlp is None else self._mlp(x)
 
     def _prepare_looks(self, plain: Unit) -> None:
         mixing, (norm, layer) = plain.adaptive_mixing, plain.roi_offset_module

@@ -41,48 +41,9 @@ void read_point(const M* map, float x, float y, int height, int width, int chann
                 weights[3] * get(cells[3] + c);
 }
 
-template <typename T>
-void normalise(const T* from, float* to, int width, float eps) {
-    float sum = 0, squares = 0;
-    for (int i = 0; i < width; i++) sum += to[i] = get(from + i);
-    float mean = sum / width;
-    for (int i = 0; i < width; i++) squares += (to[i] - mean) * (to[i] - mean);
-    float scale = 1 / std::sqrt(squares / width + eps);
-    for (int i = 0; i < width; i++) to[i] = (to[i] - mean) * scale;
-}
-
 inline void point_of(const float* roi, float x, float y, float* to) {
     to[0] = (roi[0] + roi[2]) / 2 + x * (roi[2] - roi[0]);
     to[1] = (roi[1] + roi[3]) / 2 + y * (roi[3] - roi[1]);
-}
-
-// What a convolution made (B, rows, columns, C) to the map (B, H, W, C): the largest of 3 x 3 cells, two apart, at
-// least 0, normalised.
-template <typename T>
-void settle(const T* cells, float eps, int batch, int rows, int columns, int channels, T* map, int threads) {
-    int height = (rows - 1) / 2 + 1, width = (columns - 1) / 2 + 1;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> largest(channels);
-#pragma omp for collapse(2)
-        for (int b = 0; b < batch; b++)
-            for (int row = 0; row < height; row++)
-                for (int column = 0; column < width; column++) {
-                    std::fill(largest.begin(), largest.end(), 0.0f);
-                    for (int i = 2 * row - 1; i <= 2 * row + 1; i++)
-                        for (int j = 2 * column - 1; j <= 2 * column + 1; j++) {
-                            if (i < 0 || i >= rows || j < 0 || j >= columns) continue;
-                            const T* cell = cells + ((long(b) * rows + i) * columns + j) * channels;
-                            for (int c = 0; c < channels; c++) {
-                                float value = get(cell + c);
-                                largest[c] = value > largest[c] || value != value ? value : largest[c];  // a NaN stays
-                            }
-                        }
-                    normalise(largest.data(), largest.data(), channels, eps);
-                    T* to = map + ((long(b) * height + row) * width + column) * channels;
-                    for (int c = 0; c < channels; c++) put(to + c, largest[c]);
-                }
-    }
 }
 
 // Latents (B, n, d), of which a picture's lie `picture` apart and a token's are whole, to points (B, n, P, 2) in RoIs
@@ -138,7 +99,10 @@ struct Scratch {
 inline void activate(float* mixed, const float* beta, int count, int channels) {
     if (beta)
         for (int p = 0; p < count; p++)
-            for (int c = 0; c < channels; c++) mixed[p * channels + c] = gelu(mixed[p * channels + c] + beta[c]);
+            for (int c = 0; c < channels; c += WIDE) {
+                float* to = mixed + p * channels + c;
+                put(to, gelu(get_wide(to) + get_wide(beta + c)));
+            }
 }
 
 // sampled (P, C) by a channel matrix (C, C) and then a point matrix (O, P), one behind the other in `generated`, to
@@ -156,11 +120,11 @@ void mix_token(const T* generated, const float* m_beta, int count, int channels,
 // the same by products of bfloat16 numbers, as torch computes it too: twice as many at once
 void mix_token(const bfloat16* generated, const float* m_beta, int count, int channels, int out_points, Scratch& at) {
     if (count % 2) return mix_token<bfloat16>(generated, m_beta, count, channels, out_points, at);
-    for (size_t i = 0; i < at.sampled.size(); i++) put(&at.narrow[i], at.sampled[i]);
+    for (size_t i = 0; i < at.sampled.size(); i += WIDE) put(&at.narrow[i], get_wide(&at.sampled[i]));
     interleave(generated, channels, at.pairs.data(), channels, channels);
     multiply(pairs_of(at.narrow.data()), channels / 2, at.pairs.data(), at.mixed.data(), count, channels / 2, channels);
     activate(at.mixed.data(), m_beta, count, channels);
-    for (size_t i = 0; i < at.mixed.size(); i++) put(&at.narrow[i], at.mixed[i]);
+    for (size_t i = 0; i < at.mixed.size(); i += WIDE) put(&at.narrow[i], get_wide(&at.mixed[i]));
     interleave(at.narrow.data(), channels, at.pairs.data(), count, channels);
     multiply(pairs_of(generated + long(channels) * channels), count / 2, at.pairs.data(), at.last.data(), out_points,
              count / 2, channels);
@@ -190,8 +154,8 @@ void mix(const T* map, const float* where, bool same_points, const T* generated,
                 T* row = out + (long(b) * n + token) * apart;
                 for (int o = 0; o < out_points; o++) {
                     float beta = s_beta ? s_beta[o] : 0;
-                    for (int c = 0; c < channels; c++)
-                        put(row + long(o) * channels + c, gelu(at.last[long(o) * channels + c] + beta));
+                    for (long c = long(o) * channels; c < long(o + 1) * channels; c += WIDE)
+                        put(row + c, gelu(get_wide(&at.last[c]) + beta));
                 }
             }
     }
@@ -250,10 +214,6 @@ void adjust(const T* hidden, long picture, const float* weight, const float* roi
 }  // namespace
 
 #define OF_TYPE(NAME, T)                                                                                          \
-    void settle_##NAME(const T* cells, float eps, int batch, int rows, int columns, int channels, T* map,         \
-                       int threads) {                                                                             \
-        settle(cells, eps, batch, rows, columns, channels, map, threads);                                         \
-    }                                                                                                             \
     void points_##NAME(const T* latents, long picture, const float* rois, const float* weight, const float* bias, \
                        float eps, int batch, int n, int width, int count, float* out, int threads) {              \
         points(latents, picture, rois, weight, bias, eps, batch, n, width, count, out, threads);                  \

@@ -3,13 +3,15 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -20,8 +22,8 @@ constexpr int LANES = 16;  // of a vector, which is one register
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int PADDING = 16;  // rows are padded to a multiple of this, as native.py pads them
-constexpr int ROWS = 4;      // of a block of a product: with two vectors a row, eight sums hide how long one takes
+constexpr int PADDING = 16;                // rows are padded to a multiple of this, as native.py pads them
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // of a block of a product: two vectors of sums a row fit the registers
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef float VectorInMemory __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
@@ -47,48 +49,129 @@ inline void put(bfloat16* to, float value) {  // to the nearest, ties to even; a
     to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+// A row less its mean, divided by its standard deviation.
+template <typename T>
+void normalise(const T* from, float* to, int width, float eps) {
+    float sum = 0, squares = 0;
+    for (int i = 0; i < width; i++) sum += to[i] = get(from + i);
+    float mean = sum / width;
+    for (int i = 0; i < width; i++) squares += (to[i] - mean) * (to[i] - mean);
+    float scale = 1 / std::sqrt(squares / width + eps);
+    for (int i = 0; i < width; i++) to[i] = (to[i] - mean) * scale;
+}
+
 template <typename T>
 void widen(const T* from, float* to, long count) {
     for (long i = 0; i < count; i++) to[i] = get(from + i);
 }
 
+inline Vector load(const float* from) { return *reinterpret_cast<const VectorInMemory*>(from); }
+
+inline void put(float* to, Vector values) { *reinterpret_cast<VectorInMemory*>(to) = values; }
+
+#if defined(__AVX512BF16__)
+inline void put(bfloat16* to, Vector values) {  // as one by one, but that numbers below 1e-38 become 0
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)values));
+}
+#elif defined(__AVX512F__)
+inline void put(bfloat16* to, Vector values) {
+    for (int i = 0; i < LANES; i++) put(to + i, values[i]);
+}
+#endif
+
+inline Vector add_product(Vector sum, float a, Vector b) { return sum + a * b; }
+
+// What functions of numbers are computed of at once: a vector, or one number where compilers make vectors of such
+// loops.
+#ifdef __AVX512F__
+typedef Vector Wide;
+#else
+typedef float Wide;
+#endif
+constexpr int WIDE = sizeof(Wide) / sizeof(float);
+
+// a number, but at least and at most that; a NaN stays one
+inline float within(float x, float low, float high) {
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+inline float nearest(float x) { return std::nearbyint(x); }
+
+// p 2^whole, of whole numbers from -126 to 127
+inline float times_power(float p, float whole) {
+    uint32_t bits = uint32_t(int(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+#ifdef __AVX512F__
+inline Vector within(Vector x, float low, float high) {  // where one is a NaN, these instructions give the second
+    __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+    return (Vector)_mm512_min_ps(_mm512_set1_ps(high), raised);
+}
+
+inline Vector nearest(Vector x) { return (Vector)_mm512_roundscale_ps((__m512)x, 0); }
+
+inline Vector times_power(Vector p, Vector whole) { return (Vector)_mm512_scalef_ps((__m512)p, (__m512)whole); }
+
+inline Wide get_wide(const float* from) { return load(from); }
+
+inline Wide get_wide(const bfloat16* from) {
+    return (Wide)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
+
+inline float largest_of(Wide x) { return _mm512_reduce_max_ps((__m512)x); }
+inline float sum_of(Wide x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+template <typename T>
+inline Wide get_wide(const T* from) {
+    return get(from);
+}
+
+inline float largest_of(Wide x) { return x; }
+inline float sum_of(Wide x) { return x; }
+#endif
+
+inline Wide larger(Wide a, Wide b) { return (a > b) | (a != a) ? a : b; }  // a NaN, if either is
+
+// Functions of a number, or of each in a vector.
+
 // erf by the ratio of polynomials that Eigen and XLA use: 4e-7 at most
-inline float erf_of(float x) {
-    x = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x;
-    float s = x * x;
-    float p = -2.72614225801306e-10f;
-    p = p * s + 2.77068142495902e-08f;
+template <typename F>
+inline F erf_of(F x) {
+    x = within(x, -4.0f, 4.0f);
+    F s = x * x;
+    F p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
     p = p * s - 2.10102402082508e-06f;
     p = p * s - 5.69250639462346e-05f;
     p = p * s - 7.34990630326855e-04f;
     p = p * s - 2.95459980854025e-03f;
     p = p * s - 1.60960333262415e-02f;
-    float q = -1.45660718464996e-05f;
-    q = q * s - 2.13374055278905e-04f;
+    F q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
     q = q * s - 1.68282697438203e-03f;
     q = q * s - 7.37332916720468e-03f;
     q = q * s - 1.42647390514189e-02f;
     return x * p / q;
 }
 
-inline float gelu(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f)); }
+template <typename F>
+inline F gelu(F x) {
+    return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f));
+}
 
 // exp, of numbers below -87 as of -87 and above 88 as of 88
-inline float exp_of(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float t = x * 1.44269504088896341f, whole = std::nearbyint(t), f = t - whole;
-    float p = 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
+template <typename F>
+inline F exp_of(F x) {
+    F t = within(x, -87.0f, 88.0f) * 1.44269504088896341f, whole = nearest(t), f = t - whole;
+    F p = f * 1.5403530e-4f + 1.3333558e-3f;
     p = p * f + 9.6181291e-3f;
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    uint32_t bits = uint32_t(int(whole) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
+    return times_power(p, whole);
 }
 
 // sin(2 pi t) of t in [-0.5, 0.5]
@@ -105,10 +188,6 @@ inline float sine_of_turns(float t) {
     float y = x + x * s * p;
     return t < 0 ? -y : y;
 }
-
-inline Vector load(const float* from) { return *reinterpret_cast<const VectorInMemory*>(from); }
-
-inline Vector add_product(Vector sum, float a, Vector b) { return sum + a * b; }
 
 #ifdef __AVX512BF16__
 typedef uint32_t Pairs __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -132,33 +211,49 @@ inline void interleave(const bfloat16* from, long apart, uint32_t* to, int rows,
 }
 #endif
 
-// R rows and V vectors of c (rows, columns) = a (rows, k) b (k, columns), where rows of a are `apart`
-template <int R, int V, typename E>
-inline void block(const E* a, long apart, const E* b, float* c, int k, int columns) {
-    Vector sum[R][V] = {};
+// sum (R rows, V vectors) += a (R, k) b (k, V vectors), where rows of a are `apart` and those of b `columns`;
+// `each_time` is called with every k
+template <int R, int V, typename E, typename F>
+inline void accumulate(const E* a, long apart, const E* b, long columns, int k, Vector (&sum)[R][V], F each_time) {
     for (int i = 0; i < k; i++) {
         decltype(load(b)) row[V];
-        for (int v = 0; v < V; v++) row[v] = load(b + long(i) * columns + v * LANES);
+        for (int v = 0; v < V; v++) row[v] = load(b + i * columns + v * LANES);
+        each_time(i);
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++) sum[r][v] = add_product(sum[r][v], a[r * apart + i], row[v]);
     }
+}
+
+template <int R, int V, typename E>
+inline void block(const E* a, long apart, const E* b, float* c, int k, int columns) {
+    Vector sum[R][V] = {};
+    accumulate(a, apart, b, columns, k, sum, [](int) {});
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) *reinterpret_cast<VectorInMemory*>(c + long(r) * columns + v * LANES) = sum[r][v];
+        for (int v = 0; v < V; v++) put(c + long(r) * columns + v * LANES, sum[r][v]);
 }
 
 template <int R, typename E>
-inline void rows_of(const E* a, long apart, const E* b, float* c, int k, int columns) {
+void rows_of(const E* a, long apart, const E* b, float* c, int k, int columns) {
     int j = 0;
     for (; j + 2 * LANES <= columns; j += 2 * LANES) block<R, 2>(a, apart, b + j, c + j, k, columns);
     if (j < columns) block<R, 1>(a, apart, b + j, c + j, k, columns);
 }
 
+template <typename E, int... R>
+constexpr auto by_height(std::integer_sequence<int, R...>) {
+    return std::array{rows_of<R + 1, E>...};
+}
+
 // c (rows, columns) = a (rows, k) b (k, columns), where rows of a are `apart`; columns is a multiple of LANES
 template <typename E>
 void multiply(const E* a, long apart, const E* b, float* c, int rows, int k, int columns) {
-    int r = 0;
-    for (; r + ROWS <= rows; r += ROWS) rows_of<ROWS>(a + r * apart, apart, b, c + long(r) * columns, k, columns);
-    for (; r < rows; r++) rows_of<1>(a + r * apart, apart, b, c + long(r) * columns, k, columns);
+    static constexpr auto OF_HEIGHT = by_height<E>(std::make_integer_sequence<int, ROWS>());
+    int blocks = (rows + ROWS - 1) / ROWS;
+    for (int i = 0; i < blocks; i++) {
+        int row = rows * i / blocks, below = rows * (i + 1) / blocks;
+        OF_HEIGHT[below - row - 1](a + row * apart, apart, b, c + long(row) * columns, k, columns);
+    }
 }
 
 }  // namespace

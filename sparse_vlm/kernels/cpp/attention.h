@@ -4,18 +4,28 @@
 // (docs/speed.md), of which half is changing layouts before and after. Here a head's keys, scores and values stay in
 // the first caches.
 
+#pragma once
+
 #include "vectors.h"
 
 namespace {
 
-// Scores (n, padded) to what they weigh, not yet divided by its sum; places from n on weigh nothing.
-inline void weigh(float* scores, float* sums, int n, int padded) {
+// Scores (n, padded) to what they weigh (n, padded), which may lie at the same place, not yet divided by its sum;
+// places from n on weigh next to nothing.
+template <typename T>
+inline void weigh(float* scores, T* weights, float* sums, int n, int padded) {
     for (int i = 0; i < n; i++) {
-        float *row = scores + long(i) * padded, most = row[0], sum = 0;
-        for (int j = 1; j < n; j++) most = row[j] > most ? row[j] : most;
-        for (int j = 0; j < n; j++) sum += row[j] = exp_of(row[j] - most);
-        for (int j = n; j < padded; j++) row[j] = 0;
-        sums[i] = sum;
+        float* row = scores + long(i) * padded;
+        for (int j = n; j < padded; j++) row[j] = -1e30f;
+        Wide most = get_wide(row), sum = {};
+        for (int j = WIDE; j < padded; j += WIDE) most = larger(get_wide(row + j), most);
+        float highest = largest_of(most);
+        for (int j = 0; j < padded; j += WIDE) {
+            Wide weight = exp_of(get_wide(row + j) - highest);
+            sum += weight;
+            put(weights + long(i) * padded + j, weight);
+        }
+        sums[i] = sum_of(sum);
     }
 }
 
@@ -47,7 +57,7 @@ void attend_head(const T* q, const T* k, const T* v, long apart, Head& at) {
         for (int i = 0; i < at.size; i++) at.keys[long(i) * at.padded + j] = get(k + j * apart + i);
     }
     multiply(at.queries.data(), at.size, at.keys.data(), at.scores.data(), at.n, at.size, at.padded);
-    weigh(at.scores.data(), at.sums.data(), at.n, at.padded);
+    weigh(at.scores.data(), at.scores.data(), at.sums.data(), at.n, at.padded);
     multiply(at.scores.data(), at.padded, at.values.data(), at.mean.data(), at.n, at.n, at.size);
 }
 
@@ -60,8 +70,7 @@ void attend_head(const bfloat16* q, const bfloat16* k, const bfloat16* v, long a
     for (int j = 0; j < at.n; j++)
         for (int i = 0; i < half; i++) at.pairs[long(i) * at.padded + j] = pairs_of(k + j * apart)[i];
     multiply(pairs_of(q), apart / 2, at.pairs.data(), at.scores.data(), at.n, half, at.padded);
-    weigh(at.scores.data(), at.sums.data(), at.n, at.padded);
-    for (size_t i = 0; i < at.weights.size(); i++) put(&at.weights[i], at.scores[i]);
+    weigh(at.scores.data(), at.weights.data(), at.sums.data(), at.n, at.padded);
     interleave(v, apart, at.value_pairs.data(), at.n, at.size);
     if (at.n % 2)
         for (int i = 0; i < at.size; i++) at.value_pairs[long(at.n) / 2 * at.size + i] = v[(at.n - 1) * apart + i].bits;
@@ -70,34 +79,23 @@ void attend_head(const bfloat16* q, const bfloat16* k, const bfloat16* v, long a
 }
 #endif
 
-// Queries (scaled), keys and values (B, n, 3, heads, size) to what each token attends to (B, n, heads, size).
+// Queries (scaled), keys and values (B, n, 3, heads, size) to what each token attends to (B, n, heads, size). Called by
+// all threads of a region together.
 template <typename T>
-void attend(const T* qkv, int batch, int n, int heads, int size, T* out, int threads) {
+void attend(const T* qkv, int batch, int n, int heads, int size, T* out) {
     long width = long(heads) * size;
-#pragma omp parallel num_threads(threads)
-    {
-        Head at(n, size);
+    Head at(n, size);
 #pragma omp for collapse(2)
-        for (int b = 0; b < batch; b++)
-            for (int head = 0; head < heads; head++) {
-                const T* q = qkv + b * n * 3 * width + head * size;
-                attend_head(q, q + width, q + 2 * width, 3 * width, at);
-                for (int i = 0; i < n; i++) {
-                    T* row = out + (long(b) * n + i) * width + head * size;
-                    for (int c = 0; c < size; c++) put(row + c, at.mean[long(i) * size + c] / at.sums[i]);
-                }
+    for (int b = 0; b < batch; b++)
+        for (int head = 0; head < heads; head++) {
+            const T* q = qkv + b * n * 3 * width + head * size;
+            attend_head(q, q + width, q + 2 * width, 3 * width, at);
+            for (int i = 0; i < n; i++) {
+                T* row = out + (long(b) * n + i) * width + head * size;
+                float part = 1 / at.sums[i];
+                for (int c = 0; c < size; c += WIDE) put(row + c, get_wide(&at.mean[long(i) * size + c]) * part);
             }
-    }
+        }
 }
 
 }  // namespace
-
-#define OF_TYPE(NAME, T)                                                                           \
-    void attend_##NAME(const T* qkv, int batch, int n, int heads, int size, T* out, int threads) { \
-        attend(qkv, batch, n, heads, size, out, threads);                                          \
-    }
-
-extern "C" {
-OF_TYPE(float32, float)
-OF_TYPE(bfloat16, bfloat16)
-}

@@ -1,0 +1,170 @@
+// The map that tokens look at, of an inference tower on a processor: a convolution of 7 x 7 pixels, pooling, ReLU and
+// norm in one pass.
+//
+// Shape legend: B pictures of h x w pixels; C channels; rows x columns cells of the convolution, H x W of the map.
+//
+// Notable: lines of a picture are laid out channels last, with their padding. What a cell reads of a line then lies
+// together, and cells beside each other read six numbers apart, so that a product reads it as it lies there. Three rows
+// of the convolution are kept, as they are pooled along a row.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int SIDE = 7, EDGE = 3, STRIDE = 2, COLOURS = 3;
+constexpr int REACH = SIDE * COLOURS, PADDED = REACH + 1;  // numbers that a cell reads of a line; as many as fit pairs
+constexpr int APART = STRIDE * COLOURS;                    // of what cells beside each other read
+constexpr int AT_ONCE = 8;                                 // rows of the map whose lines are laid out together
+constexpr int CELLS = LANES == 16 ? 10 : 4;                // at once: two vectors of sums each fit the registers
+
+template <typename T>
+struct Multiplied {  // as float32
+    typedef float Number;
+    typedef float Element;
+    static constexpr int TOGETHER = 1, EACH = REACH;
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Multiplied<bfloat16> {  // as pairs
+    typedef bfloat16 Number;
+    typedef uint32_t Element;
+    static constexpr int TOGETHER = 2, EACH = PADDED / 2;
+};
+#endif
+
+// weights (7, 22, C) as products read them: (7, EACH, C)
+template <typename T>
+void lay_out(const T* from, float* to, int channels) {
+    for (int line = 0; line < SIDE; line++)
+        widen(from + long(line) * PADDED * channels, to + long(line) * REACH * channels, long(REACH) * channels);
+}
+#ifdef __AVX512BF16__
+void lay_out(const bfloat16* from, uint32_t* to, int channels) {
+    interleave(from, channels, to, SIDE * PADDED, channels);
+}
+#endif
+
+// R cells by V vectors of channels; `lines` are the seven that they read, `length` numbers each.
+template <int R, int V, typename M>
+inline void some_cells(const typename M::Number* lines, long length, const typename M::Element* weight,
+                       const float* bias, int channels, float* to) {
+    Vector sum[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sum[r][v] = load(bias + v * LANES);
+    for (int line = 0; line < SIDE; line++)
+        accumulate(reinterpret_cast<const typename M::Element*>(lines + line * length), APART / M::TOGETHER,
+                   weight + long(line) * M::EACH * channels, channels, M::EACH, sum, [](int) {});
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) put(to + long(r) * channels + v * LANES, sum[r][v]);
+}
+
+template <int R, typename M>
+void cells_of(const typename M::Number* lines, long length, const typename M::Element* weight, const float* bias,
+              int channels, float* to) {
+    int c = 0;
+    for (; c + 2 * LANES <= channels; c += 2 * LANES)
+        some_cells<R, 2, M>(lines, length, weight + c, bias + c, channels, to + c);
+    if (c < channels) some_cells<R, 1, M>(lines, length, weight + c, bias + c, channels, to + c);
+}
+
+template <typename M, int... R>
+constexpr auto cells_by_count(std::integer_sequence<int, R...>) {
+    return std::array{cells_of<R + 1, M>...};
+}
+
+// Lines of a picture (3, h, w) from `first` on, of which EDGE lie above it, as (count, length) of channels last
+template <typename T, typename N>
+void lay_lines(const T* picture, int first, int count, int height, int width, long length, N* to) {
+    std::fill(to, to + count * length, N());
+    for (int i = 0; i < count; i++) {
+        int line = first + i - EDGE;
+        if (line < 0 || line >= height) continue;
+        for (int colour = 0; colour < COLOURS; colour++) {
+            const T* from = picture + (long(colour) * height + line) * width;
+            N* into = to + i * length + EDGE * COLOURS + colour;
+            for (int x = 0; x < width; x++) put(into + long(x) * COLOURS, get(from + x));
+        }
+    }
+}
+
+// a row of cells (columns, C) to the largest of three, two apart (W, C)
+inline void pool_row(const float* cells, int columns, int channels, float* to) {
+    for (int x = 0; x < columns; x += 2)
+        for (int c = 0; c < channels; c += WIDE) {
+            const float* cell = cells + long(x) * channels + c;
+            Wide most = get_wide(cell);
+            if (x > 0) most = larger(get_wide(cell - channels), most);
+            if (x + 1 < columns) most = larger(get_wide(cell + channels), most);
+            put(to + long(x / 2) * channels + c, most);
+        }
+}
+
+// Pictures (B, 3, h, w), weights (7, 22, C), of which the last of 22 are 0, and bias (C) to the map (B, H, W, C).
+template <typename T>
+void convolve(const T* pixels, const T* weight, const float* bias, float eps, int batch, int height, int width,
+              int channels, T* map, int threads) {
+    using M = Multiplied<T>;
+    static constexpr auto OF_COUNT = cells_by_count<M>(std::make_integer_sequence<int, CELLS>());
+    int rows = (height - 1) / STRIDE + 1, columns = (width - 1) / STRIDE + 1;
+    int map_rows = (rows - 1) / 2 + 1, map_columns = (columns - 1) / 2 + 1, blocks = (columns + CELLS - 1) / CELLS;
+    long length = (long(width + 2 * EDGE) * COLOURS + 2) / 2 * 2, row_size = long(map_columns) * channels;
+    int bands = std::min(map_rows, batch % threads ? threads : 1);  // of a picture, of one thread each
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<typename M::Element> weights(long(SIDE) * M::EACH * channels);
+        std::vector<typename M::Number> lines((STRIDE * (2 * AT_ONCE + 1) + SIDE) * length);
+        std::vector<float> cells(long(columns) * channels), kept(3 * row_size), largest(channels);
+        lay_out(weight, weights.data(), channels);
+#pragma omp for collapse(2)
+        for (int b = 0; b < batch; b++)
+            for (int band = 0; band < bands; band++) {
+                int top = map_rows * band / bands, below = map_rows * (band + 1) / bands;
+                int next = std::max(0, 2 * top - 1),
+                    above = 0;  // the next row of cells, and the first line that is there
+                for (int row = top; row < below; row++) {
+                    int last = std::min(rows - 1, 2 * row + 1);
+                    if ((row - top) % AT_ONCE == 0) {
+                        above = STRIDE * next;
+                        int count = STRIDE * (std::min(rows - 1, 2 * std::min(below, row + AT_ONCE) - 1) - next) + SIDE;
+                        lay_lines(pixels + long(b) * COLOURS * height * width, above, count, height, width, length,
+                                  lines.data());
+                    }
+                    for (; next <= last; next++) {
+                        for (int i = 0; i < blocks; i++) {
+                            int cell = columns * i / blocks, beyond = columns * (i + 1) / blocks;
+                            OF_COUNT[beyond - cell - 1](&lines[(STRIDE * next - above) * length + long(cell) * APART],
+                                                        length, weights.data(), bias, channels,
+                                                        &cells[long(cell) * channels]);
+                        }
+                        pool_row(cells.data(), columns, channels, &kept[next % 3 * row_size]);
+                    }
+                    T* to = map + (long(b) * map_rows + row) * row_size;
+                    for (long at = 0; at < row_size; at += channels) {
+                        float* most = largest.data();
+                        std::fill(most, most + channels, 0.0f);
+                        for (int i = std::max(0, 2 * row - 1); i <= last; i++) {
+                            const float* cell = &kept[i % 3 * row_size + at];
+                            for (int c = 0; c < channels; c += WIDE)
+                                put(most + c, larger(get_wide(cell + c), get_wide(most + c)));
+                        }
+                        normalise(largest.data(), largest.data(), channels, eps);
+                        for (int c = 0; c < channels; c += WIDE) put(to + at + c, get_wide(&largest[c]));
+                    }
+                }
+            }
+    }
+}
+
+}  // namespace
+
+#define OF_TYPE(NAME, T)                                                                                        \
+    void convolve_##NAME(const T* pixels, const T* weight, const float* bias, float eps, int batch, int height, \
+                         int width, int channels, T* map, int threads) {                                        \
+        convolve(pixels, weight, bias, eps, batch, height, width, channels, map, threads);                      \
+    }
+
+extern "C" {
+OF_TYPE(float32, float)
+OF_TYPE(bfloat16, bfloat16)
+}

@@ -1,0 +1,104 @@
+// Layers of few rows on a processor, attention, and both halves of a block of a transformer as one call each.
+//
+// Notable: between layers of a half there is nothing but a barrier; called one by one, with norms in between, they and
+// their tensors cost a tenth of a tower's time for one picture (docs/speed.md).
+
+#include "attention.h"
+#include "linear.h"
+
+namespace {
+
+#ifdef __AVX512F__
+// x (count, width) normalised, times gain, plus shift. Called by all threads of a region together.
+template <typename T>
+void norm(const T* x, const float* gain, const float* shift, float eps, int count, int width, T* out) {
+    std::vector<float> row(width);
+#pragma omp for
+    for (int i = 0; i < count; i++) {
+        normalise(x + long(i) * width, row.data(), width, eps);
+        for (int c = 0; c < width; c++) put(out + long(i) * width + c, row[c] * gain[c] + shift[c]);
+    }
+}
+
+// x (B, n, d) to itself and what its norm attends to: `room` for 4 d numbers a token.
+template <typename T>
+void attention(const T* x, const float* gain, const float* shift, float eps, const T* weight, const float* bias,
+               const T* out_weight, const float* out_bias, int batch, int n, int heads, int size, T* room, T* out,
+               int threads) {
+    int width = heads * size, count = batch * n;
+    T *tokens = room, *qkv = room + long(count) * width;
+#pragma omp parallel num_threads(threads)
+    {
+        norm(x, gain, shift, eps, count, width, tokens);
+        linear(Layer<T>{weight, bias, 0, width, 3 * width}, tokens, (const T*)nullptr, 1, count, qkv, threads);
+        attend(qkv, batch, n, heads, size, tokens);
+        linear(Layer<T>{out_weight, out_bias, 0, width, width}, tokens, x, 1, count, out, threads);
+    }
+}
+
+// x (count, d) to itself and `factor` times what an MLP makes of its norm: `room` for d + hidden numbers a token.
+template <typename T>
+void feed(const T* x, const float* gain, const float* shift, float eps, const T* weight, const float* bias,
+          int activation, const T* out_weight, const float* out_bias, float factor, int count, int width, int hidden,
+          T* room, T* out, int threads) {
+    T *tokens = room, *between = room + long(count) * width;
+#pragma omp parallel num_threads(threads)
+    {
+        norm(x, gain, shift, eps, count, width, tokens);
+        linear(Layer<T>{weight, bias, activation, width, hidden}, tokens, (const T*)nullptr, 1, count, between,
+               threads);
+        linear(Layer<T>{out_weight, out_bias, 0, hidden, width}, between, x, factor, count, out, threads);
+    }
+}
+#endif
+
+}  // namespace
+
+#define OF_TYPE(NAME, T)                                                                           \
+    void attend_##NAME(const T* qkv, int batch, int n, int heads, int size, T* out, int threads) { \
+        _Pragma("omp parallel num_threads(threads)") attend(qkv, batch, n, heads, size, out);      \
+    }
+
+#define MULTIPLYING(NAME, T)                                                                                           \
+    void linear_##NAME(const T* x, const T* weight, const float* bias, const T* onto, float factor, int activation,    \
+                       int count, int k, int outputs, T* out, int threads) {                                           \
+        Layer<T> layer = {weight, bias, activation, k, outputs};                                                       \
+        _Pragma("omp parallel num_threads(threads)") linear(layer, x, onto, factor, count, out, threads);              \
+    }                                                                                                                  \
+    void attention_##NAME(const T* x, const float* gain, const float* shift, float eps, const T* weight,               \
+                          const float* bias, const T* out_weight, const float* out_bias, int batch, int n, int heads,  \
+                          int size, T* room, T* out, int threads) {                                                    \
+        attention(x, gain, shift, eps, weight, bias, out_weight, out_bias, batch, n, heads, size, room, out, threads); \
+    }                                                                                                                  \
+    void feed_##NAME(const T* x, const float* gain, const float* shift, float eps, const T* weight, const float* bias, \
+                     int activation, const T* out_weight, const float* out_bias, float factor, int count, int width,   \
+                     int hidden, T* room, T* out, int threads) {                                                       \
+        feed(x, gain, shift, eps, weight, bias, activation, out_weight, out_bias, factor, count, width, hidden, room,  \
+             out, threads);                                                                                            \
+    }
+
+extern "C" {
+// whether what multiplies is for this processor
+int multiplies_float32() {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}
+int multiplies_bfloat16() {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+OF_TYPE(float32, float)
+OF_TYPE(bfloat16, bfloat16)
+#ifdef __AVX512F__
+MULTIPLYING(float32, float)
+#endif
+#ifdef __AVX512BF16__
+MULTIPLYING(bfloat16, bfloat16)
+#endif
+}
