@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,11 @@ from sparse_vlm.train import comparison
 ARGUMENTS = ["--vit", "tiny", "--init", "build/read", "--data", "a.tar", "--eval-data", "data"]
 
 
-def invoke(*arguments: str) -> str:
+def invoke(*arguments: str, exit_code: int = 0) -> str:
     app = typer.Typer()
     app.command()(comparison.main)
     done = CliRunner().invoke(app, [*ARGUMENTS, *arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == exit_code, done.output
     return done.stdout
 
 
@@ -95,3 +96,11 @@ def test_a_row_that_fails_ends_the_table_and_says_where_to_look(
         comparison.run(comparison.Scores(plan), comparison.RIVALS[0], 0, log=True)
     assert failed.value.exit_code == 3
     assert f"failed, with exit code 3; {tmp_path / 'tiny-seed0' / 'log.txt'} says why: sparse-vlm eval" in capsys.readouterr().err
+
+
+def test_no_row_begins_after_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where who waits for rows hears late of it."""
+    commands = Commands(monkeypatch, fails="train")
+    monkeypatch.setattr(comparison, "as_completed", lambda rows: wait(rows).done)
+    invoke("--only", "pool", "--seed", "0", "--seed", "1", "--seed", "2", "--out", str(tmp_path), exit_code=3)
+    assert commands.ran == ["train"]

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any
 
 import typer
@@ -170,11 +171,23 @@ def main(
     plan = Plan(vit, init, tuple(data), eval_data, out, tokens, align_steps, samples, threads)
     scores = Scores(plan)
     missing = [] if show else [(rival, number) for number in seeds for rival in rivals if not scores.has(rival, number)]
+    ended = Event()  # by a row that failed or an interrupt: a worker takes the next row before anybody is told
+
+    def begin(rival: Rival, number: int) -> None:
+        if ended.is_set():
+            return
+        try:
+            run(scores, rival, number, log=at_once > 1)
+        except BaseException:
+            ended.set()
+            raise
+
     pool = ThreadPoolExecutor(at_once)
     try:
-        for done in as_completed([pool.submit(run, scores, *row, at_once > 1) for row in missing]):
+        for done in as_completed([pool.submit(begin, *row) for row in missing]):
             done.result()
     finally:
+        ended.set()
         pool.shutdown(cancel_futures=True)  # what runs already comes to its end and is kept, or was interrupted too
     print(scores.table(rivals, seeds), end="")
 
