@@ -62,6 +62,10 @@ def boxes(batch: int, n: int) -> Tensor:
     return torch.cat([corners, corners + torch.rand(batch, n, 2)], dim=-1)
 
 
+def linear(outer: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (torch.randn(outer, inner) / inner**0.5).to(dtype), torch.randn(outer).to(dtype)
+
+
 def off_by(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape
     return ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
@@ -161,6 +165,18 @@ def test_layers(compiled: None, dtype: torch.dtype, activation: str | None, rows
     assert off_by(without, F.linear(x.double(), weight.double())) < DTYPES[dtype]
 
 
+@dtypes
+def test_a_layer_of_what_is_normalised(compiled: None, dtype: torch.dtype) -> None:
+    if not native.multiplies(dtype):
+        pytest.skip("this processor's products are left to libraries")
+    torch.manual_seed(0)
+    x, before = torch.randn(2, 20, 66).to(dtype)[:, 1:], norm(66, dtype)
+    weight, bias = linear(40, 66, dtype)
+    normal = F.layer_norm(x.double(), (66,), before.weight.double(), before.bias.double(), before.eps)
+    wanted = F.gelu(F.linear(normal, weight.double(), bias.double()))
+    assert off_by(native.Linear(weight, bias, "gelu", before)(x), wanted) < DTYPES[dtype]
+
+
 def test_layers_take_their_own_dtype_alone(compiled: None) -> None:
     if not native.multiplies(torch.float32):
         pytest.skip("this processor's products are left to libraries")
@@ -185,10 +201,6 @@ def test_attention(compiled: None, dtype: torch.dtype, n: int, heads: int, size:
     qkv[0, 0, 0] = torch.nan
     found = native.attend(qkv, heads)
     assert found[0, 0, 0].isnan() and not found[1:].isnan().any()
-
-
-def linear(outer: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (torch.randn(outer, inner) / inner**0.5).to(dtype), torch.randn(outer).to(dtype)
 
 
 @dtypes

@@ -39,7 +39,7 @@ MOST_TOKENS = 1025  # the same, with AVX-512 (in bfloat16 with pairs); more were
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
 ARGUMENTS = {
-    "linear": "aaaafiiiia",
+    "linear": "aaafaaafiiiiaa",
     "attend": "aiiiia",
     "attention": "aaafaaaaiiiiaa",
     "feed": "aaafaaiaafiiiaa",
@@ -147,11 +147,12 @@ class Linear:
     Args:
         weight, bias: (outer, inner) and (outer), which are left as they are; inner is even.
         activation: a key of `ACTIVATIONS`.
+        norm: of the input, if it is to be normalised before.
     """
 
     ACTIVATIONS: ClassVar[dict[str | None, int]] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None = None, norm: nn.LayerNorm | None = None) -> None:
         self.dtype, self.outer, self.inner = weight.dtype, *weight.shape
         panels = -(-self.outer // PANEL)
         padded = F.pad(weight.detach(), (0, 0, 0, panels * PANEL - self.outer))
@@ -161,6 +162,7 @@ class Linear:
         if bias is not None:
             self.bias[: self.outer] = bias.detach().float()
         self.activation = self.ACTIVATIONS[activation]
+        self.norm = (None, None, 0.0) if norm is None else _affine(norm)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
         """(..., inner) to (..., outer), times `factor` and added onto that where it is given.
@@ -174,7 +176,9 @@ class Linear:
         if onto is not None:
             _same(onto.dtype, self.dtype)
             onto = onto.expand_as(out).contiguous()
-        _call("linear", x.dtype, x, self.weight, self.bias, onto, factor, self.activation, rows, self.inner, self.outer, out)
+        room = None if self.norm[0] is None else torch.empty_like(x)
+        layer = self.weight, self.bias, onto, factor, self.activation
+        _call("linear", x.dtype, x, *self.norm, *layer, rows, self.inner, self.outer, room, out)
         return out
 
 
@@ -235,7 +239,7 @@ class _Half:
     """
 
     def __init__(self, norm: nn.LayerNorm, first: Linear, last: Linear) -> None:
-        self.norm, self.first, self.last = (_numbers(norm.weight), _numbers(norm.bias), norm.eps), first, last
+        self.norm, self.first, self.last = _affine(norm), first, last
 
     def _compute(self, name: str, x: Tensor, room: int, *given: Tensor | float) -> Tensor:
         """A function of x (B, N, d), into a new one; `room` numbers a token are needed on the way."""
@@ -344,6 +348,10 @@ def _same(given: torch.dtype, expected: torch.dtype) -> None:
 
 def _numbers(given: Tensor) -> Tensor:
     return given.detach().float().contiguous()
+
+
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return _numbers(norm.weight), _numbers(norm.bias), norm.eps
 
 
 def _rows(tokens: Tensor) -> tuple[Tensor, int]:

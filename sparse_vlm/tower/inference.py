@@ -15,7 +15,7 @@ Measured, with what did not help: docs/speed.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -294,7 +294,7 @@ class PreparedUnit(Unit):
 
     def _prepare_moves(self, norm: nn.LayerNorm, *layers: nn.Module) -> None:
         *hidden, last = layers
-        self.roi_adjust_module = nn.Sequential(norm, *_with_gelu(hidden), pack(last))
+        self.roi_adjust_module = nn.Sequential(_hidden(norm, *hidden), pack(last))
 
     def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
         return self.adaptive_mixing(feature_map, points, generated)
@@ -322,9 +322,9 @@ class PreparedUnit(Unit):
         return (memory.recall(), None) if bool((rois == memory.rois).all()) else (None, None)
 
 
-def _with_gelu(layers: Sequence[nn.Module]) -> list[PackedLinear]:
-    """A linear layer and its GELU as one; nothing of nothing."""
-    return [PackedLinear(layer.weight, layer.bias, "gelu") for layer in layers[:1]]
+def _hidden(norm: nn.LayerNorm, *layers: nn.Module) -> nn.Module:
+    """A norm, a linear layer and its GELU as one; the norm alone where there is nothing else."""
+    return PackedLinear(layers[0].weight, layers[0].bias, "gelu", norm) if layers else norm
 
 
 class CompiledEarlyConvolution(EarlyConvolution):
@@ -382,7 +382,7 @@ class CompiledUnit(PreparedUnit):
 
     def _prepare_moves(self, norm: nn.LayerNorm, *layers: nn.Module) -> None:
         *hidden, last = layers
-        self.roi_adjust_module = nn.Sequential(norm, *_with_gelu(hidden))
+        self.roi_adjust_module = _hidden(norm, *hidden)
         self._move = last.weight.float()
 
     def points(self, latents: Tensor, rois: Tensor) -> Tensor:

@@ -35,18 +35,22 @@ class PackedLinear(nn.Module):
     Args:
         weight, bias: (outer, inner) and (outer), which are left as they are.
         activation: of the output, in the same pass; of `quick_gelu` only silu, whose factors are the caller's.
+        norm: of the input, in the same call where products are our own.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None, norm: nn.LayerNorm | None = None
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.ours = self.packed = None
         self.fused = ("none", "") if activation is None else FUSED[activation]
         self.activation = {None: None, "quick_gelu": F.silu}.get(activation, ACTIVATIONS.get(activation))
         # attributes, not buffers: a packed tensor cannot be saved, moved or converted
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         if kernels.multiplies(weight):
-            self.ours = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation)
-            self.weight = self.bias = None
+            self.ours = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation, norm)
+            self.weight = self.bias = self.norm = None
         elif packs(weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
             self.weight = None
@@ -55,6 +59,7 @@ class PackedLinear(nn.Module):
         """(..., inner) to (..., outer), times `factor` and added onto that where it is given."""
         if self.ours is not None:
             return self.ours(x, onto, factor)
+        x = x if self.norm is None else self.norm(x)
         if self.packed is not None:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.fused[0], [], self.fused[1])
         else:
@@ -70,9 +75,17 @@ class PackedLinear(nn.Module):
 
 
 def pack(module: nn.Module) -> nn.Module:
-    """The same module with packed linear layers, here or in its children."""
+    """The same module with packed linear layers, here or in its children; one that follows a norm takes it in."""
     if isinstance(module, nn.Linear):
         return PackedLinear(module.weight, module.bias)
+    if isinstance(module, nn.Sequential):
+        packed: list[nn.Module] = []
+        for child in module:
+            if packed and isinstance(packed[-1], nn.LayerNorm) and isinstance(child, nn.Linear):
+                packed[-1] = PackedLinear(child.weight, child.bias, norm=packed[-1])
+            else:
+                packed.append(pack(child))
+        return nn.Sequential(*packed)
     for name, child in module.named_children():
         setattr(module, name, pack(child))
     return module

@@ -20,6 +20,17 @@ void norm(const T* x, const float* gain, const float* shift, float eps, int coun
     }
 }
 
+// x (count, k), or its norm where there is a gain, to out (count, outputs), as `linear`: `room` for k numbers a row.
+template <typename T>
+void layer(const T* x, const float* gain, const float* shift, float eps, const Layer<T>& of, const T* onto,
+           float factor, int count, T* room, T* out, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        if (gain) norm(x, gain, shift, eps, count, of.k, room);
+        linear(of, gain ? room : x, onto, factor, count, out, threads);
+    }
+}
+
 // x (B, n, d) to itself and what its norm attends to: `room` for 4 d numbers a token.
 template <typename T>
 void attention(const T* x, const float* gain, const float* shift, float eps, const T* weight, const float* bias,
@@ -60,10 +71,11 @@ void feed(const T* x, const float* gain, const float* shift, float eps, const T*
     }
 
 #define MULTIPLYING(NAME, T)                                                                                           \
-    void linear_##NAME(const T* x, const T* weight, const float* bias, const T* onto, float factor, int activation,    \
-                       int count, int k, int outputs, T* out, int threads) {                                           \
-        Layer<T> layer = {weight, bias, activation, k, outputs};                                                       \
-        _Pragma("omp parallel num_threads(threads)") linear(layer, x, onto, factor, count, out, threads);              \
+    void linear_##NAME(const T* x, const float* gain, const float* shift, float eps, const T* weight,                  \
+                       const float* bias, const T* onto, float factor, int activation, int count, int k, int outputs,  \
+                       T* room, T* out, int threads) {                                                                 \
+        layer(x, gain, shift, eps, Layer<T>{weight, bias, activation, k, outputs}, onto, factor, count, room, out,     \
+              threads);                                                                                                \
     }                                                                                                                  \
     void attention_##NAME(const T* x, const float* gain, const float* shift, float eps, const T* weight,               \
                           const float* bias, const T* out_weight, const float* out_bias, int batch, int n, int heads,  \
