@@ -2,7 +2,7 @@
 
 Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 
-Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about four seconds, and kept where torch keeps what
+Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about six seconds, and kept where torch keeps what
 it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
 done, torch computes the same.
 """
