@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -59,6 +60,21 @@ def photo_file(folder: Path, name: str) -> Photo:
     return FilePhoto(name, folder / name, 0, -1)
 
 
+@contextmanager
+def own_layout(where: Path | str) -> Iterator[None]:
+    """What reads a benchmark's own file, or the line of one, that `where` names.
+
+    Raises:
+        UserError: it is in another layout.
+    """
+    try:
+        yield
+    except UserError:  # of a part, which has said where it is
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
+
+
 def in_own_layout(data: Data, where: Path, read: Callable[[], list[Row]]) -> list[Row]:
     """What `read` makes of a benchmark's own files, once for all tasks.
 
@@ -68,10 +84,8 @@ def in_own_layout(data: Data, where: Path, read: Callable[[], list[Row]]) -> lis
     Raises:
         UserError: a file in another layout.
     """
-    try:
+    with own_layout(where):
         return data.once(f"rows {where}", read)
-    except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
-        raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None
 
 
 def looked_at(data: Data, rows: Sequence[tuple[Photo, Row]], where: Path) -> tuple[list[Photo], list[tuple[int, Row]]]:

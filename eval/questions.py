@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.official import in_own_layout, looked_at, photo_file
+from sparse_vlm.eval.official import in_own_layout, looked_at, own_layout, photo_file
 from sparse_vlm.eval.task import Data
 from sparse_vlm.photos import Photo
 
@@ -99,9 +99,11 @@ class PopeFiles(Published):
         """Every question of every split."""
         found = []
         for split, file in zip(self.SPLITS, self.files, strict=False):
-            for line in (data.root / file).read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                found.append((row["image"], {"q": row["text"], "a": row["label"], "s": f"pope_coco_{split}"}))
+            lines = (data.root / file).read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines, 1):
+                with own_layout(f"{data.root / file}, line {number}"):
+                    row = json.loads(line)
+                    found.append((row["image"], {"q": row["text"], "a": row["label"], "s": f"pope_coco_{split}"}))
         return found
 
 

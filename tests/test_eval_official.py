@@ -196,7 +196,7 @@ def test_choices_of_aokvqa_in_its_own_file(aokvqa: Path, monkeypatch: pytest.Mon
 
 def test_files_of_pope_that_are_not_right(pope: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pope / "pope/coco_pope_popular.json").write_text('{"image": "a.jpg"}\n')
-    with pytest.raises(UserError, match="coco_pope_random.json: not in the benchmark's own layout.*'text'"):
+    with pytest.raises(UserError, match="coco_pope_popular.json, line 1: not in the benchmark's own layout.*'text'"):
         measure(monkeypatch, {"m": Says(colour)}, "pope-coco", pope)
     (pope / "pope/coco_pope_popular.json").unlink()
     with pytest.raises(UserError, match="coco_pope_popular.json: no such file"):

@@ -54,6 +54,7 @@ def optimize(tower: SparseFormer) -> None:
             tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None)
         else:
             tower.layers[index] = pack(layer)
+    tower.proj = pack(tower.proj)
 
 
 @dataclass
