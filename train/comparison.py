@@ -188,7 +188,7 @@ def main(
             done.result()
     finally:
         ended.set()
-        pool.shutdown(cancel_futures=True)  # what runs already comes to its end and is kept, or was interrupted too
+        pool.shutdown()  # what runs already comes to its end and is kept, or was interrupted too
     print(scores.table(rivals, seeds), end="")
 
 

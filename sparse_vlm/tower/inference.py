@@ -8,8 +8,8 @@ Notable: each part below says what the part of `sparse_vlm.tower.modules` that i
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
 * Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
 * The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, instead of being sampled one by one.
-* Looks, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one picture, calling torch's
-  many small operators takes longer than what they do, and libraries are made for more rows.
+* Looks, the map, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one picture, calling
+  torch's many small operators takes longer than what they do, and libraries are made for more rows.
 Measured, with what did not help: docs/speed.md.
 """
 
@@ -348,13 +348,16 @@ class CompiledAttention(PreparedAttention):
 
 
 class CompiledUnit(PreparedUnit):
-    """A prepared unit that looks and attends by compiled functions; positions that are told right after a look are told with it."""
+    """A prepared unit of compiled functions; positions that are told right after a look are told with it.
+
+    Attention and MLP are one call each, where products are our own.
+    """
 
     attention = CompiledAttention
 
     def __init__(self, plain: Unit, activation: Activation, first: bool) -> None:
         super().__init__(plain, activation, first)
-        self._attention = self._mlp = None  # as one call each, where products are our own
+        self._attention = self._mlp = None
         if "ATTN" in self.ops and self.attn.qkv.ours is not None:
             self._attention = native.Attention(self.norm1, self.attn.qkv.ours, self.attn.proj.ours, self.attn.heads)
         if "MLP" in self.ops and self.mlp.fc1.ours is not None:

@@ -4,8 +4,9 @@
 // Shape legend: B pictures of h x w pixels; C channels; rows x columns cells of the convolution, H x W of the map.
 //
 // Notable: lines of a picture are laid out channels last, with their padding. What a cell reads of a line then lies
-// together, and cells beside each other read six numbers apart, so that a product reads it as it lies there. Three rows
-// of the convolution are kept, as they are pooled along a row.
+// together, and cells beside each other read six numbers apart, so that a product reads it as it lies there. In pairs
+// of bfloat16 a cell reads one number more, times 0: a pixel that is not finite spoils that cell too. Three rows of the
+// convolution are kept, as they are pooled along a row.
 
 #include "vectors.h"
 
@@ -60,17 +61,12 @@ inline void some_cells(const typename M::Number* lines, long length, const typen
 }
 
 template <int R, typename M>
-void cells_of(const typename M::Number* lines, long length, const typename M::Element* weight, const float* bias,
-              int channels, float* to) {
+ALONE void cells_of(const typename M::Number* lines, long length, const typename M::Element* weight, const float* bias,
+                    int channels, float* to) {
     int c = 0;
     for (; c + 2 * LANES <= channels; c += 2 * LANES)
         some_cells<R, 2, M>(lines, length, weight + c, bias + c, channels, to + c);
     if (c < channels) some_cells<R, 1, M>(lines, length, weight + c, bias + c, channels, to + c);
-}
-
-template <typename M, int... R>
-constexpr auto cells_by_count(std::integer_sequence<int, R...>) {
-    return std::array{cells_of<R + 1, M>...};
 }
 
 // Lines of a picture (3, h, w) from `first` on, of which EDGE lie above it, as (count, length) of channels last
@@ -105,9 +101,8 @@ template <typename T>
 void convolve(const T* pixels, const T* weight, const float* bias, float eps, int batch, int height, int width,
               int channels, T* map, int threads) {
     using M = Multiplied<T>;
-    static constexpr auto OF_COUNT = cells_by_count<M>(std::make_integer_sequence<int, CELLS>());
     int rows = (height - 1) / STRIDE + 1, columns = (width - 1) / STRIDE + 1;
-    int map_rows = (rows - 1) / 2 + 1, map_columns = (columns - 1) / 2 + 1, blocks = (columns + CELLS - 1) / CELLS;
+    int map_rows = (rows - 1) / 2 + 1, map_columns = (columns - 1) / 2 + 1;
     long length = (long(width + 2 * EDGE) * COLOURS + 2) / 2 * 2, row_size = long(map_columns) * channels;
     int bands = std::min(map_rows, batch % threads ? threads : 1);  // of a picture, of one thread each
 #pragma omp parallel num_threads(threads)
@@ -120,8 +115,8 @@ void convolve(const T* pixels, const T* weight, const float* bias, float eps, in
         for (int b = 0; b < batch; b++)
             for (int band = 0; band < bands; band++) {
                 int top = map_rows * band / bands, below = map_rows * (band + 1) / bands;
-                int next = std::max(0, 2 * top - 1),
-                    above = 0;  // the next row of cells, and the first line that is there
+                int next = std::max(0, 2 * top - 1);  // row of cells
+                int above = 0;                        // the first line that is laid out
                 for (int row = top; row < below; row++) {
                     int last = std::min(rows - 1, 2 * row + 1);
                     if ((row - top) % AT_ONCE == 0) {
@@ -131,12 +126,11 @@ void convolve(const T* pixels, const T* weight, const float* bias, float eps, in
                                   lines.data());
                     }
                     for (; next <= last; next++) {
-                        for (int i = 0; i < blocks; i++) {
-                            int cell = columns * i / blocks, beyond = columns * (i + 1) / blocks;
-                            OF_COUNT[beyond - cell - 1](&lines[(STRIDE * next - above) * length + long(cell) * APART],
-                                                        length, weights.data(), bias, channels,
-                                                        &cells[long(cell) * channels]);
-                        }
+                        const auto* line = &lines[(STRIDE * next - above) * length];
+                        each_block<CELLS>(columns, 0, blocks_of<CELLS>(columns), [&](long cell, auto count) {
+                            cells_of<decltype(count)::value, M>(line + cell * APART, length, weights.data(), bias,
+                                                                channels, &cells[cell * channels]);
+                        });
                         pool_row(cells.data(), columns, channels, &kept[next % 3 * row_size]);
                     }
                     T* to = map + (long(b) * map_rows + row) * row_size;

@@ -50,7 +50,8 @@ inline void finish(Vector value, const T* onto, float factor, T* out) {
 
 // R rows by panel p; `step` bytes of what lies `ahead` come near at each product.
 template <int R, typename T>
-void rows(const Layer<T>& of, int p, const T* x, const T* onto, float factor, T* out, const char* ahead, int step) {
+ALONE void rows(const Layer<T>& of, int p, const T* x, const T* onto, float factor, T* out, const char* ahead,
+                int step) {
     Vector sum[R][2];
     const float* bias = of.bias + p * PANEL;
     for (int r = 0; r < R; r++) sum[r][0] = load(bias), sum[r][1] = load(bias + LANES);
@@ -74,17 +75,11 @@ void rows(const Layer<T>& of, int p, const T* x, const T* onto, float factor, T*
     }
 }
 
-template <typename T, int... R>
-constexpr auto rows_by_height(std::integer_sequence<int, R...>) {
-    return std::array{rows<R + 1, T>...};
-}
-
 // x (count, k) to out (count, outputs): activated, or times `factor` and added onto `onto` where that is not null.
 // Called by all threads of a region together.
 template <typename T>
 void linear(const Layer<T>& of, const T* x, const T* onto, float factor, int count, T* out, int threads) {
-    static constexpr auto OF_HEIGHT = rows_by_height<T>(std::make_integer_sequence<int, BLOCK>());
-    int panels = of.panels(), blocks = (count + BLOCK - 1) / BLOCK;
+    int panels = of.panels(), blocks = blocks_of<BLOCK>(count);
     // rows stay in the second cache while all panels pass; few panels are shared by rows as well
     long parts = std::max(long(long(count) * of.k * sizeof(T) / KEPT + 1), long(2 * threads + panels - 1) / panels);
     parts = std::min(long(blocks), parts);
@@ -95,12 +90,12 @@ void linear(const Layer<T>& of, const T* x, const T* onto, float factor, int cou
             // while blocks pass by this panel, the next one comes near, a part at each
             auto next = reinterpret_cast<const char*>(of.panel(p + 1 < panels ? p + 1 : 0));
             int step = std::min(LINE, int(PANEL * sizeof(float)) / (last - block));
-            for (; block < last; block++, next += long(elements(x, of.k)) * step) {
-                long row = long(count) * block / blocks, below = long(count) * (block + 1) / blocks;
+            each_block<BLOCK>(count, block, last, [&](long row, auto height) {
                 long to = row * of.outputs + p * PANEL;
-                OF_HEIGHT[below - row - 1](of, p, x + row * of.k, onto ? onto + to : onto, factor, out + to, next,
-                                           step);
-            }
+                rows<decltype(height)::value>(of, p, x + row * of.k, onto ? onto + to : onto, factor, out + to, next,
+                                              step);
+                next += long(elements(x, of.k)) * step;
+            });
         }
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +25,9 @@ constexpr int PADDING = 16;                // rows are padded to a multiple of t
 constexpr int ROWS = LANES == 16 ? 8 : 4;  // of a block of a product: two vectors of sums a row fit the registers
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef float VectorInMemory __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+// a function whose loop the compiler is to find registers for by itself
+#define ALONE __attribute__((noinline))
 
 struct bfloat16 {
     uint16_t bits;
@@ -234,26 +236,41 @@ inline void block(const E* a, long apart, const E* b, float* c, int k, int colum
 }
 
 template <int R, typename E>
-void rows_of(const E* a, long apart, const E* b, float* c, int k, int columns) {
+ALONE void rows_of(const E* a, long apart, const E* b, float* c, int k, int columns) {
     int j = 0;
     for (; j + 2 * LANES <= columns; j += 2 * LANES) block<R, 2>(a, apart, b + j, c + j, k, columns);
     if (j < columns) block<R, 1>(a, apart, b + j, c + j, k, columns);
 }
 
-template <typename E, int... R>
-constexpr auto by_height(std::integer_sequence<int, R...>) {
-    return std::array{rows_of<R + 1, E>...};
+template <int MOST>
+constexpr int blocks_of(int count) {
+    return (count + MOST - 1) / MOST;
+}
+
+template <typename F, int... I>
+inline void of_height(int height, F function, std::integer_sequence<int, I...>) {
+    constexpr int MOST = sizeof...(I);  // which comes first, because it is asked for most often
+    (void)((height == MOST - I && (function(std::integral_constant<int, MOST - I>()), true)) || ...);
+}
+
+// Rows in blocks of at most MOST, about as high (49 as 10, 10, 10, 10 and 9): `function` of each from `block` to before
+// `last`, with its first row and, as a constant, its height.
+template <int MOST, typename F>
+inline void each_block(int count, int block, int last, F function) {
+    int blocks = blocks_of<MOST>(count);
+    for (; block < last; block++) {
+        long row = long(count) * block / blocks, below = long(count) * (block + 1) / blocks;
+        of_height(
+            int(below - row), [&](auto height) { function(row, height); }, std::make_integer_sequence<int, MOST>());
+    }
 }
 
 // c (rows, columns) = a (rows, k) b (k, columns), where rows of a are `apart`; columns is a multiple of LANES
 template <typename E>
 void multiply(const E* a, long apart, const E* b, float* c, int rows, int k, int columns) {
-    static constexpr auto OF_HEIGHT = by_height<E>(std::make_integer_sequence<int, ROWS>());
-    int blocks = (rows + ROWS - 1) / ROWS;
-    for (int i = 0; i < blocks; i++) {
-        int row = rows * i / blocks, below = rows * (i + 1) / blocks;
-        OF_HEIGHT[below - row - 1](a + row * apart, apart, b, c + long(row) * columns, k, columns);
-    }
+    each_block<ROWS>(rows, 0, blocks_of<ROWS>(rows), [&](long row, auto height) {
+        rows_of<decltype(height)::value>(a + row * apart, apart, b, c + row * columns, k, columns);
+    });
 }
 
 }  // namespace
