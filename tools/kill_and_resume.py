@@ -34,7 +34,9 @@ from formats import COLOURS, ROOT, save_llm, save_teacher, save_tower, write_noi
 from safetensors.torch import load_file  # noqa: E402
 
 LIMIT_S = 300.0
-TIMES = ("seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch")
+# what the Trainer says of the process that ended a run: times, and the mean loss of that process's own steps
+OF_A_PROCESS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+MEMOS = ("complete", "verified.json")  # checksums of what is compared itself; what was checked when
 WARM = ("open_clip", "peft", "matplotlib.pyplot", "sparse_vlm.train.bootstrap", "sparse_vlm.train.vlm", "sparse_vlm.cli.train", "sparse_vlm.cli.zoo")
 
 
@@ -266,6 +268,11 @@ def disturbed(scenario: Scenario, folder: Path, own: Path, usual_s: float, rng: 
 # ---- comparing
 
 
+def compare(scenario: Scenario, folder: Path, own: Path) -> list[str]:
+    """What is different in a round from the run that nobody disturbed, a line each."""
+    return [f"{part}/{line}" for part in scenario.made for line in differences(folder / "undisturbed" / part, own / part)]
+
+
 def differences(wanted: Path, found: Path) -> list[str]:
     """What is different in two folders, a line each."""
     files = [{path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} for root in (wanted, found)]
@@ -277,7 +284,7 @@ def differences(wanted: Path, found: Path) -> list[str]:
 
 
 def _different(wanted: Path, found: Path) -> list[str]:
-    if wanted.read_bytes() == found.read_bytes() or wanted.suffix in (".png", ".lock") or wanted.name == "complete":
+    if wanted.read_bytes() == found.read_bytes() or wanted.suffix in (".png", ".lock") or wanted.name in MEMOS:
         return []
     if wanted.suffix == ".safetensors":
         return _tensors(load_file(wanted), load_file(found))
@@ -322,8 +329,8 @@ def _document(wanted: Any, found: Any, where: str = "") -> list[str]:
     if type(wanted) is not type(found):
         return [f"{where}: {wanted!r:.60} and {found!r:.60}"]
     if isinstance(wanted, dict):
-        said = [f"{where}/{key} is there once" for key in sorted(wanted.keys() ^ found.keys()) if key not in TIMES]
-        return said + [line for key in wanted.keys() & found.keys() - {*TIMES} for line in _document(wanted[key], found[key], f"{where}/{key}")]
+        said = [f"{where}/{key} is there once" for key in sorted(wanted.keys() ^ found.keys()) if key not in OF_A_PROCESS]
+        return said + [line for key in wanted.keys() & found.keys() - {*OF_A_PROCESS} for line in _document(wanted[key], found[key], f"{where}/{key}")]
     if isinstance(wanted, list):
         said = [f"{where}: {len(wanted)} and {len(found)} entries"] if len(wanted) != len(found) else []
         return said + [line for i, pair in enumerate(zip(wanted, found, strict=False)) for line in _document(*pair, f"{where}/{i}")]
@@ -350,7 +357,9 @@ def campaign(
         made = folder / "given"
         made.mkdir(parents=True)
         scenario.make(made)
-        tally.seconds = complete(scenario, made, folder / "undisturbed", anew)
+        complete(scenario, made, folder / "undisturbed", anew)
+        tally.seconds = complete(scenario, made, folder / "again", anew)  # the first one may have compiled something
+        tally.differences += [f"undisturbed twice: {line}" for line in compare(scenario, folder, folder / "again")]
     began, todo = time.monotonic(), rounds * len(tallies)
     for number in range(todo):
         name = list(tallies)[number % len(tallies)]
@@ -362,8 +371,7 @@ def campaign(
         except RuntimeError as error:
             found = [str(error)]
         else:
-            for part in scenario.made:
-                found += [f"{part}/{line}" for line in differences(folder / "undisturbed" / part, own / part)]
+            found = compare(scenario, folder, own)
         tally.rounds += 1
         tally.differences += [f"{own.name}: {line}" for line in found]
         if not found:
