@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.errors import UserError, as_user_error
+from sparse_vlm.errors import UserError, as_user_error, printable
 
 LOCK = ".lock"
 _held: set[Path] = set()  # by this process
@@ -78,7 +78,7 @@ def reserve(path: Path, size: int) -> None:
     before = path.stat().st_size
     try:
         free = shutil.disk_usage(path.parent).free
-        if size - before > free:
+        if 0 < free < size - before:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({size / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free)")
         with open(path, "rb+") as stream:
             if hasattr(os, "posix_fallocate"):
@@ -113,6 +113,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     if folder in _held:
@@ -122,19 +123,38 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     # a file of its own says who: taking a lock empties the lock's file
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder}: another run has it ({_read_owner(owner)}); wait for its end, or choose another folder") from None
+        who = f"{folder}: another run has it ({_read_owner(owner)})"
+        if not wait:
+            raise UserError(f"{who}; wait for its end, or choose another folder") from None
+        print(printable(f"{who}; waiting for it"), file=sys.stderr)
+        lock.acquire()
+    except OSError:
+        _remove_if_empty(folder, was_there)
+        raise
     _held.add(folder)
     try:
         sweep(folder)
         write_text(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
         yield
+    except BaseException:
+        owner.unlink(missing_ok=True)
+        _remove_if_empty(folder, was_there)
+        raise
     finally:
         _held.discard(folder)
         with contextlib.suppress(OSError):
-            owner.unlink()
+            owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _remove_if_empty(folder: Path, was_there: bool) -> None:
+    """Remove a folder that was made for a run which left nothing in it but its lock."""
+    with contextlib.suppress(OSError):
+        if not was_there and {path.name for path in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _read_owner(path: Path) -> str:
