@@ -119,10 +119,14 @@ def bootstrap(
         console.print("activations are not kept but computed again in the backward pass")
 
     from sparse_vlm.train.bootstrap import bootstrap as run
+    from sparse_vlm.train.bootstrap import settings_of
+    from sparse_vlm.train.run import finished
 
     if chosen.views_per_photo:
         cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
         shown = store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, owner=first)
+        if finished(out, settings_of(recipe, chosen, source, store, seed, engine, resident)):
+            return
         if store.done == len(store):
             console.print(f"teacher's answers: {len(store)} views, all cached")
         else:
