@@ -357,11 +357,14 @@ class VLM:
         Raises:
             UserError: a conversation whose placeholders and pictures do not match, or that is too long.
         """
-        texts = [self.renderer.text(conversation, answer_next=True) for conversation in conversations]
-        images = [image for conversation in conversations for image in images_of(conversation)]
-        inputs = self.processor(text=texts, images=images or None, padding=True, add_special_tokens=False, return_tensors="pt")
-        for i, (row, conversation) in enumerate(zip(inputs["input_ids"].tolist(), conversations, strict=True)):
+        if not conversations:
+            return []
+        rows = [self.renderer.tokens(self.renderer.text(conversation, answer_next=True)) for conversation in conversations]
+        for i, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
             self.renderer.check_count(row, len(images_of(conversation)), f"conversation {i}")
+        inputs = self.tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
+        if images := [image for conversation in conversations for image in images_of(conversation)]:
+            inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         self.check_length(inputs["input_ids"].shape[1] + max_new_tokens)
         out = self.model.generate(**inputs.to(self.model.device), max_new_tokens=max_new_tokens, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
