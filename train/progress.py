@@ -26,7 +26,7 @@ class ProgressLine(TrainerCallback):
     def __init__(self, unit: str, per_step: int) -> None:
         self.unit, self.per_step = unit, per_step
         # one of several processes speaks for all
-        self.console = Console(file=sys.stderr, quiet=rank() > 0)
+        self.console = Console(file=sys.stderr, quiet=rank() > 0, markup=False)
         self.bar = Progress(
             TextColumn("{task.fields[loss]}"),
             BarColumn(),

@@ -61,7 +61,7 @@ def bootstrap(
 
     import torch
 
-    from sparse_vlm.cli.progress import counting, fetching, for_people
+    from sparse_vlm.cli.progress import check_teacher, counting, fetching, for_people
     from sparse_vlm.devices import own_device, rank, use_processors
     from sparse_vlm.distill.cache import TeacherCache
     from sparse_vlm.distill.resident import ResidentPhotos
@@ -95,6 +95,7 @@ def bootstrap(
     out = out or Path("build") / recipe
     if chosen.views and not data and not mapping_only:
         raise UserError(f"--recipe {recipe}: learns from photos; give --data")
+    check_teacher(teacher)
     use_processors(threads)
     torch.manual_seed(seed)
     source = load_teacher(teacher)

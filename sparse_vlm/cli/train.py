@@ -91,9 +91,7 @@ def train(
     import random
     from contextlib import nullcontext
 
-    from rich.console import Console
-
-    from sparse_vlm.cli.progress import counting
+    from sparse_vlm.cli.progress import counting, plain_console
     from sparse_vlm.data.pictures import ON_BAD_IMAGE
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
@@ -152,7 +150,7 @@ def train(
     use_processors(threads)
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
-    console = Console(highlight=False, soft_wrap=True, quiet=not first)
+    console = plain_console(soft_wrap=True, quiet=not first)
     talks = _talks(console, data, images, stage, epochs, seed)
     if chosen.pictures_of_words:
         spoken = [index for index, talk in enumerate(talks) if not talk.photos or words_about(talk)]
@@ -285,7 +283,7 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
         done = f"{len(samples) - len(kept):,} of {len(samples):,} samples are left out" if on_bad_image == "skip" else "shown as grey"
         console.print(f"bad images: {len(bad):,}, {done}; {out / DECISIONS} names all")
         for why in list(bad.values())[:5]:
-            console.print(f"  {why}", markup=False)
+            console.print(f"  {why}")
     if bank is not None:
         bank.stand_in(bad)
         bank.fill([photo for photo in kept.talks.wanted() if photo not in bad])
@@ -294,7 +292,6 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
 
 def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_size: int, seed: int) -> None:
     """What is learnt from and what it costs in tokens, what learns, and one sample with its label mask."""
-    from rich.markup import escape
     from rich.table import Table
 
     from sparse_vlm.data.samples import arrange, report
@@ -318,5 +315,5 @@ def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_siz
     console.print(table)
     talk = samples.talks[0]
     shown = vlm.renderer.renderings(talk.conversations[-1], talk.name)[-1]
-    console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):", markup=False)
-    console.print(escape(vlm.renderer.describe(shown)))
+    console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):")
+    console.print(vlm.renderer.describe(shown))
