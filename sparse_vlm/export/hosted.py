@@ -82,7 +82,7 @@ class HostedVLM(Exporter):
             raise UserError(f"{model}: its projector ({self.vlm.projector_kind}) is none that transformers' LLaVA knows; only mlp is")
         self.config = self.vlm.tower.config
         self.dtype, self.pictures = dtype, list(pictures)
-        # asked as `sparse-vlm chat` asks, before the adapters' layers are taken out
+        # asked as `sparse-vlm chat` asks
         self.logits, self.answers = [], []
         for picture in self.pictures:
             text = self.vlm.renderer.text([_question(picture)], answer_next=True)
@@ -92,8 +92,6 @@ class HostedVLM(Exporter):
 
     def write(self, folder: Path) -> None:
         vlm = self.vlm
-        if vlm.peft is not None:
-            vlm.peft.unload()  # the layers are plain again and keep what was merged into their weights
         vlm.model.config.text_config._name_or_path = vlm.model.config._name_or_path = ""
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
 from sparse_vlm.geometry import grid_rois, released_rois
-from sparse_vlm.tower.config import SparseFormerConfig
+from sparse_vlm.tower.config import SparseFormerConfig, read_config
 from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
-from sparse_vlm.tower.released import load_strictly
+from sparse_vlm.tower.released import check_names, load_strictly
 
 if TYPE_CHECKING:
     from sparse_vlm.hosts.open_clip import OpenClipVisual
@@ -310,17 +310,21 @@ class SparseFormer(nn.Module):
         Raises:
             UserError: no such folder or name, not a tower, weights that do not fit, or a number of tokens that it was not made for.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from sparse_vlm.store import locate
+        from sparse_vlm.weights import read_shapes, read_tensors
 
         folder = locate(name_or_path)
-        try:
-            config = SparseFormerConfig.from_dict(json.loads((folder / "config.json").read_text()))
-            state = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        config = read_config(folder, str(name_or_path))
+        path = folder / "model.safetensors"
+        with torch.device("meta"):
+            ghost = cls(config)
+        try:  # before anything of its size is allocated
+            check_names(ghost, read_shapes(path), str(name_or_path))
+        except UserError as error:
             raise UserError(f"{name_or_path}: not a tower folder ({error})") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        state = read_tensors(path)
         if num_tokens is not None and num_tokens != config.num_latent_tokens:
             try:
                 config = config.at_budget(num_tokens)
@@ -328,10 +332,7 @@ class SparseFormer(nn.Module):
                 raise UserError(f"{name_or_path}: {error}") from error
             state["initial_roi.weight"] = grid_rois(num_tokens)
         tower = cls(config)
-        try:
-            load_strictly(tower, state, str(name_or_path))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        load_strictly(tower, state, str(name_or_path))
         return tower.to(dtype).eval()
 
 
