@@ -117,9 +117,7 @@ def check_size(folder: Path, config: Any, auto: Any) -> None:
         ghost = auto.from_config(config, trust_remote_code=False)
     said = sum(tensor.numel() for tensor in (*ghost.parameters(), *ghost.buffers()))
     if held and said > 8 * held:
-        raise UserError(
-            f"{folder}: its configuration says {said:,} parameters, and its weights are {held:,} bytes; they are not of one model"
-        )
+        raise UserError(f"{folder}: its configuration says {said:,} parameters, its weights are {held:,} bytes; they are of two models")
 
 
 def refuse_code(folder: Path) -> None:
@@ -135,8 +133,8 @@ def refuse_code(folder: Path) -> None:
             continue
         if key := _asks_for_code(said):
             raise UserError(
-                f"{folder / name}: asks for code of its own ({key}), which is never run; take a model of a kind that transformers knows, and if "
-                f"it does know this one, delete {key} there"
+                f"{folder / name}: asks for code of its own ({key}), which is never run; take a model of a kind that transformers knows, "
+                f"and if it does know this one, delete {key} there"
             )
 
 

@@ -1,8 +1,8 @@
 """What a SparseFormer is made of, as frozen data: units, operations, where tokens begin, and the seven published configurations.
 
-Notable: stdlib only, so that a configuration can be read where torch is not. Whatever a configuration says is checked when it is made, and
-bounded, so that no file of a few numbers asks for more memory or time than its weights could. A new tower is one more `SparseFormerConfig`; nothing
-branches on a model's name.
+Notable: stdlib only, so that a configuration can be read where torch is not. Whatever one says is checked when it is made, and bounded, so
+that no file of a few numbers asks for memory or time that no tower takes. A new tower is one more `SparseFormerConfig`; nothing branches on
+a model's name.
 Sources: SparseFormer (arXiv 2304.03768, table 1) and Bootstrapping SparseFormers (arXiv 2312.01987, section 3).
 """
 

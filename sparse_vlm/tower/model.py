@@ -24,7 +24,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
 from sparse_vlm.geometry import grid_rois, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig, read_config
-from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
+from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit, rows
 from sparse_vlm.tower.released import check_names, load_strictly
 
 if TYPE_CHECKING:
@@ -187,14 +187,14 @@ class SparseFormer(nn.Module):
         if self.glance is not None:
             x = self.glance(pixels, initial, rois)
         else:
-            x = self.initial_embedding.weight.expand(batch, initial.shape[-2], -1)
+            x = rows(self.initial_embedding).expand(batch, initial.shape[-2], -1)
         index = 0
         for layer in self.layers:
             if not isinstance(layer, Unit):
                 x = layer(x)
                 continue
             if index == self.config.cls_before_unit:
-                x = torch.cat([self.cls_embedding.weight.expand(batch, 1, -1).to(x.dtype), x], dim=1)
+                x = torch.cat([rows(self.cls_embedding).expand(batch, 1, -1).to(x.dtype), x], dim=1)
             if index == 0 and self.glance is not None:
                 x = self.glance.norm_pre(x)
             x, rois = run(layer, x, rois, feature_map, points_seen)
@@ -249,7 +249,7 @@ class SparseFormer(nn.Module):
             Itself, in eval mode.
 
         Raises:
-            RuntimeError: it was optimized before.
+            RuntimeError: it was optimized before, or a layer is none of torch's own, as PEFT's are none.
         """
         self.eval().requires_grad_(False)
         if self.norm.weight.device.type == "cpu":

@@ -77,8 +77,8 @@ def wrapped(model: nn.Module, config: Any) -> Any:
 
 def _no_second(*_: Any, **__: Any) -> NoReturn:
     raise UserError(
-        "the model has adapters of its own, and PEFT would write a second one over them; train those (`vlm.peft`, `sparse-vlm train`), or fold "
-        "them into the weights before (`vlm.merge_adapter()`, or VLM.from_pretrained(FOLDER), which does)"
+        "the model has adapters of its own, and PEFT would write a second one over them; train those (`vlm.peft`, `sparse-vlm train`), or "
+        "fold them into the weights before (`vlm.merge_adapter()`, or VLM.from_pretrained(FOLDER), which does)"
     )
 
 
