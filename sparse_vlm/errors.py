@@ -34,8 +34,11 @@ LONGEST = 600  # characters that a translated message has at most
 class UserError(ValueError):
     """Something is wrong with what the user gave us. The message is one line: what, where, and what to do.
 
-    The command line prints it and exits with code 2.
+    The command line prints it and exits with code 2. Names and texts in it that hold line breaks or control characters are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def printable(text: str) -> str:

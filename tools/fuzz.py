@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -149,6 +150,7 @@ def _child(folder: Path, named: Sequence[str], read: Callable[[Path], Any], prin
     outside = open(printed, "w")  # noqa: SIM115 (lives as long as the process)
     for number, target in ((0, os.open(asked, os.O_RDONLY)), (1, outside.fileno()), (2, outside.fileno())):
         os.dup2(target, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False, errors="backslashreplace") for number in (1, 2))  # noqa: SIM115
     crash = open(folder.parent / "crash", "w")  # noqa: SIM115
     faulthandler.enable(crash)
     faulthandler.register(signal.SIGXCPU, crash, chain=True)
@@ -248,7 +250,9 @@ def damage(folder: Path, form: Format, rng: random.Random) -> tuple[Path, str]:
     """Damage one file of an example; which one, and what was done."""
     found = [path for pattern in form.damaged for path in sorted(folder.glob(pattern)) if path.is_file()]
     path = rng.choice(found)
-    new, said = mutate(path.read_bytes(), path.name, rng)
+    data = new = path.read_bytes()
+    while new == data:
+        new, said = mutate(data, path.name, rng)
     path.write_bytes(new)
     return path, f"{path.relative_to(folder)}: {said}"
 
@@ -282,9 +286,8 @@ def campaign(
         if verdict.kind != READ:
             raise RuntimeError(f"{name}: its whole example is not read: {verdict.root} {verdict.said}")
     began = time.monotonic()
-    for number in range(files):
-        name = list(chosen)[number % len(chosen)]
-        form, mark = chosen[name], f"{name}-{number // len(chosen):05d}"
+    for number, (name, mark) in enumerate(itertools.islice(_turns(chosen), files)):
+        form = chosen[name]
         folder = examples.lay_out(name, form)
         path, done = damage(folder, form, random.Random(f"{seed}/{mark}"))
         if keep is not None:
@@ -307,6 +310,14 @@ def campaign(
         found = sum(map(len, faults.values()))
         tell(f"{number + 1}/{files} files, {rate:.1f}/s, {(files - number - 1) / rate:.0f} s left, {found} faults of {len(faults)} roots")
     return counts, faults
+
+
+def _turns(chosen: dict[str, Format]) -> Iterator[tuple[str, str]]:
+    """Formats in turn, each with the mark of its next file; those that take long come more seldom."""
+    for turn in itertools.count():
+        for name, form in chosen.items():
+            if turn % form.every == 0:
+                yield name, f"{name}-{turn:05d}"
 
 
 def replay(kept: Path) -> Verdict:

@@ -400,9 +400,7 @@ def campaign(
             shutil.rmtree(own)
         rate = (number + 1) / (time.monotonic() - began)
         kills, bad = sum(each.kills for each in tallies.values()), sum(bool(each.differences) for each in tallies.values())
-        tell(
-            f"{number + 1}/{todo} rounds, {kills} kills, {60 * rate:.1f} a minute, {(todo - number - 1) / rate:.0f} s left, {bad} differ"
-        )
+        tell(f"{number + 1}/{todo} rounds, {kills} kills, {60 * rate:.1f} a minute, {(todo - number - 1) / rate:.0f} s left, {bad} differ")
     return tallies
 
 
