@@ -54,7 +54,7 @@ from sparse_vlm.train.run import (
     made,
     of_all_processes,
 )
-from sparse_vlm.train.zero import announce, whole
+from sparse_vlm.train.zero import announce, whole, with_sizes
 
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
@@ -270,7 +270,7 @@ def _train(
         recipe.batch_size,
         save_steps=max(1, min(SAVE_EVERY[device], steps // 4)),
         warmup_steps=min(recipe.warmup_steps, steps // 5),
-        deepspeed=deepspeed,
+        deepspeed=with_sizes(deepspeed, tower.config.width),
         bf16=bf16,
         logging_nan_inf_filter=False,  # would wait for the GPU at every step; a loss that is not finite is to be seen
         seed=seed,

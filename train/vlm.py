@@ -49,7 +49,7 @@ from sparse_vlm.train.run import (
     made,
     reporters,
 )
-from sparse_vlm.train.zero import announce, gathered, shares_weights
+from sparse_vlm.train.zero import announce, gathered, shares_weights, with_sizes
 from sparse_vlm.vlm import VLM
 
 __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "prepare", "train", "write_history"]
@@ -188,7 +188,7 @@ def _train(
         steps,
         batch,
         save_steps=max(1, min(50, steps // 4)),
-        deepspeed=engine.deepspeed,
+        deepspeed=with_sizes(engine.deepspeed, vlm.model.config.text_config.hidden_size),
         at_once=engine.part(batch, device),
         warmup_steps=max(1, round(stage.warmup * steps)),
         weight_decay=stage.weight_decay,
