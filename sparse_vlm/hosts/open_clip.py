@@ -86,7 +86,9 @@ def adapt(tower: SparseFormer, model: nn.Module | None = None) -> OpenClipVisual
     """
     if model is not None:
         _check(tower, model)
-        if (there := max(model.parameters(), key=Tensor.numel, default=None)) is not None:  # norms stay float32 beside it in any model
+        if (
+            there := max(getattr(model, "visual", nn.Module()).parameters(), key=Tensor.numel, default=None)
+        ) is not None:  # norms may be float32
             tower.to(there.device, there.dtype)
     return OpenClipVisual(tower)
 
