@@ -125,7 +125,7 @@ def test_every_call_of_transformers_goes_through_the_door():
         (lambda state: [state.pop(name) for name in list(state) if "layers.1" in name], r"lack 9 tensors, model\.layers\.1\."),
         (lambda state: [state.update({f"language_{name}": state.pop(name)}) for name in list(state)], "lack .* tensors, (model|lm_head)"),
         (lambda state: state.update(evil=torch.zeros(2)), "no place for, evil for one"),
-        (lambda state: state.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight|mismatched|ignore_mismatched_sizes"),
+        (lambda state: state.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight|mismatched_sizes"),
         (lambda state: state["model.norm.weight"].fill_(float("nan")), r"tensor model\.norm\.weight holds numbers that are not finite"),
         (
             lambda state: state["model.layers.0.mlp.up_proj.weight"].fill_(float("inf")),

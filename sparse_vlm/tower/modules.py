@@ -57,7 +57,7 @@ def rows(table: nn.Embedding) -> Tensor:
     """All rows of a table, (rows, width)."""
     if plain(table):
         return table.weight
-    return table(torch.arange(table.num_embeddings, device=table.weight.device))
+    return table(torch.arange(len(table.weight), device=table.weight.device))
 
 
 class EarlyConvolution(nn.Module):

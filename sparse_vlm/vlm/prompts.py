@@ -23,7 +23,6 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.vlm.limits import TooMuch, bounded
@@ -190,6 +189,8 @@ class Renderer:
         spelt = sorted({found[0] for found in self._as_text.finditer(text)}) if BREAK in text else []
         if not spelt:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        from transformers import AddedToken
+
         tokenizer, characters = self._speller
         if new := [token for token in spelt if token not in tokenizer.get_added_vocab()]:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
