@@ -108,7 +108,7 @@ def _train(stage: str, count: int, *more: Any) -> Scenario:
         parts += ["--data", folder / "talks.json"] if stage == "instruct" else []
         return ["train", "--stage", stage, *parts, "--rank", 2, *more, "--cache", own / "cache", "--out", own / "run"]
 
-    return Scenario(make, arguments, ("cache", "run"))
+    return Scenario(make, arguments, ("cache", "run"), 2 if "--deepspeed" in more else 1)
 
 
 def _make_zoo(folder: Path) -> None:
@@ -146,9 +146,11 @@ SCENARIOS: dict[str, Scenario] = {
     "instruct": _train("instruct", 32, "--batch-size", 4),
     "token cache": _train("align", 400, "--batch-size", 4, "--max-steps", 1),
     "zoo": Scenario(_make_zoo, lambda folder, own: ["zoo", "pull", "kept"], ("home",)),
-    "deepspeed": _boot(48, 192, 2, "--deepspeed", "zero2"),
+    "deepspeed zero2": _boot(48, 192, 2, "--deepspeed", "zero2"),
+    "deepspeed zero3": _boot(48, 192, 2, "--deepspeed", "zero3"),
+    "deepspeed instruct": _train("instruct", 32, "--batch-size", 4, "--deepspeed", "zero2"),
 }
-OPTIONAL = ("deepspeed",)  # takes longer, and needs the package
+OPTIONAL = tuple(name for name in SCENARIOS if name.startswith("deepspeed"))  # take longer, and need the package
 
 
 # ---- running and killing
