@@ -120,9 +120,8 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
         raise UserError(f"--deepspeed {name}: zero_optimization must be an object whose stage is 0, 1, 2 or 3")
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise UserError(
-                f"--deepspeed {name}: names {'an' if key[0] == 'o' else 'a'} {key}, and a run has its own, with a rate for each part; remove {key} from it"
-            )
+            article = "an" if key[0] == "o" else "a"
+            raise UserError(f"--deepspeed {name}: names {article} {key}, and a run has its own, with a rate a part; remove {key} from it")
     for key in ("fp16", "bf16"):
         section = config.get(key, {})
         if not isinstance(section, dict) or section.get("enabled", False) not in ("auto", False):
