@@ -94,6 +94,17 @@ def about(what: str | os.PathLike[str], *also: type[Exception]) -> Iterator[None
         raise found from error
 
 
+@contextlib.contextmanager
+def naming(what: str | os.PathLike[str]) -> Iterator[None]:
+    """A `UserError` that is raised within names `what` as well, where it does not yet."""
+    try:
+        yield
+    except UserError as error:
+        if printable(os.fspath(what)) in str(error):
+            raise
+        raise type(error)(f"{os.fspath(what)}: {error}") from error
+
+
 def _named(error: BaseException, known: set[tuple[str, str]]) -> bool:
     return any((kind.__module__.partition(".")[0], kind.__name__) in known for kind in type(error).__mro__)
 
