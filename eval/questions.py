@@ -135,9 +135,9 @@ class Published(Questions):
     def read(self, data: Data) -> Found:
         """The photos and their questions."""
         where, folder = data.root / self.files[0], data.root / self.files[-1]
-        rows = in_own_layout(data, where, lambda: self.rows(data))
+        rows = in_own_layout(data, where, lambda: [(photo_file(folder, name), row) for name, row in self.rows(data)])
         check_records([row for _, row in rows], self.field, str(where))
-        return looked_at(data, [(photo_file(folder, name), row) for name, row in rows], where)
+        return looked_at(data, rows, where)
 
 
 class PopeFiles(Published):

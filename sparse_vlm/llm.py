@@ -75,6 +75,9 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
     tokenizer = _tokenizer(name_or_path, folder)
     with as_user_error(name_or_path), quiet():
         model = load_whole(AutoModelForCausalLM, folder, dtype=dtype or native_dtype(), **options)
+    ends = model.generation_config.eos_token_id
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
+        raise UserError(f"{name_or_path}: generation_config.json says eos_token_id {str(ends)[:40]}; it must be a token's number or a list")
     return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
 
 
@@ -105,6 +108,7 @@ def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBas
         raise UserError(f"{name_or_path}: reading tokenizer.model needs the package sentencepiece; pip install 'sparse-vlm[sentencepiece]'")
     with as_user_error(name_or_path), quiet():
         tokenizer = from_pretrained(AutoTokenizer, folder)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of another type are met when they are first used
     if not isinstance(tokenizer.chat_template, str | dict | None):
         raise UserError(f"{name_or_path}: its chat template is no text but a {type(tokenizer.chat_template).__name__}")
     if not tokenizer.chat_template:

@@ -392,9 +392,9 @@ def _expand(patterns: Sequence[str | Path], on_progress: Callable[[str, int, int
 
 def _index_files(path: Path) -> list[Photo]:
     if not path.is_dir():
-        return [Photo(path.name, path, 0, file_size(path))]
+        return [Photo(_key(path.name), path, 0, file_size(path))]
     found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in image_suffixes() and not p.name.startswith("._") and not p.is_dir()]
-    return [Photo(p.relative_to(path).as_posix(), p, 0, file_size(p)) for p in found]
+    return [Photo(_key(p.relative_to(path).as_posix()), p, 0, file_size(p)) for p in found]
 
 
 def file_size(path: Path) -> int:
@@ -407,4 +407,9 @@ def file_size(path: Path) -> int:
 
 
 def _index_tar(path: Path) -> list[Photo]:
-    return [Photo(key, path, found.offset, found.size, found.info) for key, found in index_tar(path, image_suffixes()).items()]
+    return [Photo(_key(key), path, found.offset, found.size, found.info) for key, found in index_tar(path, image_suffixes()).items()]
+
+
+def _key(name: str) -> str:
+    """A name as text that can be written: bytes that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")

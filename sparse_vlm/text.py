@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, naming
 from sparse_vlm.files import aside, write_text
 from sparse_vlm.pretrained import as_user_error, check_size, from_pretrained
 from sparse_vlm.store import locate
@@ -144,7 +144,9 @@ class TextEncoder(nn.Module):
             tensors = read_tensors(folder / "model.safetensors")
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{name_or_path}: not a text side ({error})") from error
-        encoder = cls(config, *_load_text_tower(locate(config.text_tower, kind="text-tower")))
+        with naming(folder / "config.json"):
+            tower = locate(config.text_tower, kind="text-tower")
+        encoder = cls(config, *_load_text_tower(tower))
         encoder._load_own_tensors(tensors, str(name_or_path))
         encoder.name = str(name_or_path)
         return encoder

@@ -170,7 +170,7 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
     talks = []
     for visit in range(visits):
         for photo, asked in zip(photos, items, strict=True):
-            rng = random.Random(f"{seed}/{visit}/{photo.source.name}/{photo.key}")
+            rng = random.Random(f"{seed}/{visit}/{photo.source.name}/{photo.key}".encode("utf-8", "surrogatepass"))
             conversations = [*_captions(photo.info, mix, rng), *_labels(photo.info, mix), *_questions(asked, mix, rng)]
             conversations += _caption_questions(photo.info, things, asked, mix, rng)
             if conversations:

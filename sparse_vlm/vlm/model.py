@@ -233,7 +233,8 @@ class VLM:
             raise UserError(f"{path_or_zoo_name}: its LLM was trained in full, and only one as it is named can be loaded in {quantize}")
         kind = described.kind if keeps else projector
         budget = num_tokens or (None if new_tower else described.num_tokens)
-        vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize, projector=kind)
+        with naming(str(path_or_zoo_name)):
+            vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize, projector=kind)
         if keeps:
             vlm.new_projector = blank
             # a projector serves any number of tokens, if they are asked for
