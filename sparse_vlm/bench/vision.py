@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from sparse_vlm.bench.pruner import PRUNERS
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import serves_budgets
-from sparse_vlm.geometry import crop_samples
 from sparse_vlm.preprocess import Triple
 from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
 from sparse_vlm.recipes import get_recipe
@@ -127,10 +126,6 @@ class Vision:
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         if "look" not in self.compiled:
-            if isinstance(self.module, SparseFormer) and (glance := self.module.glance) is not None:
-                # nothing in a compiled graph can depend on values
-                rois = self.module.initial_rois()
-                glance.samples = crop_samples(rois, self.size, self.size, glance.config.patch_size)
             self.compiled["look"] = torch.compile(self.look, fullgraph=True, dynamic=False)
         return self.compiled["look"]
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.geometry import crop_samples, grid_rois, roi_average_weights
+from sparse_vlm.geometry import grid_rois, roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 
@@ -85,13 +85,7 @@ class Distillation(nn.Module):
             out = self.tower(shown, num_tokens=num_tokens)
         else:
             cells = grid_rois(num_tokens or config.num_latent_tokens)
-            glance = self.tower.glance
-            if glance is not None:
-                # counted from cells that lie in the processor's memory: on a GPU counting waits for all that was asked of it before
-                glance.samples = crop_samples(cells, *pixels.shape[-2:], glance.config.patch_size)
             out = self.tower(shown, num_tokens=num_tokens)
-            if glance is not None:
-                glance.samples = None
             grid = math.isqrt(tokens.shape[1])
             tokens = roi_average_weights(cells.to(tokens.device), grid, grid) @ tokens
         latents = out.last_hidden_state[:, -out.rois.shape[1] :]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.export.exporter import OUTPUTS, TowerExporter
-from sparse_vlm.geometry import crop_samples
 from sparse_vlm.tower import SparseFormer
 
 # protobuf, which ONNX is, holds 2 GB; above it the weights lie beside the graph
@@ -34,9 +33,6 @@ class TowerGraph(nn.Module):
     def __init__(self, tower: SparseFormer) -> None:
         super().__init__()
         self.tower = tower.requires_grad_(False)
-        config = tower.config
-        if config.glance is not None:
-            tower.glance.samples = crop_samples(tower.initial_rois(), config.image_size, config.image_size, config.glance.patch_size)
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,23 @@ class GlanceConfig:
 
 
 @dataclass(frozen=True)
+class FocusConfig:
+    """Where tokens begin, decided for each image by a small network (`tower.focus`).
+
+    Attributes:
+        size: pixels a side of the thumbnail that it sees.
+        channels: of its three strided convolutions, and of those on the map.
+        area_bias: how far attention counts a cell by its area: 0 not at all, 1 in proportion.
+        margin: an image keeps the plain grid where adaptive cells leave at least this share of the variation that the grid leaves.
+    """
+
+    size: int = 112
+    channels: tuple[int, int, int, int] = (16, 32, 64, 96)
+    area_bias: float = 0.5
+    margin: float = 1.0
+
+
+@dataclass(frozen=True)
 class SparseFormerConfig:
     """A tower.
 
@@ -70,6 +87,10 @@ class SparseFormerConfig:
         head: what the head reads: the CLS token, the mean of all tokens, or all tokens through attention (SigLIP's `map`).
         token_init: one embedding shared by all tokens, one each, or a glance at the teacher's patches.
         budgets: fewest and most latent tokens that the tower was made for, as (9, 64), where their number can be chosen at each call.
+        image_size: side of the input in pixels: of the square that an image is scaled and cropped to, or of the canvas that holds it whole.
+        fit: how an image becomes the input: its centre square (`crop`, as CLIP does), or all of it, at its own aspect, at the top left of a
+            canvas (`whole`); never enlarged then.
+        focus: cells by content instead of a grid, for towers of several `budgets` whose tokens begin as crops.
         rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes and whole-image twins).
         num_heads: attention heads; None means heads of size 64.
         generator_dim: inner width of the mixing parameters' generator; a fraction below 1 is relative to the unit's width.
@@ -83,6 +104,7 @@ class SparseFormerConfig:
     image_mean: Triple
     image_std: Triple
     image_size: int = 224
+    fit: Literal["crop", "whole"] = "crop"
     conv_dim: int = 64
     num_points: int = 16
     cls_before_unit: int | None = None
@@ -92,6 +114,7 @@ class SparseFormerConfig:
     rois_init: Literal["grid", "released"] = "grid"
     budgets: tuple[int, int] | None = None
     glance: GlanceConfig | None = None
+    focus: FocusConfig | None = None
     num_heads: int | None = None
     generator_dim: float = 128
     mixing_bias: bool = False
@@ -112,6 +135,8 @@ class SparseFormerConfig:
                 raise ValueError(f"{self.num_latent_tokens} tokens are outside of the budgets {self.budgets}")
             if self.token_init == "each" or self.rois_init != "grid":
                 raise ValueError("a tower of several budgets begins from a grid of RoIs, and without an embedding for each token")
+        if self.focus is not None and (self.budgets is None or not self.zooms):
+            raise ValueError("a focus needs budgets, and a glance that crops")
         for unit in self.units:
             if self.num_heads is None and unit.width % 64:
                 raise ValueError(f"width {unit.width} is no multiple of the head size 64")
@@ -196,6 +221,8 @@ class SparseFormerConfig:
             data["budgets"] = tuple(data["budgets"])
         if data.get("glance") is not None:
             data["glance"] = GlanceConfig(**data["glance"])
+        if data.get("focus") is not None:
+            data["focus"] = FocusConfig(**{**data["focus"], "channels": tuple(data["focus"]["channels"])})
         return cls(**data)
 
     @classmethod

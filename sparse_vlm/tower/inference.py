@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import kernels
-from sparse_vlm.geometry import Padding, adjust_rois, crop_samples, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
+from sparse_vlm.geometry import Padding, adjust_rois, crop_level, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
 from sparse_vlm.kernels import native
 from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
 from sparse_vlm.tower.packed import PackedLinear, pack
@@ -64,7 +64,7 @@ class _Start:
     Attributes:
         rois, seen: (n, 4), as `Glance.forward` takes them.
         grid: rows and columns, where `seen` are cells that cover the picture in reading order; else None.
-        samples: a side that each pixel of a cell is the mean of.
+        halvings: of the image before cells are cut out of it, as `crop_rois` reads them.
         positions: (n, d).
         pooling: (n, G * G); None where each token is one patch.
     """
@@ -72,7 +72,7 @@ class _Start:
     rois: Tensor
     seen: Tensor
     grid: tuple[int, int] | None
-    samples: int
+    halvings: int
     positions: Tensor
     pooling: Tensor | None
 
@@ -82,22 +82,21 @@ class PreparedGlance(Glance):
 
     def __init__(self, plain: Glance) -> None:
         nn.Module.__init__(self)
-        self.config, self.samples = plain.config, plain.samples
+        self.config = plain.config
         self.patch_embed, self.pos_embed, self.norm_pre = plain.patch_embed, plain.pos_embed, plain.norm_pre
         self.embed = PackedLinear(plain.patch_embed.weight.flatten(1))  # (d, 3 * p * p)
         self._starts: dict[tuple[int, int, int], _Start] = {}
 
-    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
         """As `Glance.forward`."""
-        start = self._start(pixels, rois, seen)
+        start = self._start(pixels, rois, seen) if extent is None else None
         if start is None or start.grid is None:
-            return super().forward(pixels, rois, seen)
+            return super().forward(pixels, rois, seen, extent)
         p, (rows, columns) = self.config.patch_size, start.grid
-        size = rows * p * start.samples, columns * p * start.samples
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels.float(), size, mode="bilinear")
-        if start.samples > 1:
-            pixels = F.avg_pool2d(pixels.float(), start.samples)
+        for _ in range(start.halvings):
+            pixels = F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
+        if pixels.shape[-2:] != (rows * p, columns * p):
+            pixels = F.interpolate(pixels.float(), (rows * p, columns * p), mode="bilinear")
         cells = pixels.to(self.pos_embed.dtype).unflatten(3, (columns, p)).unflatten(2, (rows, p))  # (B, 3, rows, p, columns, p)
         patches = self.embed(cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, rows * columns, d)
         return (patches if start.pooling is None else start.pooling @ patches) + start.positions
@@ -119,11 +118,15 @@ class PreparedGlance(Glance):
         positions = (pooling @ self.pos_embed.float()).to(dtype)
         height, width = pixels.shape[-2:]
         if config.kind == "crop":
-            return _Start(rois, seen, _grid(seen), crop_samples(seen, height, width, config.patch_size), positions, None)
+            grid = _grid(seen)
+            halvings = 0 if grid is None else crop_level(height / grid[0], width / grid[1], config.patch_size)
+            # an image whose sides halving rounds up has no cells on the borders of its pixels
+            grid = None if height % 2**halvings or width % 2**halvings else grid
+            return _Start(rois, seen, grid, halvings, positions, None)
         side = config.grid * config.patch_size
         whole = (config.grid, config.grid) if (height, width) == (side, side) else None
         one_each = pooling.shape[0] == pooling.shape[1] and torch.allclose(pooling, torch.eye(len(pooling)), atol=1e-6)
-        return _Start(rois, seen, whole, 1, positions, None if one_each else pooling.to(dtype))
+        return _Start(rois, seen, whole, 0, positions, None if one_each else pooling.to(dtype))
 
 
 def _grid(rois: Tensor) -> tuple[int, int] | None:
