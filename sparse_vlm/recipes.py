@@ -15,7 +15,6 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.teacher import TeacherSpec
 from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormerConfig, UnitConfig
 
-
 FINER = 2  # sides of a canvas for whole images, in sides of the teacher's: the smallest cells are an eighth of the coarse ones
 
 
