@@ -19,28 +19,39 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.photos import Draft, Photo, PhotoError
+from sparse_vlm.photos import Draft, Photo, PhotoError, upright_rgb
 
 Triple = tuple[float, float, float]
+LONGEST = 8  # sides of the square that a picture is long at most where it is scaled before it is cropped
 OVERSAMPLING = 2  # pixels of a draft for one of the result, at least; fewer show in the embeddings
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Shortest side to `size` pixels, then the centre square."""
-    return _centre(resize(Draft(image, image.size, (0, 0, *image.size)), size), size)
+    return _square(Draft(image, image.size, (0, 0, *image.size)), size)
 
 
 def resize(draft: Draft, size: int) -> Image.Image:
     """Shortest side to `size` pixels, with the proportions that the picture has in full."""
-    width, height = draft.size
-    short = min(width, height)
-    new = (max(size, int(size * width / short)), max(size, int(size * height / short)))
+    new = scaled(draft.size, size)
     return draft.image if new == draft.image.size else draft.image.resize(new, Image.Resampling.BICUBIC, box=draft.box)
 
 
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+def scaled(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(width, height) of a picture whose shortest side is brought to `short` pixels."""
+    return tuple(max(short, int(short * side / min(size))) for side in size)
+
+
+def _square(draft: Draft, size: int) -> Image.Image:
+    """Shortest side to `size` pixels, then the centre square; a strip loses its ends before, as enlarged whole it could fill any memory."""
+    width, height = scaled(draft.size, size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if max(width, height) <= LONGEST * size:
+        return resize(draft, size).crop((left, top, left + size, top + size))
+    x, y, right, bottom = draft.box
+    across, down = (right - x) / width, (bottom - y) / height  # pixels of the draft for one of the result
+    box = (x + left * across, y + top * down, min(right, x + (left + size) * across), min(bottom, y + (top + size) * down))
+    return draft.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def load_crop(photo: Photo, size: int) -> Image.Image:
@@ -49,7 +60,7 @@ def load_crop(photo: Photo, size: int) -> Image.Image:
     Raises:
         PhotoError: the photo cannot be read.
     """
-    return _centre(resize(photo.draft(OVERSAMPLING * size), size), size)
+    return _square(photo.draft(OVERSAMPLING * size), size)
 
 
 def load_crops(
@@ -99,7 +110,12 @@ def normalize(pixels: Tensor, mean: Triple, std: Triple) -> Tensor:
 
 
 def preprocess(images: Image.Image | Sequence[Image.Image], size: int, mean: Triple, std: Triple) -> Tensor:
-    """Pictures of any size to (B, 3, S, S) normalised float32."""
+    """PIL pictures of any size and mode to (B, 3, S, S) normalised float32, of a file's picture the same as of the file.
+
+    Raises:
+        PhotoError: one that cannot be shown (`photos.upright_rgb`).
+    """
     if isinstance(images, Image.Image):
         images = [images]
-    return normalize(torch.stack([to_uint8(resize_and_crop(image, size)) for image in images]), mean, std)
+    shown = (upright_rgb(image, f"picture {number}") for number, image in enumerate(images))
+    return normalize(torch.stack([to_uint8(resize_and_crop(image, size)) for image in shown]), mean, std)

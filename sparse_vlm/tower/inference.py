@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparse_vlm import kernels
 from sparse_vlm.geometry import Padding, adjust_rois, crop_level, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
 from sparse_vlm.kernels import native
-from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
+from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents, plain
 from sparse_vlm.tower.packed import PackedLinear, pack
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ def optimize(tower: SparseFormer) -> None:
     """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
     if any(isinstance(module, PackedLinear) for module in tower.modules()):
         raise RuntimeError("this tower is optimized already")
+    for name, module in tower.named_modules():  # what is folded is weights, and such a layer computes more than its own
+        inner = isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+        if (inner and not plain(module)) or any(hasattr(module, mark) for mark in ("base_layer", "parametrizations")):
+            raise RuntimeError(
+                f"{name} is a {type(module).__name__} with weights beside its own, or hooks, which folding would leave out; merge and "
+                "unload adapters before (PEFT's merge_and_unload)"
+            )
     if tower.glance is not None:
         tower.glance = PreparedGlance(tower.glance)
     units = iter(tower.config.units)
