@@ -40,8 +40,8 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
 ARGUMENTS = {
     "linear": "aaafaaafiiiiaa",
-    "attend": "aiiiia",
-    "attention": "aaafaaaaiiiiaa",
+    "attend": "aaiiiiia",
+    "attention": "aaafaaaaaiiiiiaa",
     "feed": "aaafaaiaafiiiaa",
     "convolve": "aaafiiiia",
     "points": "alaaafiiiia",
@@ -261,10 +261,10 @@ class Attention(_Half):
         super().__init__(norm, qkv, proj)
         self.heads, self.size = heads, proj.inner // heads
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, d) to the same, with what they attend to."""
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, d) to the same, with what they attend to; `bias` (B, n) is added to the scores of the last n keys."""
         layers = self.first.weight, self.first.bias, self.last.weight, self.last.bias
-        return self._compute("attention", x, 4 * x.shape[2], *layers, *x.shape[:2], self.heads, self.size)
+        return self._compute("attention", x, 4 * x.shape[2], *layers, *_of_keys(bias), *x.shape[:2], self.heads, self.size)
 
     def takes(self, tokens: int) -> bool:
         """Whether it is faster than torch for so many."""
@@ -289,11 +289,16 @@ class Feed(_Half):
         return self._compute("feed", x, x.shape[2] + first.outer, *layers, self.factor, x.shape[0] * x.shape[1], first.inner, first.outer)
 
 
-def attend(qkv: Tensor, heads: int) -> Tensor:
-    """Queries, which are scaled, keys and values (B, N, 3 d) to what each token attends to (B, N, d); a head is a multiple of 16 wide."""
+def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Queries, which are scaled, keys and values (B, N, 3 d) to what each token attends to (B, N, d).
+
+    Args:
+        heads: each a multiple of 16 wide.
+        bias: (B, n), added to the scores of the last n keys.
+    """
     batch, n, width = qkv.shape
     out = torch.empty(batch, n, width // 3, dtype=qkv.dtype)
-    _call("attend", qkv.dtype, qkv.contiguous(), batch, n, heads, width // 3 // heads, out)
+    _call("attend", qkv.dtype, qkv.contiguous(), *_of_keys(bias), batch, n, heads, width // 3 // heads, out)
     return out
 
 
@@ -348,6 +353,10 @@ def _same(given: torch.dtype, expected: torch.dtype) -> None:
 
 def _numbers(given: Tensor) -> Tensor:
     return given.detach().float().contiguous()
+
+
+def _of_keys(bias: Tensor | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if bias is None else (_numbers(bias), bias.shape[1])
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

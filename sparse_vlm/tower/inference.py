@@ -51,7 +51,7 @@ def optimize(tower: SparseFormer) -> None:
             tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
     for index, layer in enumerate(tower.layers):
         if isinstance(layer, Unit):
-            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None)
+            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None and tower.focus is None)
         else:
             tower.layers[index] = pack(layer)
     tower.proj = pack(tower.proj)
@@ -150,13 +150,14 @@ class PreparedAttention(Attention):
         scale[:width] = (width // plain.heads) ** -0.5
         self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), pack(plain.proj)
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """(B, N, d) to what it adds onto (B, N, d), with that."""
-        return self.proj(self._attend(self.qkv(x)), onto)
+    def forward(self, x: Tensor, onto: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, N, d) to what it adds onto (B, N, d), with that; `bias` (B, n) is of the last n keys."""
+        return self.proj(self._attend(self.qkv(x), bias), onto)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
+        mask = None if bias is None else F.pad(bias, (qkv.shape[1] - bias.shape[1], 0))[:, None, None].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(-2)
 
 
 class PreparedMlp(Mlp):
@@ -259,7 +260,15 @@ class PreparedUnit(Unit):
             self._prepare_moves(*plain.roi_adjust_module)
         self._memories: dict[int, _Memory] = {}
 
-    def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        rois: Tensor,
+        feature_map: Tensor | None,
+        points_seen: list[Tensor] | None,
+        extent: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `Unit.forward`; without gradients."""
         batch, n = rois.shape[:2]
         known, memory = self._known(rois) if self.first else (None, None)
@@ -271,7 +280,7 @@ class PreparedUnit(Unit):
                 x = x + self.stage_embedding.weight[repeat]
             for op in self.ops:
                 if op == "ATTN":
-                    x = tokens(self._attend, x)
+                    x = tokens(self._attend, x, bias)
                 elif op == "MLP":
                     x = tokens(self._feed, x)
                 elif op == "SAMPLING_M":
@@ -280,6 +289,8 @@ class PreparedUnit(Unit):
                     generated = tokens(self.generate, latents)
                     if points_seen is not None:
                         points_seen.append(points.expand(batch, -1, -1, -1))
+                    if extent is not None:
+                        points = points * extent[:, None, None]
                     x = _add_to_latents(x, self._look(feature_map, points, generated, rois))
                     tokens = _find
                 elif op == "PE_INJECT":
@@ -303,8 +314,8 @@ class PreparedUnit(Unit):
     def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
         return self.adaptive_mixing(feature_map, points, generated)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        return self.attn(self.norm1(x), x)
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.attn(self.norm1(x), x, bias)
 
     def _feed(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x), x)
@@ -346,8 +357,8 @@ class CompiledEarlyConvolution(EarlyConvolution):
 class CompiledAttention(PreparedAttention):
     """Attention whose core is a compiled function, for as many tokens as that is faster for than torch's."""
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        return native.attend(qkv, self.heads) if native.attends(qkv, self.heads) else super()._attend(qkv)
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        return native.attend(qkv, self.heads, bias) if native.attends(qkv, self.heads) else super()._attend(qkv, bias)
 
 
 class CompiledUnit(PreparedUnit):
@@ -366,9 +377,9 @@ class CompiledUnit(PreparedUnit):
         if "MLP" in self.ops and self.mlp.fc1.ours is not None:
             self._mlp = native.Feed(self.norm2, self.mlp.fc1.ours, self.mlp.fc2.ours, 1 / self.mlp.factor)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
         whole = self._attention is not None and self._attention.takes(x.shape[1])
-        return self._attention(x) if whole else super()._attend(x)
+        return self._attention(x, bias) if whole else super()._attend(x, bias)
 
     def _feed(self, x: Tensor) -> Tensor:
         return super()._feed(x) if self._mlp is None else self._mlp(x)
