@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sparse_vlm import kernels
 from sparse_vlm.geometry import Padding, adjust_rois, crop_level, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
 from sparse_vlm.kernels import native
+from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
 from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
 from sparse_vlm.tower.packed import PackedLinear, pack
 
@@ -41,14 +42,16 @@ def optimize(tower: SparseFormer) -> None:
     """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
     if any(isinstance(module, PackedLinear) for module in tower.modules()):
         raise RuntimeError("this tower is optimized already")
-    if tower.glance is not None:
-        tower.glance = PreparedGlance(tower.glance)
     units = iter(tower.config.units)
-    prepared = PreparedUnit
+    prepared, glance = PreparedUnit, PreparedGlance
     if kernels.compiled(tower.norm.weight.dtype, tower.config.conv_dim):
-        prepared = CompiledUnit
+        prepared, glance = CompiledUnit, CompiledGlance
         if tower.feat_extractor is not None:
             tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
+        if tower.focus is not None and native.Focus.takes(tower.focus):
+            tower.focus = CompiledFocus(tower.focus)
+    if tower.glance is not None:
+        tower.glance = glance(tower.glance)
     for index, layer in enumerate(tower.layers):
         if isinstance(layer, Unit):
             tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None and tower.focus is None)
@@ -127,6 +130,22 @@ class PreparedGlance(Glance):
         whole = (config.grid, config.grid) if (height, width) == (side, side) else None
         one_each = pooling.shape[0] == pooling.shape[1] and torch.allclose(pooling, torch.eye(len(pooling)), atol=1e-6)
         return _Start(rois, seen, whole, 0, positions, None if one_each else pooling.to(dtype))
+
+
+class CompiledGlance(PreparedGlance):
+    """A prepared glance that cuts cells of any place and size by a compiled function."""
+
+    def __init__(self, plain: Glance) -> None:
+        super().__init__(plain)
+        self._positions = self.pos_embed.float()
+
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
+        """As `Glance.forward`."""
+        start = self._start(pixels, rois, seen) if rois.ndim == 2 and extent is None else None
+        if self.config.kind != "crop" or (start is not None and start.grid is not None):
+            return super().forward(pixels, rois, seen, extent)
+        positions = native.average(rois, self._positions, self.config.points_per_side, self.pos_embed.dtype)
+        return self.embed(native.cut(pixels, seen, self.config.patch_size, extent).flatten(2), positions)
 
 
 def _grid(rois: Tensor) -> tuple[int, int] | None:
@@ -352,6 +371,23 @@ class CompiledEarlyConvolution(EarlyConvolution):
     def forward(self, pixels: Tensor) -> Tensor:
         """As `EarlyConvolution.forward`."""
         return self._whole(pixels)
+
+
+class CompiledFocus(Focus):
+    """A focus whose network is one compiled function, and its placement another."""
+
+    def __init__(self, plain: Focus) -> None:
+        nn.Module.__init__(self)
+        self.config, self._whole = plain.config, native.Focus(plain)
+
+    def forward(self, pixels: Tensor, region: Tensor | None = None, extent: Tensor | None = None) -> Tensor:
+        """As `Focus.forward`."""
+        box = torch.tensor([0.0, 0.0, 1.0, 1.0]) if region is None else region.unsqueeze(1)
+        return self._whole.predict(pixels, box.expand(len(pixels), 1, 4), extent, MAP)
+
+    def place(self, maps: Tensor, aspects: Tensor, num_tokens: int) -> Tensor:
+        """As `Focus.place`."""
+        return native.place(maps, aspects, num_tokens, coarse_cells(num_tokens), self.config.margin)
 
 
 class CompiledAttention(PreparedAttention):
