@@ -188,7 +188,7 @@ class SparseFormer(nn.Module):
         feature_map = None if self.feat_extractor is None else run(self.feat_extractor, pixels)
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
-        extent = None if image_sizes is None else _extent(image_sizes, pixels)
+        extent = None if image_sizes is None else image_extent(image_sizes, pixels)
         initial = self._begin(pixels, num_tokens, box, extent) if cells is None else self._given(cells, num_tokens, batch)
         rois = initial.expand(batch, -1, -1)
         bias = None if self.focus is None else area_bias(rois, self.config.focus.area_bias)
@@ -360,7 +360,7 @@ class SparseFormer(nn.Module):
         return tower.to(dtype).eval()
 
 
-def _extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
+def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
     """The share of width and height of its canvas that each image takes, (B, 2) float32.
 
     Raises:
