@@ -10,7 +10,6 @@ Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Visio
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
