@@ -73,13 +73,13 @@ class Photo:
         """
         return decode_image(*self._named())
 
-    def draft(self, at_least: int) -> Draft:
+    def draft(self, at_least: int, longest: bool = False) -> Draft:
         """The picture for whoever makes it smaller; the arguments are `draft_image`'s.
 
         Raises:
             PhotoError: as `load`.
         """
-        return draft_image(*self._named(), at_least)
+        return draft_image(*self._named(), at_least, longest)
 
     def _named(self) -> tuple[bytes, str]:
         """The encoded bytes, and what to call the photo in messages."""
@@ -101,19 +101,20 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return image if type(image) is Image.Image else image.copy()  # one that holds no file
 
 
-def draft_image(data: bytes, name: str, at_least: int) -> Draft:
+def draft_image(data: bytes, name: str, at_least: int, longest: bool = False) -> Draft:
     """Decode a picture for whoever makes it smaller: a JPEG at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size that suffices.
 
     Args:
         at_least: pixels that the shortest side must have, unless it has fewer in full.
+        longest: the longest side must have them instead.
 
     Raises:
         PhotoError: as `decode_image`.
     """
-    return _decode(data, name, at_least)
+    return _decode(data, name, at_least, longest)
 
 
-def _decode(data: bytes, name: str, at_least: int | None) -> Draft:
+def _decode(data: bytes, name: str, at_least: int | None, longest: bool = False) -> Draft:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -121,6 +122,8 @@ def _decode(data: bytes, name: str, at_least: int | None) -> Draft:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PhotoError(f"{name}: {width} x {height} pixels is more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first")
+            if at_least and longest:
+                at_least = -(-at_least * min(width, height) // max(width, height))
             drafted = at_least and image.draft(None, (at_least, at_least))
             image.load()
     except UnidentifiedImageError:

@@ -165,7 +165,9 @@ def _log_variance(maps: Tensor, cells: Tensor) -> Tensor:
     shape = cells.shape[:-1]
     cells = cells.flatten(1, -2)  # (B, m, 4)
     centres = (cells[..., :2] + cells[..., 2:]) / 2
-    at = F.grid_sample(maps, centres.unsqueeze(1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]  # (B, S, m)
+    at = F.grid_sample(maps, centres.unsqueeze(1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False)[
+        :, :, 0
+    ]  # (B, S, m)
     area = (cells[..., 2:] - cells[..., :2]).prod(-1).clamp_min(1e-9)
     step = (-area.log2() / 2 - 1).clamp(0, 3)  # how many scales finer than the first; beyond the last one the slope goes on
     low = step.floor().clamp(0, len(SCALES) - 2)
