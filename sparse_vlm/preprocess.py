@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.photos import Draft, Photo, PhotoError
+from sparse_vlm.photos import Draft, Photo, PhotoError, upright_rgb
 
 Triple = tuple[float, float, float]
 Fit = Literal["crop", "whole"]
+LONGEST = 8  # sides of the square that a picture is long at most where it is scaled before it is cropped
 OVERSAMPLING = 2  # pixels of a draft for one of the result, at least; fewer show in the embeddings
 CANVAS_STEP = 32  # sides of a canvas are multiples of it, so that few shapes occur
 # Zeros beyond an image, at least, on a canvas that could be larger: what a convolution makes of an image's border is then the same on all.
@@ -78,9 +79,17 @@ class Preprocessor:
         """
         return cls(config.image_size, tuple(config.image_mean), tuple(config.image_std), fit or getattr(config, "fit", "crop"))
 
-    def scale(self, image: Image.Image) -> Image.Image:
-        """What the model sees of an image, before it is normalised: S x S, or at most that. Scaling it again changes nothing."""
-        return self._scale(Draft(image, image.size, (0, 0, *image.size)))
+    def scale(self, image: Image.Image, name: str = "the picture") -> Image.Image:
+        """What the model sees of an image of any mode, before it is normalised: S x S, or at most that. Scaling it again changes nothing.
+
+        Args:
+            name: for messages.
+
+        Raises:
+            PhotoError: an image that cannot be shown (`photos.upright_rgb`).
+        """
+        shown = upright_rgb(image, name)
+        return self._scale(Draft(shown, shown.size, (0, 0, *shown.size)))
 
     def load(self, photo: Photo) -> Image.Image:
         """`scale` of a photo's file, decoded no larger than that needs.
@@ -107,11 +116,14 @@ class Preprocessor:
             square: lay whole images on canvases of S x S, for hosts that know no other input; else on the smallest that holds all.
 
         Raises:
-            PhotoError: the first file that cannot be read.
+            PhotoError: the first file that cannot be read, or image that cannot be shown.
         """
         images = [images] if isinstance(images, (Image.Image, Photo)) else list(images)
         loaded = iter(self.load_all([image for image in images if isinstance(image, Photo)]))
-        return self.batch([self.pixels(next(loaded) if isinstance(image, Photo) else self.scale(image)) for image in images], square)
+        scaled = (
+            next(loaded) if isinstance(image, Photo) else self.scale(image, f"picture {number}") for number, image in enumerate(images)
+        )
+        return self.batch([self.pixels(image) for image in scaled], square)
 
     def pixels(self, scaled: Image.Image) -> Tensor:
         """(3, h, w), normalised, of what `scale` or `load` returned."""
@@ -122,7 +134,7 @@ class Preprocessor:
         return Inputs(torch.stack(list(images)), None) if self.fit == "crop" else lay_out(images, self.size, square)
 
     def _scale(self, draft: Draft) -> Image.Image:
-        return _centre(resize(draft, self.size), self.size) if self.fit == "crop" else resize_whole(draft, self.size)
+        return _square(draft, self.size) if self.fit == "crop" else resize_whole(draft, self.size)
 
 
 def lay_out(images: Sequence[Tensor], size: int, square: bool = False) -> Inputs:
@@ -171,14 +183,12 @@ def sizes_on(canvases: Tensor, fit: Fit = "whole") -> Tensor | None:
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Shortest side to `size` pixels, then the centre square."""
-    return _centre(resize(Draft(image, image.size, (0, 0, *image.size)), size), size)
+    return _square(Draft(image, image.size, (0, 0, *image.size)), size)
 
 
 def resize(draft: Draft, size: int) -> Image.Image:
     """Shortest side to `size` pixels, with the proportions that the picture has in full."""
-    width, height = draft.size
-    short = min(width, height)
-    new = (max(size, int(size * width / short)), max(size, int(size * height / short)))
+    new = scaled(draft.size, size)
     return draft.image if new == draft.image.size else draft.image.resize(new, Image.Resampling.BICUBIC, box=draft.box)
 
 
@@ -189,9 +199,21 @@ def resize_whole(draft: Draft, size: int) -> Image.Image:
     return draft.image if new == draft.image.size else draft.image.resize(new, Image.Resampling.BICUBIC, box=draft.box)
 
 
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+def scaled(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(width, height) of a picture whose shortest side is brought to `short` pixels."""
+    return tuple(max(short, int(short * side / min(size))) for side in size)
+
+
+def _square(draft: Draft, size: int) -> Image.Image:
+    """Shortest side to `size` pixels, then the centre square; a strip loses its ends before, as enlarged whole it could fill any memory."""
+    width, height = scaled(draft.size, size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if max(width, height) <= LONGEST * size:
+        return resize(draft, size).crop((left, top, left + size, top + size))
+    x, y, right, bottom = draft.box
+    across, down = (right - x) / width, (bottom - y) / height  # pixels of the draft for one of the result
+    box = (x + left * across, y + top * down, min(right, x + (left + size) * across), min(bottom, y + (top + size) * down))
+    return draft.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def load_crop(photo: Photo, size: int) -> Image.Image:
@@ -200,7 +222,7 @@ def load_crop(photo: Photo, size: int) -> Image.Image:
     Raises:
         PhotoError: the photo cannot be read.
     """
-    return _centre(resize(photo.draft(OVERSAMPLING * size), size), size)
+    return _square(photo.draft(OVERSAMPLING * size), size)
 
 
 def load_crops(
@@ -258,5 +280,9 @@ def normalize(pixels: Tensor, mean: Triple, std: Triple) -> Tensor:
 
 
 def preprocess(images: Image.Image | Sequence[Image.Image], size: int, mean: Triple, std: Triple) -> Tensor:
-    """The centre squares of images of any size, (B, 3, S, S) normalised float32."""
+    """The centre squares of PIL pictures of any size and mode, (B, 3, S, S) normalised float32; of a file's picture as of the file.
+
+    Raises:
+        PhotoError: one that cannot be shown (`photos.upright_rgb`).
+    """
     return Preprocessor(size, mean, std)(images).pixels

@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from sparse_vlm.errors import UserError
 from sparse_vlm.hosts.transformers_config import SparseFormerHostConfig
 from sparse_vlm.preprocess import Fit, Preprocessor, Triple
 from sparse_vlm.tower import SparseFormerConfig
@@ -54,7 +55,11 @@ class SparseFormerImageProcessor(BaseImageProcessor):
         return Preprocessor(self.size["height"], tuple(self.image_mean), tuple(self.image_std), self.fit)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """PIL images, arrays or tensors (uint8, channels first or last), one or many, nested or not."""
+        """PIL pictures of any mode, arrays or tensors (uint8, channels first or last), one or many, nested or not.
+
+        Raises:
+            UserError: an array that is no picture, or a picture that cannot be shown.
+        """
         flat = [_as_picture(image) for image in make_flat_list_of_images(images)]
         inputs = self.preprocessor(flat, square=True)
         data = {"pixel_values": inputs.pixels}
@@ -68,10 +73,14 @@ def _as_picture(image: Any) -> Image.Image:
         return image
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise ValueError(f"an image array must hold uint8 values in 0..255, this one holds {array.dtype}")
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[-1] != 3:
+        raise UserError(f"an image array must hold uint8 values in 0..255, this one holds {array.dtype}")
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
-    return Image.fromarray(array)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or not array.size:
+        raise UserError(f"an image array must be (height, width) with 1, 3 or 4 channels, first or last, this one is {array.shape}")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
