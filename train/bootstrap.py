@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +31,7 @@ from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
 from sparse_vlm.distill.resident import ResidentPhotos
+from sparse_vlm.distill.shrink import shrink
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
@@ -50,7 +52,7 @@ SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minut
 def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
     """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
     new = {row.target for row in mapping if row.fate == "new"}
-    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay, recipe.lr_focus)
 
 
 def compile_parts(tower: SparseFormer, ask: LiveTeacher | None) -> None:
@@ -77,6 +79,8 @@ class BootstrapTrainer(Trainer):
     bf16: bool
     ask: LiveTeacher | None = None
     show: Show
+    small: float = 0.0
+    side: int = 0  # of the canvas for views that are shown small
     unreadable: set[int]
     budgets: tuple[int, int] | None = None
     uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # what is evaluated now and then is not compiled for it
@@ -94,10 +98,20 @@ class BootstrapTrainer(Trainer):
             if "unreadable" in inputs:
                 self.unreadable |= {index for index in inputs["unreadable"].tolist() if index >= 0}
             shown = self.show(inputs, self.state.global_step)
-            embeds, tokens = self.ask(shown.get("seen", shown["pixels"]))
-            inputs = {"pixels": shown["pixels"], "embeds": embeds, "tokens": tokens}
+            embeds, tokens = self.ask(shown.pop("seen", shown["pixels"]))
+            inputs = {**shown, "embeds": embeds, "tokens": tokens}
+        if self.small:
+            inputs = self.with_small_views(inputs)
         out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def with_small_views(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Some of the batch's views shown small; the step's number, the seed and the rank decide which."""
+        pixels = inputs["pixels"]
+        sizes = inputs.get("image_sizes", torch.tensor(pixels.shape[-2:]).repeat(len(pixels), 1).to(pixels.device))
+        number = int(np.random.SeedSequence((self.args.seed, rank(), self.state.global_step)).generate_state(1)[0])
+        shown, sizes, boxes = shrink(pixels, sizes, self.small, self.side, torch.Generator().manual_seed(number))
+        return {**inputs, "pixels": shown, "image_sizes": sizes, "boxes": boxes}
 
     def budget(self, step: int) -> int | None:
         """Latent tokens of a step, for a student of several budgets: its own number in one step of two, else any."""
@@ -124,7 +138,7 @@ class BootstrapTrainer(Trainer):
                     out = model(**batch)
                 size = len(batch["pixels"])
                 count += size
-                for key in ("loss", "cosine", "token_cosine"):
+                for key in out.keys() & {"loss", "cosine", "token_cosine", "focus"}:
                     sums[key] = sums.get(key, 0.0) + out[key].item() * size
         finally:
             _copy_into(model.tower, own)
@@ -197,6 +211,12 @@ def bootstrap(
     }
     if rank() == 0:
         claim(out, settings)
+    if tower.config.fit == "whole" and recipe.mixed:
+        raise UserError("--set mixed: views at their own aspects cannot be mixed; leave it at 0 for a recipe of whole images")
+    if recipe.small and tower.config.budgets is None:
+        raise UserError(
+            "--set small: a student of one budget learns from the teacher's tokens at its own cells; take one of several budgets"
+        )
     size, count = tower.config.image_size, len(views.photos)
     kept = held_out(views.photos)
     spare = {*kept, *views.unreadable}
@@ -254,8 +274,9 @@ def bootstrap(
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
         trainer.ask, trainer.unreadable = ask, set()
-        trainer.show = Show(size, views.size, resident, recipe.mixed, seed)
+        trainer.show = Show(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, seed)
         trainer.budgets = tower.config.budgets
+        trainer.small, trainer.side = recipe.small, views.size
         if compiled:
             trainer.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         checkpoint = latest_checkpoint(out / "checkpoints")

@@ -122,7 +122,7 @@ def bootstrap(
 
     if chosen.views_per_photo:
         cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
-        shown = store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, owner=first)
+        shown = store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, first, tower.config.fit)
         if store.done == len(store):
             console.print(f"teacher's answers: {len(store)} views, all cached")
         else:
@@ -130,7 +130,7 @@ def bootstrap(
                 store.fill(source, on_rows=advance, device=own_device())
         _report_unreadable(console, store)
     else:
-        shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed)
+        shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed, tower.config.fit)
         console.print("teacher: answers at every step, and no view is shown twice")
     kept = None
     if resident:

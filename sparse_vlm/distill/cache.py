@@ -31,6 +31,7 @@ from sparse_vlm.files import write_text
 from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.teacher import Teacher
+from sparse_vlm.tower.config import Fit
 
 
 class TeacherCache(ViewSet):
@@ -43,6 +44,7 @@ class TeacherCache(ViewSet):
         views: views of each photo that this run wants.
         rois: (N, 4), the cells over which the teacher's patch tokens are averaged; None keeps all of them, as a student of several
             budgets needs (N = G * G then).
+        fit: whether view 0 is the centre square or the whole photo.
         owner: whether this process fills the cache; others wait until the owner has filled it.
     """
 
@@ -55,15 +57,17 @@ class TeacherCache(ViewSet):
         rois: Tensor | None,
         seed: int = 0,
         owner: bool = True,
+        fit: Fit = "crop",
     ) -> None:
-        super().__init__(photos, views, teacher.spec.image_size, seed)
+        super().__init__(photos, views, teacher.spec.image_size, seed, fit)
         self.rois = rois
         cells = "patches" if rois is None else hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
         count = teacher.spec.grid**2 if rois is None else rois.shape[0]
         known = super().describe()
         # in this order since the first cache: their folders are named after it
-        order = ("teacher", "photos", "keys", "seed", "crop", "rois", "size")
-        self.meta = {key: ({"teacher": teacher.fingerprint(), "rois": cells} | known)[key] for key in order}
+        order = ("teacher", "photos", "keys", "seed", "crop", "rois", "size", "fit")
+        known = {"teacher": teacher.fingerprint(), "rois": cells} | known
+        self.meta = {key: known[key] for key in order if key in known}
         self.folder = folder / _name(self.meta)
         self._all_patches = folder / _name({**self.meta, "rois": "patches"})
         if owner:
@@ -188,7 +192,7 @@ class TeacherCache(ViewSet):
             raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
         embeds = torch.from_numpy(np.array(self._embeds[0][rows], dtype=np.float32))
         patches = torch.from_numpy(np.array(self._patches[0][rows], dtype=np.float32))
-        return Statistics.of(embeds, patches.mean((0, 1)))
+        return Statistics.of(embeds, patches.mean((0, 1)), patches.square().sum(-1).mean())
 
 
 def _name(meta: dict[str, Any]) -> str:

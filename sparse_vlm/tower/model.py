@@ -186,7 +186,7 @@ class SparseFormer(nn.Module):
         run = partial(checkpoint, use_reentrant=False) if again else _call
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
-        extent = None if image_sizes is None else _extent(image_sizes, pixels)
+        extent = None if image_sizes is None else image_extent(image_sizes, pixels)
         feature_map = None
         if self.feat_extractor is not None:  # a convolution at an image's border reads zeros beyond it
             feature_map = run(self.feat_extractor, pixels if extent is None else pixels * _inside(extent, pixels))
@@ -374,7 +374,7 @@ class SparseFormer(nn.Module):
         return tower.to(dtype).eval()
 
 
-def _extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
+def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
     """The share of width and height of its canvas that each image takes, (B, 2) float32.
 
     Raises:
