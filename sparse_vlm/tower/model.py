@@ -245,6 +245,12 @@ class SparseFormer(nn.Module):
         with torch.no_grad():  # the choice of cells has no gradient; what predicts it learns from `focus.variation`
             return self.focus.place(self.focus(pixels, box, extent), aspects, config.num_latent_tokens)
 
+    @torch.no_grad()
+    def first_cells(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Where the tokens of each image begin, (B, n, 4) float32; the arguments are `forward`'s."""
+        extent = None if image_sizes is None else _extent(image_sizes, pixels)
+        return self._begin(pixels.to(next(self.norm.parameters()).dtype), None, None, extent).detach().expand(pixels.shape[0], -1, -1)
+
     def _given(self, cells: Tensor, num_tokens: int | None, batch: int) -> Tensor:
         """Cells that the caller places, (B, n, 4) float32."""
         if cells.ndim != 3 or cells.shape[0] != batch or cells.shape[2] != 4 or cells.shape[1] != (num_tokens or cells.shape[1]):
@@ -386,9 +392,7 @@ def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
 def _inside(extent: Tensor, pixels: Tensor) -> Tensor:
     """1 where the canvas holds its image and 0 beyond, (B, 1, h, w)."""
     height, width = pixels.shape[-2:]
-    across, down = (
-        (torch.arange(side, device=pixels.device) + 0.5) / side < extent[:, i, None] for i, side in enumerate((width, height))
-    )
+    across, down = ((torch.arange(side, device=pixels.device) + 0.5) / side < extent[:, i, None] for i, side in enumerate((width, height)))
     return (down[:, None, :, None] & across[:, None, None, :]).to(pixels.dtype)
 
 
