@@ -69,8 +69,15 @@ RIVALS: dict[str, Rival] = {
     "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
     "sparseformer-l": Rival("SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")),
 }
+PUBLISHED = tuple(RIVALS)
+# students of ViT-S/14 for whole images, which differ in where their tokens begin alone
+ADAPTIVE = get_recipe("adaptive").config(RIVALS["vit-s14"].vit)
+RIVALS |= {
+    "adaptive-s": Rival("49 tokens with ViT-S/14's blocks, on cells that a focus places", ADAPTIVE),
+    "uniform-s": Rival("the same on an even grid", replace(ADAPTIVE, focus=None)),
+}
 REDUCTIONS = (*PROJECTORS, *PRUNERS)
-BOX = ("tiny", *RIVALS, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
+BOX = ("tiny", *PUBLISHED, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
 
 
 @dataclass

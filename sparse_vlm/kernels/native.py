@@ -2,7 +2,7 @@
 
 Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 
-Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about six seconds, and kept where torch keeps what
+Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about ten seconds, and kept where torch keeps what
 it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
 done, torch computes the same.
 """
@@ -32,7 +32,7 @@ FOLDER = Path(__file__).with_name("cpp")
 # no -ffast-math: linked into a library, it would make the whole process round its smallest numbers to zero
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-fno-math-errno",
          "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
-TIMEOUT_S = 60  # of the compiler
+TIMEOUT_S = 180  # of the compiler, on a busy machine
 PADDING = 16  # as in vectors.h
 PANEL = 32  # as in linear.h
 FEW_TOKENS = 128  # that attention is faster for than torch's
@@ -339,7 +339,7 @@ def cut(pixels: Tensor, rois: Tensor, size: int, extent: Tensor | None = None) -
     (batch, _, height, width), n = pixels.shape, rois.shape[1]
     out = torch.empty(batch, n, 3, size, size, dtype=pixels.dtype)
     whole = torch.tensor([[width, height]], dtype=torch.float32)
-    whole = (whole.expand(batch, 2) if extent is None else whole * extent).contiguous()
+    whole = (whole.expand(batch, 2) if extent is None else (whole * extent).round()).contiguous()
     levels = crop_level(height, width, size)
     _call("cut", pixels.dtype, pixels.contiguous(), _numbers(rois), whole, batch, n, height, width, size, levels, out)
     return out

@@ -24,7 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import kernels
-from sparse_vlm.geometry import Padding, adjust_rois, crop_level, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
+from sparse_vlm.geometry import (
+    Padding,
+    adjust_rois,
+    crop_level,
+    encode_rois,
+    encoding_frequencies,
+    points_on_canvas,
+    roi_average_weights,
+    sample_bilinear,
+)
 from sparse_vlm.kernels import native
 from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
 from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
@@ -309,7 +318,7 @@ class PreparedUnit(Unit):
                     if points_seen is not None:
                         points_seen.append(points.expand(batch, -1, -1, -1))
                     if extent is not None:
-                        points = points * extent[:, None, None]
+                        points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     x = _add_to_latents(x, self._look(feature_map, points, generated, rois))
                     tokens = _find
                 elif op == "PE_INJECT":

@@ -38,36 +38,50 @@ void halve(const T* upper, const T* lower, int width, float* to) {
     if (width % 2) to[width / 2] = (get(upper + width - 1) + get(lower + width - 1)) * 0.5f;
 }
 
-// Level k of a pyramid from what is above it, all planes of it. Called by all threads of a region together.
+// Pixels of a side of an image at level k.
+inline int side_at(float whole, int k) {
+    int side = int(whole);
+    for (; k > 0; k--) side = (side + 1) / 2;
+    return side;
+}
+
+// Level k + 1 of a pyramid from level k, of canvases (B, 3, height, width), of what holds images of `whole` (B, 2) alone.
+// Called by all threads of a region together.
 template <typename T>
-void halve_planes(const T* from, int planes, int height, int width, float* to) {
+void halve_planes(const T* from, const float* whole, int k, int batch, int height, int width, float* to) {
     int rows = (height + 1) / 2, columns = (width + 1) / 2;
 #pragma omp for collapse(2)
-    for (int plane = 0; plane < planes; plane++)
+    for (int plane = 0; plane < batch * COLOURS; plane++)
         for (int y = 0; y < rows; y++) {
+            const float* of = whole + plane / COLOURS * 2;
+            int across = side_at(of[0], k), down = side_at(of[1], k);
+            if (2 * y >= down) continue;
             const T *upper = from + (long(plane) * height + 2 * y) * width,
-                    *lower = 2 * y + 1 < height ? upper + width : upper;
-            halve(upper, lower, width, to + (long(plane) * rows + y) * columns);
+                    *lower = 2 * y + 1 < down ? upper + width : upper;
+            halve(upper, lower, across, to + (long(plane) * rows + y) * columns);
         }
 }
 
-// Where the pixels of a cell lie along one side of a level: `at` the one before, and the part of the one behind it.
+// Where the pixels of a cell lie along one side of a level: `at` the one before, and the part of the one behind it, which
+// lies `next` further.
 struct Side {
+    int next = 1;
     std::vector<int> at;
     std::vector<float> part;
 
     explicit Side(int size) : at(size), part(size) {}
 
-    // Args: low, high and whole in pixels of level 0; `shrunk` of the level, which is `length` pixels long.
+    // Args: low, high and whole in pixels of level 0; `shrunk` of the level, at which the image is `length` pixels long.
     void set(float low, float high, float whole, float shrunk, int length) {
         int size = int(at.size());
         float last = std::max(0.5f, whole * shrunk - 0.5f);
+        next = length > 1;  // of an only pixel what is beyond is not read
         for (int i = 0; i < size; i++) {
             float x = (low + (high - low) * ((i + 0.5f) / size)) * shrunk;
             x = x > 0.5f ? (x < last ? x : last) : 0.5f;  // a NaN becomes the first
             x -= 0.5f;
             int before = std::min(int(x), std::max(0, length - 2));
-            at[i] = before, part[i] = length > 1 ? std::min(1.0f, x - before) : 0;
+            at[i] = before, part[i] = std::min(1.0f, x - before);
         }
     }
 };
@@ -75,7 +89,7 @@ struct Side {
 // A row of a cell from two rows of a level; `below` is the part of the lower one.
 template <typename S, typename T>
 inline void read_row(const S* upper, const S* lower, float below, const Side& columns, int width, T* to) {
-    int size = int(columns.at.size()), x = 0, next = width > 1;
+    int size = int(columns.at.size()), next = columns.next, x = 0;
 #ifdef __AVX512F__
     for (; x + LANES <= size; x += LANES) {
         // cells may be mirrored, or lie on the border
@@ -89,7 +103,7 @@ inline void read_row(const S* upper, const S* lower, float below, const Side& co
         }
         __m512i at = _mm512_sub_epi32(_mm512_loadu_si512(&columns.at[x]), _mm512_set1_epi32(start));
         Vector left = (Vector)_mm512_permutex2var_ps((__m512)near[0], at, (__m512)near[1]);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(1));
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(next));
         Vector right = (Vector)_mm512_permutex2var_ps((__m512)near[0], at, (__m512)near[1]);
         put(to + x, left + load(&columns.part[x]) * (right - left));
     }
@@ -109,7 +123,7 @@ void read_cell(const S* planes, int height, int width, const Side& rows, const S
     for (int colour = 0; colour < COLOURS; colour++)
         for (int y = 0; y < size; y++) {
             const S* upper = planes + (long(colour) * height + rows.at[y]) * width;
-            read_row(upper, height > 1 ? upper + width : upper, rows.part[y], columns, width,
+            read_row(upper, upper + rows.next * width, rows.part[y], columns, width,
                      to + (long(colour) * size + y) * size);
         }
 }
@@ -120,8 +134,8 @@ inline int level_of(float across, float down, int size, int levels) {
     return int(within(std::floor(sides - float(std::log2(size)) + 0.5f), 0, levels));
 }
 
-// Images (B, 3, h, w) and cells (B, n, 4) relative to images of `whole` (B, 2) pixels, width and height, to what lies in
-// each (B, n, 3, S, S), as geometry.crop_rois.
+// Canvases (B, 3, h, w) and cells (B, n, 4) relative to the images at their top left, of `whole` (B, 2) pixels across and
+// down, to what lies in each (B, n, 3, S, S), as geometry.crop_rois.
 template <typename T>
 void cut(const T* pixels, const float* cells, const float* whole, int batch, int n, int height, int width, int size,
          int levels, T* out, int threads) {
@@ -137,11 +151,11 @@ void cut(const T* pixels, const float* cells, const float* whole, int batch, int
     {
         for (int k = 1; k <= most; k++) {
             float* to = pyramid.halves[k].data();
-            int planes = batch * COLOURS, above = pyramid.heights[k - 1], across = pyramid.widths[k - 1];
+            int h = pyramid.heights[k - 1], w = pyramid.widths[k - 1];
             if (k == 1)
-                halve_planes(pixels, planes, above, across, to);
+                halve_planes(pixels, whole, 0, batch, h, w, to);
             else
-                halve_planes(pyramid.halves[k - 1].data(), planes, above, across, to);
+                halve_planes(pyramid.halves[k - 1].data(), whole, k - 1, batch, h, w, to);
         }
         Side rows(size), columns(size);
         long numbers = long(COLOURS) * size * size;
@@ -152,8 +166,8 @@ void cut(const T* pixels, const float* cells, const float* whole, int batch, int
                 int k = level[at], h = pyramid.heights[k], w = pyramid.widths[k];
                 const float *cell = cells + at * 4, *of = whole + b * 2;
                 float shrunk = std::ldexp(1.0f, -k);
-                columns.set(cell[0] * of[0], cell[2] * of[0], of[0], shrunk, w);
-                rows.set(cell[1] * of[1], cell[3] * of[1], of[1], shrunk, h);
+                columns.set(cell[0] * of[0], cell[2] * of[0], of[0], shrunk, side_at(of[0], k));
+                rows.set(cell[1] * of[1], cell[3] * of[1], of[1], shrunk, side_at(of[1], k));
                 long plane = long(b) * COLOURS * h * w;
                 if (k == 0)
                     read_cell(pixels + plane, h, w, rows, columns, out + at * numbers);
