@@ -36,6 +36,9 @@ def train(
         ),
     ] = "mlp",
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Let a LLaVA json name pictures outside --images: by .., whole paths, symbolic links.")
+    ] = False,
     on_bad_image: Annotated[
         str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey picture instead.")
     ] = "raise",
@@ -120,7 +123,7 @@ def train(
     if check:
         from sparse_vlm.cli.checking import check_data
 
-        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, projector, threads, as_json))
+        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, projector, threads, as_json, allow_outside))
     if as_json:
         raise UserError("--json needs --check")
     if out is None:
@@ -151,7 +154,7 @@ def train(
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
     console = plain_console(soft_wrap=True, quiet=not first)
-    talks = _talks(console, data, images, stage, epochs, seed)
+    talks = _talks(console, data, images, stage, epochs, seed, allow_outside)
     if chosen.pictures_of_words:
         spoken = [index for index, talk in enumerate(talks) if not talk.photos or words_about(talk)]
         if not spoken:
@@ -240,7 +243,7 @@ def train(
             raise typer.Exit(130)
 
 
-def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> Any:
+def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int, allow_outside: bool) -> Any:
     """What the data says, as a corpus."""
     from functools import partial
 
@@ -253,7 +256,9 @@ def _talks(console: Any, data: list[str], images: Path | None, stage: str, epoch
         photos = photos_of(data, on_fetched)
     files = files_of(data)
     with reading(console, [path for path, _ in files]) as on_bytes:
-        return read_corpus(files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes))
+        return read_corpus(
+            files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes, allow_outside=allow_outside)
+        )
 
 
 def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:
