@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from sparse_vlm.documents import whole
+from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import Preprocessor
+from sparse_vlm.vlm.prompts import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM, Score
@@ -50,6 +53,20 @@ def conversation(image: Image.Image | None, text: str) -> list[dict[str, Any]]:
     """One user turn."""
     content: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": image}]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def check_question(text: str, where: str) -> None:
+    """Make sure that a question can be asked, before the model is asked anything.
+
+    Raises:
+        UserError: its text holds the mark of a picture, or half of a character; the line begins with `where`.
+    """
+    if IMAGE_TOKEN in text:
+        raise UserError(
+            f"{where}: its text holds {IMAGE_TOKEN}, where a picture would be shown; take the mark out, the picture comes by itself"
+        )
+    if not whole(text):
+        raise UserError(f"{where}: its text holds half of a character (a surrogate alone); write the whole one")
 
 
 def generated(
@@ -91,6 +108,8 @@ def _ask_each_once(
     """
     if control == "wrong-image" and len(photos) < 2:
         raise ValueError("no other photo to show")
+    for question in questions:
+        check_question(question.text, f"{photos[question.photo].key}: the question {question.text[:60]!r}")
     keys: list[Key] = [(shown_photo(question.photo, len(photos), control), question.text, question.choices) for question in questions]
     order = sorted(dict.fromkeys(keys), key=sort_by)
     shown = lru_cache(maxsize=at_once)(lambda index: load(photos[index]))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, printable
 from sparse_vlm.files import aside
 from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer
@@ -129,6 +129,12 @@ def draw(gaze: Gaze, title: str) -> Figure:
     return figure
 
 
+def as_label(name: str) -> str:
+    """A name as matplotlib shows it and no otherwise: a dollar begins no formula, and an underscore hides nothing from a legend."""
+    shown = printable(name).replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure aside and rename it; the suffix decides the format.
 
@@ -144,7 +150,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         with aside(path) as part:
             figure.savefig(part, format=form)
     except OSError as error:
-        raise UserError(f"{path}: cannot write here ({error.strerror})") from None
+        raise UserError(f"{path}: cannot write here ({error.strerror or error})") from None
 
 
 def token_colours(rois: Tensor) -> np.ndarray:

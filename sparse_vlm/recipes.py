@@ -15,7 +15,6 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.teacher import TeacherSpec
 from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormerConfig, UnitConfig
 
-
 FINER = 2  # sides of a canvas for whole images, in sides of the teacher's: the smallest cells are an eighth of the coarse ones
 
 
@@ -235,10 +234,9 @@ RECIPES: dict[str, Recipe] = {
         whitened=0.5,
     ),
     "adaptive": Recipe(
-        summary="as elastic, on whole images, with small cells where the teacher's features vary; no sampling and mixing",
+        summary="as elastic, on whole images, with small cells where the teacher's features vary",
         student=_adaptive,
         blocks=_each_block,
-        looks=0,
         lr=1.4e-3,
         dense_weight=1.0,
         whitened=0.5,

@@ -7,6 +7,7 @@ read as hostile: whatever is wrong with it is one line that names the tar and th
 from __future__ import annotations
 
 import itertools
+import json
 import posixpath
 import tarfile
 from collections.abc import Collection
@@ -124,7 +125,7 @@ def _samples(
             archive.fileobj.seek(offset)
             info = parse_json(archive.fileobj.read(size), f"{path}: {name}")
             if not isinstance(info, dict):
-                raise UserError(f'{path}: {name}: a {type(info).__name__}, not an object such as {{"captions": [...]}}')
+                raise UserError(f'{path}: {name}: holds {json.dumps(info)[:40]}, not an object such as {{"captions": [...]}}')
             infos[key] = info
     for key, info in infos.items():
         if key in found:

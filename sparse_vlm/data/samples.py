@@ -10,9 +10,11 @@ tokens are computed once a photo and kept on disk, whatever the number of visits
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -209,8 +211,18 @@ def report(samples: SampleSet) -> dict[str, int | float]:
     }
 
 
+def _stamp(path: Path) -> str:
+    """What tells a file from others, and from what it was before it was replaced, without reading it."""
+    try:
+        return f"{os.path.realpath(path)} {path.stat().st_mtime_ns}"
+    except (OSError, ValueError):  # not there
+        return str(path)
+
+
 class TokenBank:
-    """The tower's tokens of each photo, on disk. Where several commands want the same ones, one looks and the others wait for it.
+    """The tower's tokens of each photo, on disk; photos are known by the path, size and time of change of their files.
+
+    Where several commands want the same ones, one looks and the others wait for it.
 
     Args:
         folder: holds a sub-folder for each (tower, photos).
@@ -226,8 +238,9 @@ class TokenBank:
         digest.update(f"drafts {OVERSAMPLING}\n".encode())  # how large JPEGs are decoded, which changes their last bits
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        stamp = functools.cache(_stamp)  # of a tar, once for all of its photos
         for photo in photos:
-            digest.update(f"{photo.source.name}/{photo.key}/{photo.size}\n".encode())
+            digest.update(os.fsencode(f"{stamp(photo.source)}/{photo.key}/{photo.offset}/{photo.size}\n"))
         self.folder = folder / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         # as 16-bit integers: numpy has no bfloat16

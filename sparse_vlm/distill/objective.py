@@ -93,8 +93,8 @@ class Distillation(nn.Module):
         """Views (B, 3, H, W) uint8 with the teacher's embeddings (B, E) and patch tokens: (B, N, d) averaged over the student's cells, or
         all (B, G * G, d) for a student of several budgets, to be averaged over the cells of the budget.
 
-        A focus learns beside the student, from how the teacher's patches vary. While it learns, every other view has its cells where the
-        teacher's own map says, so that the student learns from good cells before there are predicted ones.
+        A focus learns beside the student, from how the teacher's patches vary. Some views have their cells where the teacher's own map says,
+        so that the student learns from good cells before there are predicted ones, and some have the plain grid.
 
         Args:
             num_tokens: the student's latent tokens, for a student of several budgets.
@@ -148,11 +148,13 @@ class Distillation(nn.Module):
         patches = patches if boxes is None else put_patches(patches, boxes, self.token_mean)
         wanted = variation(patches, self.token_variance)
         maps = focus(shown, extent=None if image_sizes is None else image_extent(image_sizes, shown))
-        placed_by = maps.detach()
+        cells = focus.place(maps.detach(), aspects, count)
         if self.training:
-            own = torch.arange(len(maps), device=maps.device) % 2 == 0
-            placed_by = torch.where(own.view(-1, 1, 1, 1), placed_by, wanted)
-        return focus.place(placed_by, aspects, count), F.mse_loss(maps, wanted)
+            # of eight views, four as the focus says, three as the teacher says, and one on the grid that even images keep
+            turn = torch.arange(len(maps), device=maps.device).view(-1, 1, 1) % 8
+            cells = torch.where(turn % 2 == 1, focus.place(wanted, aspects, count), cells)
+            cells = torch.where(turn == 7, grid_rois_for(count, aspects), cells)
+        return cells, F.mse_loss(maps, wanted)
 
 
 def _aspects(pixels: Tensor, image_sizes: Tensor | None) -> Tensor:

@@ -9,10 +9,13 @@ A view of a set has a number, its row: `view * P + photo`, with P photos.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sparse_vlm.devices import world_size
 from sparse_vlm.photos import Box, Photo
 from sparse_vlm.preprocess import resize_and_crop, to_uint8
 from sparse_vlm.tower.config import Fit
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
+READ_AT_ONCE = 256  # photos, of whose bytes a digest is made
 
 
 def choose_crop(width: int, height: int, key: str, view: int, seed: int) -> tuple[Box, bool]:
@@ -131,7 +136,28 @@ class ViewSet:
 
     def describe(self) -> dict[str, Any]:
         """What makes these views these views, for settings and caches."""
-        keys = hashlib.sha256("\n".join(f"{p.key} {p.size}" for p in self.photos).encode()).hexdigest()[:16]
         crop = [*CROP_AREA, *CROP_ASPECT]
-        known = {"photos": len(self.photos), "keys": keys, "seed": self.seed, "crop": crop, "size": self.size}
+        known = {"photos": len(self.photos), "contents": self._contents, "seed": self.seed, "crop": crop, "size": self.size}
         return known if self.fit == "crop" else known | {"fit": self.fit}
+
+    @functools.cached_property
+    def _contents(self) -> str:
+        """Of the photos' names and bytes, in their order: other photos under the same names and of the same sizes are told from these.
+
+        All bytes are read, once: times of change would not do, which a copy may keep and another loses.
+        """
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world_size())) as pool:
+            for start in range(0, len(self.photos), READ_AT_ONCE):
+                some = self.photos[start : start + READ_AT_ONCE]
+                for photo, found in zip(some, pool.map(_digest, some), strict=True):
+                    digest.update(f"{photo.key}\0".encode(errors="surrogateescape") + found)
+        return digest.hexdigest()[:16]
+
+
+def _digest(photo: Photo) -> bytes:
+    """Of a photo's bytes; of nothing, where they cannot be read: such a photo is left out of training, and named."""
+    try:
+        return hashlib.sha256(photo.read()).digest()
+    except (OSError, ValueError):
+        return hashlib.sha256().digest()
