@@ -298,6 +298,11 @@ def _upright(orientation: int, decoded: tuple[int, int], size: tuple[int, int], 
     return (width, height), (left, top, left + right, top + bottom)
 
 
+def photo_of(path: Path) -> Photo:
+    """The photo in a file of its own; whether there is one shows when it is read."""
+    return Photo(path.name, path, 0, file_size(path))
+
+
 def load_image(path: str | Path) -> Image.Image:
     """Decode the picture in a file.
 

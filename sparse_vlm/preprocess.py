@@ -89,7 +89,7 @@ class Preprocessor:
             PhotoError: an image that cannot be shown (`photos.upright_rgb`).
         """
         shown = upright_rgb(image, name)
-        return self._scale(Draft(shown, shown.size, (0, 0, *shown.size)))
+        return self.scale_draft(Draft(shown, shown.size, (0, 0, *shown.size)))
 
     def load(self, photo: Photo) -> Image.Image:
         """`scale` of a photo's file, decoded no larger than that needs.
@@ -97,7 +97,7 @@ class Preprocessor:
         Raises:
             PhotoError: the photo cannot be read.
         """
-        return self._scale(photo.draft(OVERSAMPLING * self.size, longest=self.fit == "whole"))
+        return self.scale_draft(photo.draft(*self.at_least))
 
     def load_all(
         self, photos: Sequence[Photo], threads: int | None = None, on_bad: Callable[[int, PhotoError], None] | None = None
@@ -133,7 +133,13 @@ class Preprocessor:
         """Images of `pixels` to one batch; `square` as above."""
         return Inputs(torch.stack(list(images)), None) if self.fit == "crop" else lay_out(images, self.size, square)
 
-    def _scale(self, draft: Draft) -> Image.Image:
+    @property
+    def at_least(self) -> tuple[int, bool]:
+        """Pixels that a draft needs, and whether its longest side is meant: what `Photo.draft` takes."""
+        return OVERSAMPLING * self.size, self.fit == "whole"
+
+    def scale_draft(self, draft: Draft) -> Image.Image:
+        """`scale` of a photo's draft."""
         return _square(draft, self.size) if self.fit == "crop" else resize_whole(draft, self.size)
 
 

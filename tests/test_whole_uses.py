@@ -177,3 +177,15 @@ def test_an_export_says_what_the_tower_says_of_whole_images(folder: str, tmp_pat
     assert found["image_size"] == 96 and all(one["agrees"] for one in found["compared"])
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["fit"] == "whole"
     assert "seen whole" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_chat_decodes_no_more_than_the_tower_sees(tower: SparseFormer, tmp_path: Path) -> None:
+    from sparse_vlm.vlm.chat import Picture
+
+    photo(2400, 1600).save(tmp_path / "large.jpg", quality=90)
+    prepare = Preprocessor.of(tower.config)
+    shown = Picture.read(tmp_path / "large.jpg", prepare)
+    assert shown.size == (2400, 1600) and shown.image.size == (96, 64) and shown.decode_ms > 0
+    assert prepare.scale(shown.image) is shown.image, "nothing is left to do for the model"
+    with pytest.raises(UserError, match=r"gone\.jpg: no such file"):
+        Picture.read(tmp_path / "gone.jpg", prepare)
