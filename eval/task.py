@@ -29,6 +29,7 @@ CONTROLS = {
 TOWER_CONTROLS = {
     "none": "the tower as it is",
     "no-looks": "the same weights with nothing added by any look",
+    "crop": "the same weights on the centre square of each photo, where the tower sees it whole",
 }
 
 

@@ -1,7 +1,7 @@
 """What a tower's tokens look at: their regions and sampling points at every look, as numbers and as a picture over the photo.
 
-Shape legend: n latent tokens, P sampling points a token. RoIs (x0, y0, x1, y1) and points (x, y) are relative to the centre crop that
-the tower sees, (0, 0) its top-left corner; the picture shows them over the whole photo.
+Shape legend: n latent tokens, P sampling points a token. RoIs (x0, y0, x1, y1) and points (x, y) are relative to what the tower sees,
+the whole photo or its centre crop, (0, 0) its top-left corner; the picture shows them over the whole photo.
 
 Notable: a unit may look several times, and then only its points tell where its RoIs stood in between. Since points are spread around
 their RoI's centre with a standard deviation of a third of its size, centre and size can be read back from them exactly.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.files import aside
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer
 
 if TYPE_CHECKING:
@@ -73,12 +73,11 @@ class Gaze:
 def follow(tower: SparseFormer, photo: Image.Image) -> Gaze:
     """Run a tower over a photo and keep where its tokens looked."""
     config = tower.config
-    pixels = preprocess(photo, config.image_size, config.image_mean, config.image_std)
-    output = tower(pixels.to(tower.initial_roi.weight.device), output_rois=True)
+    inputs = Preprocessor.of(config)(photo).to(tower.initial_roi.weight.device)
+    output = tower(inputs.pixels, output_rois=True, image_sizes=inputs.image_sizes)
     looks = tuple(Look(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.points_per_look)
-    return Gaze(
-        photo, crop_box(photo.size, config.image_size), tower.initial_roi.weight.detach().float().cpu(), looks, output.rois[0].cpu()
-    )
+    seen = (0.0, 0.0, *map(float, photo.size)) if config.fit == "whole" else crop_box(photo.size, config.image_size)
+    return Gaze(photo, seen, tower.first_cells(*inputs)[0].cpu(), looks, output.rois[0].cpu())
 
 
 def rois_of_points(points: Tensor) -> Tensor:

@@ -181,3 +181,27 @@ def test_what_the_teacher_says_of_a_view_lies_in_its_box() -> None:
     assert torch.allclose(put[2:], background.expand(2, 4, 3)) and torch.allclose(put[:2, :2], background.expand(2, 2, 3))
     assert torch.allclose(put[0, 2], patches[0].unflatten(0, (4, 4))[:2, :2].mean((0, 1)), atol=0.5)
     assert torch.allclose(put_patches(patches, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), background), patches, atol=1e-5)
+
+
+def test_a_tower_that_places_cells_compiles_whole() -> None:
+    """Nothing in it depends on values but the choice of cells, also of images of several sizes, in a batch of any."""
+    tower, pixels = focused().requires_grad_(False), torch.randn(2, 3, 112, 96)
+    compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    for sizes in (None, torch.tensor([[112, 40], [33, 96]])):
+        wanted, found = tower(pixels, image_sizes=sizes), compiled(pixels, image_sizes=sizes)
+        assert torch.allclose(found.last_hidden_state, wanted.last_hidden_state, atol=1e-5)
+
+
+def test_quarters_that_vary_alike_beyond_the_whole_are_told_apart() -> None:
+    """All that a cell gains may lie at a finer scale; which quarters are split does not hang on how equals are ordered."""
+    fine = maps()
+    fine[:, :2] -= 9
+    place, aspects = Focus(FocusConfig(evenness=0.0)).place, torch.ones(3)
+    plain = place(fine, aspects, 36)
+    mirrored = place(fine.flip(-1), aspects, 36)
+    mirrored = torch.stack([1 - mirrored[..., 2], mirrored[..., 1], 1 - mirrored[..., 0], mirrored[..., 3]], dim=-1)
+
+    def ordered(cells: torch.Tensor) -> list[list[list[float]]]:
+        return [sorted(image) for image in cells.mul(1e4).round().tolist()]
+
+    assert ordered(plain) == ordered(mirrored)

@@ -89,7 +89,10 @@ class Focus(nn.Module):
         quarters = _quarters(base)  # (B, b, 4, 4)
         sixteenths = _quarters(quarters)  # (B, b, 16, 4)
         score = _gain(maps, base)  # (B, b, 1)
-        scores = torch.cat([score, torch.minimum(_gain(maps, quarters), 0.999 * score)], dim=-1)  # (B, b, 5)
+        # a quarter scores below the whole, and the more it varies the higher, so that what is chosen never hangs on the order of equals
+        of_quarters = _gain(maps, quarters)  # (B, b, 4)
+        of_quarters = torch.minimum(of_quarters, score * (1 - 1e-3 * score / of_quarters.clamp_min(1e-30)))
+        scores = torch.cat([score, of_quarters], dim=-1)  # (B, b, 5)
         chosen = torch.zeros_like(scores).flatten(1)
         chosen = chosen.scatter(1, scores.flatten(1).topk(splits).indices, 1.0).view_as(scores)
         split, split_again = chosen[..., :1], chosen[..., 1:]
