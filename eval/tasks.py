@@ -10,6 +10,7 @@ from sparse_vlm.eval.multiple_choice import MMBench, ScienceQA
 from sparse_vlm.eval.pairs import LikelierCaption, NearerSentence
 from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
 from sparse_vlm.eval.questions import AOKVQAFiles, InTar, PopeFiles
+from sparse_vlm.eval.rendered_words import RenderedWords
 from sparse_vlm.eval.retrieval import Retrieval
 from sparse_vlm.eval.short_answers import GQA, TextVQA, VQAv2
 from sparse_vlm.eval.small_objects import SmallObjects
@@ -28,6 +29,7 @@ TASKS: dict[str, Task] = {
     "probe": LinearProbe(),
     "zoom": Zoom(),
     "small-objects": SmallObjects(),
+    "rendered-words": RenderedWords(),
     "sugarcrepe": NearerSentence("sugarcrepe"),
     "valse": NearerSentence("valse"),
     "captions": Captions(),

@@ -95,13 +95,11 @@ def follow(tower: SparseFormer, photo: Image.Image) -> Gaze:
     """Run a tower over a photo and keep where its tokens looked."""
     config = tower.config
     if config.fit == "whole":
-        pixels, seen = (
-            normalize(to_uint8(_shrink(photo, config.image_size)), config.image_mean, config.image_std)[None],
-            (0, 0, *photo.size),
-        )
+        seen = (0, 0, *photo.size)
+        pixels = normalize(to_uint8(_shrink(photo, config.image_size)), config.image_mean, config.image_std)[None]
     else:
-        pixels = preprocess(photo, config.image_size, config.image_mean, config.image_std)
         seen = crop_box(photo.size, config.image_size)
+        pixels = preprocess(photo, config.image_size, config.image_mean, config.image_std)
     pixels = pixels.to(tower.initial_roi.weight.device)
     if tower.focus is None:
         output = tower(pixels, output_rois=True)
@@ -240,11 +238,11 @@ def _cells(axis: Axes, gaze: Gaze) -> None:
     # rows of a grid may differ by a cell; a split makes cells four times as small
     finer = ((area.max() - area) / spread if spread > math.log(2) else torch.ones_like(area)).tolist()
     _panel(axis, gaze, f"{len(gaze.start)} tokens, each with its cell", light=DIM)
-    pixels = _shown(gaze.photo)
+    photo, pixels = _shown(gaze.photo), axis.images[0].get_array().copy()
     height, width = pixels.shape[:2]
     for (low, high), light in zip(_to_photo(gaze.start.view(-1, 2, 2), gaze.crop), finer, strict=True):
         (left, top), (right, bottom) = (np.round(corner / gaze.photo.size * (width, height)).astype(int) for corner in (low, high))
-        pixels[top:bottom, left:right] *= DIM + (1 - DIM) * light
+        pixels[top:bottom, left:right] = photo[top:bottom, left:right] * (DIM + (1 - DIM) * light)
     axis.images[0].set_data(pixels)
     _regions(axis, gaze, gaze.start, token_colours(gaze.start))
 
