@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_vlm.eval.run import Column, Report
+from sparse_vlm.files import aside
+from sparse_vlm.look import as_label
 
 WIDE = 4  # panels in a row
 
@@ -73,10 +75,16 @@ def draw(report: Report, path: Path) -> None:
             if not points:
                 continue
             if name == report.teacher:
-                axis.axhline(points[0][1], color="0.5", linestyle="--", linewidth=1, label=f"{name} ({points[0][0]} tokens)")
+                axis.axhline(points[0][1], color="0.5", linestyle="--", linewidth=1, label=as_label(f"{name} ({points[0][0]} tokens)"))
             else:
                 many = len(points) > 1
-                axis.plot(*zip(*points, strict=True), f"C{number}", marker="o" if many else "D", linestyle="-" if many else "", label=name)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    f"C{number}",
+                    marker="o" if many else "D",
+                    linestyle="-" if many else "",
+                    label=as_label(name),
+                )
         if unit == "% of the teacher":
             axis.axhline(100, color="0.5", linestyle="--", linewidth=1)
         axis.set(title=title, ylabel=unit, xlabel="tokens")
@@ -86,5 +94,6 @@ def draw(report: Report, path: Path) -> None:
     found = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with aside(path) as part:
+        figure.savefig(part, dpi=130, format="png")
     plt.close(figure)

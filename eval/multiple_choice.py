@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, generated
 from sparse_vlm.eval.letters import ANSWER_WITH_A_LETTER, LETTERS, lettered, mmbench_choice, science_choice
 from sparse_vlm.eval.metrics import grouped_share
@@ -92,14 +93,18 @@ class MMBench(OfficialTask):
     def _rows(self, data: Data) -> Iterator[Entry]:
         path = data.root / self.files[0]
         csv.field_size_limit(sys.maxsize)  # a field is a picture
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
             for row in csv.DictReader(stream, delimiter="\t"):
                 if int(row["index"]) >= FIRST_ROTATION:
                     continue
-                options = [row[letter] for letter in LETTERS if row.get(letter)]
-                hint = row["hint"] if row["hint"] not in ("", "nan") else ""
+                there = [letter for letter in LETTERS if _said(row.get(letter))]
+                if row["answer"] not in there:
+                    raise UserError(
+                        f"{path}: question {row['index']}: its answer {row['answer']!r} is none of its options {', '.join(there)}"
+                    )
+                options, hint = [row[letter] for letter in there], _said(row["hint"])
                 photo = EncodedPhoto(row["index"], path, int(row["index"]) + 1, len(row["image"]), encoded=row["image"])
-                truth = {"question": row["question"], "hint": hint, "options": options, "right": LETTERS.index(row["answer"])}
+                truth = {"question": row["question"], "hint": hint, "options": options, "right": there.index(row["answer"])}
                 yield Entry(row["index"], photo, lettered(row["question"], options, hint), truth, row["category"])
 
     def credit(self, answer: str, entry: Entry) -> float:
@@ -127,6 +132,11 @@ class MMBench(OfficialTask):
         metrics = {"circular accuracy": grouped_share(every, owners), "accuracy of the first round": grouped_share(first, owners)}
         notes = [f"{unsettled} of {total} answers name no option or several"]
         return Result(metrics, predictions, notes, by_kind("circular accuracy", every, owners, kinds))
+
+
+def _said(cell: str | None) -> str:
+    """What a cell says; tables that went through pandas hold "nan" where there is nothing."""
+    return cell if cell and cell.strip().lower() != "nan" else ""
 
 
 def rotations(entry: Entry) -> list[Entry]:

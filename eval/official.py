@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.answers import Question, generated
+from sparse_vlm.eval.answers import Question, check_question, generated
 from sparse_vlm.eval.metrics import Metric, grouped_share
 from sparse_vlm.eval.task import Data, Result, VLMTask
-from sparse_vlm.photos import Photo
+from sparse_vlm.photos import Photo, read_file
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -52,7 +52,7 @@ class FilePhoto(Photo):
 
     def read(self) -> bytes:
         """The encoded bytes."""
-        return self.source.read_bytes()
+        return read_file(self.source)
 
 
 def photo_file(folder: Path, name: str) -> Photo:
@@ -132,10 +132,12 @@ class OfficialTask(VLMTask):
         """The photos that are looked at, and each of their questions with its photo's number.
 
         Raises:
-            UserError: a file in another layout, a picture that is not there, or fewer than two photos.
+            UserError: a file in another layout, a question that cannot be asked, a picture that is not there, or fewer than two photos.
         """
         where = data.root / self.files[0]
         entries = in_own_layout(data, where, lambda: self.entries(data))
+        for entry in entries:
+            check_question(entry.question, f"{where}: question {entry.number}")
         return looked_at(data, [(entry.photo, entry) for entry in entries], where)
 
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:

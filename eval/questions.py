@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sparse_vlm.documents import parse_json
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.official import in_own_layout, looked_at, own_layout, photo_file
 from sparse_vlm.eval.task import Data
-from sparse_vlm.photos import Photo
+from sparse_vlm.photos import Photo, read_file
 
 FILE = "eval/coco_vqa.tar"
 Found = tuple[list[Photo], list[tuple[int, dict[str, Any]]]]
@@ -99,10 +100,11 @@ class PopeFiles(Published):
         """Every question of every split."""
         found = []
         for split, file in zip(self.SPLITS, self.files, strict=False):
-            lines = (data.root / file).read_text(encoding="utf-8").splitlines()
+            lines = [line for line in read_file(data.root / file).removeprefix(BOM_UTF8).split(b"\n") if line.strip()]
             for number, line in enumerate(lines, 1):
-                with own_layout(f"{data.root / file}, line {number}"):
-                    row = json.loads(line)
+                where = f"{data.root / file}, line {number}"
+                with own_layout(where):
+                    row = parse_json(line, where)
                     found.append((row["image"], {"q": row["text"], "a": row["label"], "s": f"pope_coco_{split}"}))
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from sparse_vlm import __version__
+from sparse_vlm.errors import printable
 from sparse_vlm.eval.curves import draw, has_budgets
 from sparse_vlm.eval.metrics import Metric
 from sparse_vlm.eval.run import Column, Report
@@ -27,13 +30,13 @@ def as_json(report: Report) -> dict[str, Any]:
         for column, result in of_task.items():
             metrics = {}
             for name, metric in result.metrics.items():
-                metrics[name] = metric.as_json()
+                metrics[name] = _as_json(metric)
                 if (kept := report.of_teacher(task, column, name)) is not None:
-                    metrics[name]["of_teacher"] = {"value": _finite(kept.value), "low": _finite(kept.low), "high": _finite(kept.high)}
+                    metrics[name]["of_teacher"] = _values(kept)
                 if (more := report.over_control(task, column, name)) is not None:
-                    metrics[name]["photo_minus_control"] = {"value": more.value, "low": more.low, "high": more.high}
+                    metrics[name]["photo_minus_control"] = _values(more)
             row = {"task": task, "model": column.model, "control": column.control, "metrics": metrics, "notes": result.notes}
-            rows.append(row | {"details": {name: metric.as_json() for name, metric in result.details.items()}})
+            rows.append(row | {"details": {name: _as_json(metric) for name, metric in result.details.items()}})
     summaries = {column.model: report.summary(column) for column in report.columns if column.control is None}
     paired = []
     for task, of_task in report.results.items():
@@ -41,7 +44,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for name in next(iter(of_task.values())).metrics:
                 if (more := report.paired(task, name, column, over)) is not None:
                     about = {"task": task, "metric": name, "model": column.model, "over": over.model, "control": column.control}
-                    paired.append(about | {"value": more.value, "low": more.low, "high": more.high})
+                    paired.append(about | _values(more))
     return {
         "format": FORMAT,
         "models": report.models,
@@ -58,9 +61,13 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if value == value else None
+def _values(metric: Metric) -> dict[str, float | None]:
+    """Value and interval; JSON has no NaN."""
+    return {name: value if math.isfinite(value := getattr(metric, name)) else None for name in ("value", "low", "high")}
+
+
+def _as_json(metric: Metric) -> dict[str, Any]:
+    return metric.as_json() | _values(metric)
 
 
 def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -148,13 +155,13 @@ def as_tables(report: Report) -> list[Table]:
 
 
 def _table(heads: list[str], rows: list[list[str]], below: str) -> Table:
-    table = Table(caption=below.replace("[", r"\["), caption_justify="left")
+    table = Table(caption=Text(below, style="table.caption"), caption_justify="left")
     for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < 2 else "right")
+        table.add_column(Text(printable(head)), justify="left" if i < 2 else "right")
     for number, row in enumerate(rows):
         if row[0] and number:
             table.add_section()
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -172,7 +179,7 @@ def as_markdown(report: Report) -> str:
 
 def _markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return [printable(line) for line in [*lines, *("| " + " | ".join(row) + " |" for row in rows)]]
 
 
 def save(report: Report, folder: Path) -> None:

@@ -5,16 +5,17 @@ Notable: to add a task, write one class and enter it in `sparse_vlm.eval.tasks.T
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sparse_vlm.data.talks import known_about
+from sparse_vlm.documents import parse_json
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.metrics import Metric
-from sparse_vlm.photos import Photo, PhotoSet
+from sparse_vlm.photos import Photo, PhotoSet, read_file
 
 if TYPE_CHECKING:
     from sparse_vlm.eval.embedders import Embedder, Features
@@ -31,6 +32,7 @@ TOWER_CONTROLS = {
     "grid": "the same weights on a uniform grid of cells",
     "random": "the same weights on cells that are split at random",
     "teacher": "the same weights on cells that are split where the teacher's own features vary",
+    "crop": "the same weights on the centre square of each photo, where the tower sees it whole",
 }
 
 
@@ -88,8 +90,8 @@ class Data:
 
         def read() -> Any:
             try:
-                return json.loads(self.check(file).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                return parse_json(read_file(self.check(file)), str(self.root / file))
+            except OSError as error:
                 raise UserError(f"{self.root / file}: not a readable json file ({error})") from None
 
         return self.once(f"document {file}", read)
@@ -110,7 +112,7 @@ class Data:
             path = self.root / file
             if not path.is_file():
                 raise UserError(f"{path}: no such file; --data names the folder that holds eval/ and train/")
-            self._sets[file] = list(PhotoSet(path))
+            self._sets[file] = [known_about(photo) for photo in PhotoSet(path)]
         return self._sets[file]
 
     def photos(self, file: str, most: int | None = None) -> list[Photo]:

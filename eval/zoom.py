@@ -79,5 +79,5 @@ class Zoom(ImageTask):
         for start in range(0, len(tiles), AT_ONCE):
             region = torch.tensor(regions[start : start + AT_ONCE])
             for name, picture in (("zoomed, small", small), ("zoomed", large)):
-                found[name].append(model.answer(picture.expand(len(region), -1, -1, -1), region))
+                found[name].append(model.answer(picture.repeat(len(region)), region))
         return {name: torch.cat(parts).numpy() for name, parts in found.items()}

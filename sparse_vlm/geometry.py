@@ -131,7 +131,22 @@ def sample_bilinear(feature_map: Tensor, points: Tensor, padding: Padding = "bor
     return values.permute(0, 2, 3, 1).to(feature_map.dtype)
 
 
-def image_pyramid(image: Tensor, levels: int) -> Tensor:
+def points_on_canvas(points: Tensor, extent: Tensor, height: int, width: int, padding: Padding = "border") -> Tensor:
+    """Points of images as points of their canvas.
+
+    Args:
+        points: (B, N, P, 2), relative to the image.
+        extent: (B, 2), the share of width and height of the canvas that holds each image, at its top left.
+        height, width: cells of the map that is read at the points.
+        padding: what lies outside of an image; with `border`, points there go to its last cells, as `sample_bilinear` moves them to the
+            canvas's.
+    """
+    extent = extent[:, None, None]
+    points = points * extent
+    return points if padding == "zeros" else torch.minimum(points, extent - 0.5 / extent.new_tensor([width, height]))
+
+
+def image_pyramid(image: Tensor, levels: int, sides: Tensor | None = None) -> Tensor:
     """An image and its halves, quarters and so on, side by side in one tensor, so that one call samples from any of them.
 
     Level 0 lies at the top left; level k >= 1 begins at column W and at row `pyramid_row(H, k)`. Each is the mean of 2 x 2 pixels of
@@ -140,6 +155,7 @@ def image_pyramid(image: Tensor, levels: int) -> Tensor:
     Args:
         image: (B, C, H, W).
         levels: how often it is halved; 0 returns the image.
+        sides: (B, 2), width and height in pixels of each image, which lies at the top left of its canvas; what is beyond takes no part.
 
     Returns:
         (B, C, H, W + ceil(W / 2)) in the dtype of `image`, or `image` itself.
@@ -149,6 +165,10 @@ def image_pyramid(image: Tensor, levels: int) -> Tensor:
     height, width = image.shape[-2:]
     column, level, used = [], image, 0
     for _ in range(levels):
+        if sides is not None:
+            # the mean of a last column and its copy is that column, which is what it is halved to on a canvas that ends there
+            level = _copy_last(_copy_last(level, -1, sides[:, 0]), -2, sides[:, 1])
+            sides = (sides + 1) // 2
         level = F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False)
         column.append(F.pad(level, (0, -(-width // 2) - level.shape[-1], 0, 0)))
         used += level.shape[-2]
@@ -156,6 +176,15 @@ def image_pyramid(image: Tensor, levels: int) -> Tensor:
     beside = torch.cat(column, dim=-2)
     tall = max(height, used)
     return torch.cat([F.pad(image, (0, 0, 0, tall - height)), F.pad(beside, (0, 0, 0, tall - used))], dim=-1)
+
+
+def _copy_last(image: Tensor, dim: int, sides: Tensor) -> Tensor:
+    """Copy the last column (`dim` -1) or row (-2) of each image onto the one beyond, where its canvas has one; `sides` are (B,)."""
+    shape = list(image.shape)
+    shape[dim] = 1
+    last = (sides - 1).view(-1, 1, 1, 1).expand(shape)
+    beyond = sides.clamp_max(image.shape[dim] - 1).view(-1, 1, 1, 1).expand(shape)
+    return image.scatter(dim, beyond, image.gather(dim, last))
 
 
 def crop_level(height: float, width: float, size: int) -> int:
@@ -181,11 +210,11 @@ def crop_rois(image: Tensor, rois: Tensor, size: int, extent: Tensor | None = No
     """
     height, width = image.shape[-2:]
     levels = crop_level(height, width, size)  # of the whole image; a RoI may be larger, and then reads the last one
-    atlas = image_pyramid(image, levels)
-    # both in pixels of level 0, (x, y)
+    # in pixels of level 0, (x, y)
     whole = rois.new_tensor([width, height], dtype=torch.float32).expand(image.shape[0], 2)
     if extent is not None:
-        whole = whole * extent
+        whole = (whole * extent).round()
+    atlas = image_pyramid(image, levels, None if extent is None else whole.long())
     whole = whole[:, None]  # (B, 1, 2)
     low, high = rois[..., :2].float() * whole, rois[..., 2:].float() * whole
     sides = (high - low).detach().abs().clamp_min(1e-3)

@@ -2,8 +2,8 @@
 them, and the pixels that tokens begin with. Of any other: regions and sampling points at every look.
 
 Shape legend: n latent tokens, P sampling points a token, M x M the predicted map, p x p pixels of a patch. RoIs (x0, y0, x1, y1) and
-points (x, y) are relative to the part of the photo that the tower sees, (0, 0) its top-left corner; the figure shows them over the whole
-photo.
+points (x, y) are relative to what the tower sees, the whole photo or its centre crop, (0, 0) its top-left corner; the figure shows them
+over the whole photo.
 
 Notable: a unit may look several times, and then only its points tell where its RoIs stood in between. Since points are spread around
 their RoI's centre with a standard deviation of a third of its size, centre and size can be read back from them exactly.
@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, printable
 from sparse_vlm.files import aside
 from sparse_vlm.geometry import crop_rois
-from sparse_vlm.preprocess import normalize, preprocess, to_uint8
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower.model import image_extent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,32 +95,17 @@ class Gaze:
 def follow(tower: SparseFormer, photo: Image.Image) -> Gaze:
     """Run a tower over a photo and keep where its tokens looked."""
     config = tower.config
-    if config.fit == "whole":
-        seen = (0, 0, *photo.size)
-        pixels = normalize(to_uint8(_shrink(photo, config.image_size)), config.image_mean, config.image_std)[None]
-    else:
-        seen = crop_box(photo.size, config.image_size)
-        pixels = preprocess(photo, config.image_size, config.image_mean, config.image_std)
-    pixels = pixels.to(tower.initial_roi.weight.device)
-    if tower.focus is None:
-        output = tower(pixels, output_rois=True)
-        start, variation, patches = tower.initial_rois(aspect=pixels.shape[-1] / pixels.shape[-2]), None, None
-    else:
-        maps = tower.focus(pixels)
-        cells = tower.focus.place(maps, torch.tensor([pixels.shape[-1] / pixels.shape[-2]]).to(maps), config.num_latent_tokens)
-        output = tower(pixels, output_rois=True, cells=cells)
-        start, variation = cells[0], maps[0, -2:].mean(0).exp().cpu()
-        mean, std = (torch.tensor(of, device=pixels.device).view(3, 1, 1) for of in (config.image_mean, config.image_std))
-        patches = (crop_rois(pixels, cells, config.glance.patch_size)[0] * std + mean).clamp(0, 1).cpu()
+    inputs = Preprocessor.of(config)(photo).to(tower.initial_roi.weight.device)
+    start, variation, patches = tower.first_cells(*inputs), None, None
+    output = tower(inputs.pixels, output_rois=True, image_sizes=inputs.image_sizes)
+    if tower.focus is not None:
+        extent = None if inputs.image_sizes is None else image_extent(inputs.image_sizes, inputs.pixels)
+        variation = tower.focus(inputs.pixels, extent=extent)[0, -2:].mean(0).exp().cpu()
+        mean, std = (torch.tensor(of, device=inputs.pixels.device).view(3, 1, 1) for of in (config.image_mean, config.image_std))
+        patches = (crop_rois(inputs.pixels, start, config.glance.patch_size, extent)[0] * std + mean).clamp(0, 1).cpu()
     looks = tuple(Look(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.points_per_look)
-    return Gaze(photo, seen, start.detach().float().cpu(), looks, output.rois[0].cpu(), variation, patches)
-
-
-def _shrink(photo: Image.Image, longest: int) -> Image.Image:
-    """The whole photo, its longer side at most so many pixels."""
-    scale = min(1.0, longest / max(photo.size))
-    width, height = (max(8, round(scale * side)) for side in photo.size)
-    return photo if photo.size == (width, height) else photo.resize((width, height), Image.Resampling.BICUBIC)
+    seen = (0.0, 0.0, *map(float, photo.size)) if config.fit == "whole" else crop_box(photo.size, config.image_size)
+    return Gaze(photo, seen, start[0].cpu(), looks, output.rois[0].cpu(), variation, patches)
 
 
 def rois_of_points(points: Tensor) -> Tensor:
@@ -170,6 +156,12 @@ def draw(gaze: Gaze, title: str) -> Figure:
     return figure
 
 
+def as_label(name: str) -> str:
+    """A name as matplotlib shows it and no otherwise: a dollar begins no formula, and an underscore hides nothing from a legend."""
+    shown = printable(name).replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure aside and rename it; the suffix decides the format.
 
@@ -185,7 +177,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         with aside(path) as part:
             figure.savefig(part, format=form)
     except OSError as error:
-        raise UserError(f"{path}: cannot write here ({error.strerror})") from None
+        raise UserError(f"{path}: cannot write here ({error.strerror or error})") from None
 
 
 def token_colours(rois: Tensor) -> np.ndarray:

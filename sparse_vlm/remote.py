@@ -7,6 +7,7 @@ goes on where it stopped; nothing half-written is ever read as photos.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -74,7 +75,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> None:
         if error.code == 416:
             part.unlink(missing_ok=True)
         raise UserError(f"{url}: the server says {error.code} {error.reason}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{url}: cannot be fetched ({getattr(error, 'reason', None) or error}); give the command again to go on") from None
     if total and done < total:
         raise UserError(f"{url}: cut off after {done:,} of {total:,} bytes; give the command again to go on")

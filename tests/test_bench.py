@@ -67,7 +67,7 @@ def test_a_tower_moves_each_of_its_matrices_once_and_what_they_read_and_write() 
     assert (linear(3, 5, 7) * 2).bytes(batch=4, itemsize=2) == 2 * (70 + 4 * 72)
 
 
-@pytest.mark.parametrize("name", ["vit", "sparseformer-b"])
+@pytest.mark.parametrize("name", ["vit", "sparseformer-b", "adaptive-s"])
 def test_macs_are_those_that_torch_counts(name: str) -> None:
     config = RIVALS[name].config
     with torch.device("meta"):
@@ -175,7 +175,7 @@ def test_a_model_is_measured_at_each_number_of_tokens_it_can_serve() -> None:
 
 
 def test_the_box_holds_what_there_is() -> None:
-    assert {name.partition("+")[0] for name in BOX} == {"tiny", *RIVALS} - {"vit"}
+    assert {name.partition("+")[0] for name in BOX} == {"tiny", *RIVALS} - {"vit", "adaptive-s", "uniform-s"}
     assert {name.partition("+")[2] for name in BOX} == {"", *REDUCTIONS}
 
 

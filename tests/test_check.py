@@ -14,6 +14,7 @@ from tiny_vlm import picture, save_llm, save_tower
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data import check
 from sparse_vlm.errors import UserError
+from sparse_vlm.photos import formats
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.reader import parts_of, renderer_of
 
@@ -119,7 +120,7 @@ def test_every_problem_is_named_not_only_the_first(run, tmp_path):
         "missing image": [(f"{name}:7 (id gone)", f"{gone}: no such picture (and 1 more samples show it)")],
         "broken image": [
             (f"{name}:8 (id cut)", f"{cut}: truncated or damaged image (image file is truncated)"),
-            (f"{name}:10 (id page)", f"{page}: not an image (or in a format Pillow cannot read)"),
+            (f"{name}:10 (id page)", f"{page}: not an image (or in none of the formats {', '.join(formats())})"),
         ],
         "repeated sample": [(f"{name}:12 (id good 0)", f"is {name}:0 (id good 0) once more")],
         "label mask": [

@@ -162,3 +162,38 @@ def test_long_work_without_a_terminal_says_how_far_it_is(monkeypatch: pytest.Mon
     lines = console.file.getvalue().splitlines()
     assert [line.split(" photos,")[0] for line in lines] == ["looking: 25/40", "looking: 40/40"]
     assert lines[1].endswith("photos/s, 0 min left")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_stdout_is_one_line(unbuffered):
+    line = [sys.executable, "-c", "from sparse_vlm.cli import main; main()", "zoo", "list"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stderr) == (2, "sparse-vlm: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("<&-", 0), ("2>&-", 0), (">&- <&- 2>&-", 0)])
+def test_closed_streams_are_no_error(closed, code):
+    command = f'"{sys.executable}" -c "from sparse_vlm.cli import main; main()" zoo list {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_name_is_shown_and_not_obeyed(command):
+    done = command("zoo", "show", "tin\x1b[31my\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("sparse-vlm: tin\\x1b[31my\\n: no such folder") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "line"), [("OSError(28, 'Full', '/out')", "/out: Full"), ("MemoryError()", "not enough memory")])
+def test_what_the_system_says_is_one_line(error, line):
+    code = f"from sparse_vlm import cli, store\ndef fail(): raise {error}\nstore.entries = fail\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "zoo", "list"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"sparse-vlm: {line}\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    code = "from sparse_vlm import cli, store\ndef fail(): raise KeyError('a')\nstore.entries = fail\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "zoo", "list"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" in done.stderr

@@ -19,7 +19,7 @@ from sparse_vlm.eval import placement, rendered_words, run, small_objects
 from sparse_vlm.eval.embedders import tower_embedder
 from sparse_vlm.eval.tasks import TASKS
 from sparse_vlm.geometry import grid_rois_for
-from sparse_vlm.preprocess import to_uint8
+from sparse_vlm.preprocess import Inputs, to_uint8
 from sparse_vlm.teacher import Teacher, TeacherOutput
 from sparse_vlm.tower import FocusConfig, SparseFormer
 
@@ -40,8 +40,8 @@ class Brightest(FakeEmbedder):
         super().__init__(name)
         self.kind, self.width, self.size = kind, width, seen
 
-    def answer(self, pixels: torch.Tensor, region: torch.Tensor | None = None) -> torch.Tensor:
-        flat = pixels.flatten(2)
+    def answer(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
+        flat = inputs.pixels.flatten(2)
         strongest = (flat.amax(1) - flat.amin(1)).topk(4).indices
         colour = flat.gather(2, strongest.unsqueeze(1).expand(-1, 3, -1)).mean(2) / 255
         return torch.cat([colour, colour[:, :1] * colour[:, 1:2]], 1)[:, : self.width]
@@ -102,8 +102,8 @@ def test_ties_count_against_the_model() -> None:
 class Reader(FakeEmbedder):
     """Embeds how much of a grey photo is written on."""
 
-    def answer(self, pixels: torch.Tensor, region: torch.Tensor | None = None) -> torch.Tensor:
-        written = ((pixels - 128).abs() > 16).float().mean((1, 2, 3))
+    def answer(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
+        written = ((inputs.pixels - 128).abs() > 16).float().mean((1, 2, 3))
         return torch.stack([written, 1 - written], 1)
 
 
@@ -203,6 +203,30 @@ def test_control_teacher_splits_where_its_features_vary(tower: SparseFormer) -> 
     assert (area[centres > 0.6].min() > 2 * area[centres < 0.4].min()).all()
     assert teacher.asked[0].shape == (2, 3, 56, 56), "the teacher is shown all of the image at its own size"
     assert not any("teacher" in name for name, _ in tower.named_modules()), "the teacher is no part of the tower"
+
+
+@pytest.mark.parametrize("control", placement.PLACEMENTS)
+def test_controls_hold_in_optimized_towers(control: str, tmp_path: Path) -> None:
+    elastic(focus=FocusConfig(margin=math.inf), fit="whole").save_pretrained(tmp_path / "t")
+    plain = SparseFormer.from_pretrained(tmp_path / "t")
+    teacher = FakeTeacher(plain)
+    embedder = tower_embedder(str(tmp_path / "t"), control, 9, dataclasses.make_dataclass("Holder", ["module"])(teacher))
+    assert embedder.name == f"{tmp_path / 't'}, 9 tokens, {control}"
+    inputs = embedder.pixels([Image.effect_noise((40, 20), 90).convert("RGB"), Image.effect_noise((20, 56), 90).convert("RGB")])
+    placement.replace_focus(plain, "t", control, teacher)
+    with torch.no_grad():
+        expected = plain(inputs.pixels.float(), num_tokens=9, image_sizes=inputs.image_sizes).image_embeds
+    found = embedder.answer(inputs)
+    assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_grid_costs_no_focus(tmp_path: Path) -> None:
+    elastic(focus=FocusConfig()).save_pretrained(tmp_path / "t")
+    elastic().save_pretrained(tmp_path / "plain")
+    own, grid, plain = (
+        tower_embedder(str(tmp_path / name), control) for name, control in (("t", "none"), ("t", "grid"), ("plain", "none"))
+    )
+    assert (grid.macs, grid.parameters) == (plain.macs, plain.parameters) and own.macs > grid.macs
 
 
 def test_controls_that_do_not_apply(tower: SparseFormer, tmp_path: Path) -> None:

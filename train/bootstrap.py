@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,9 +31,10 @@ from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
 from sparse_vlm.distill.resident import ResidentPhotos
+from sparse_vlm.distill.shrink import shrink
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.files import aside, write_text
 from sparse_vlm.inherit import Row
 from sparse_vlm.photos import PhotoError
 from sparse_vlm.recipes import Recipe
@@ -40,8 +42,21 @@ from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.lessons import CachedViews, LiveViews, ResidentViews, Show, gather, held_out, lessons_now, live_statistics
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, of_all_processes
-from sparse_vlm.train.zero import announce, whole
+from sparse_vlm.train.run import (
+    HISTORY,
+    EndsInTime,
+    GiveBackMemory,
+    MarkWhole,
+    StopOnSignal,
+    arguments,
+    carry_out,
+    claimed,
+    finished,
+    latest_checkpoint,
+    made,
+    of_all_processes,
+)
+from sparse_vlm.train.zero import announce, whole, with_sizes
 
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
@@ -50,7 +65,7 @@ SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minut
 def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
     """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
     new = {row.target for row in mapping if row.fate == "new"}
-    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay, recipe.lr_focus)
 
 
 def compile_parts(tower: SparseFormer, ask: LiveTeacher | None) -> None:
@@ -77,6 +92,8 @@ class BootstrapTrainer(Trainer):
     bf16: bool
     ask: LiveTeacher | None = None
     show: Show
+    small: float = 0.0
+    side: int = 0  # of the canvas for views that are shown small
     unreadable: set[int]
     budgets: tuple[int, int] | None = None
     uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # what is evaluated now and then is not compiled for it
@@ -94,10 +111,20 @@ class BootstrapTrainer(Trainer):
             if "unreadable" in inputs:
                 self.unreadable |= {index for index in inputs["unreadable"].tolist() if index >= 0}
             shown = self.show(inputs, self.state.global_step)
-            embeds, tokens = self.ask(shown.get("seen", shown["pixels"]))
-            inputs = {"pixels": shown["pixels"], "embeds": embeds, "tokens": tokens}
+            embeds, tokens = self.ask(shown.pop("seen", shown["pixels"]))
+            inputs = {**shown, "embeds": embeds, "tokens": tokens}
+        if self.small:
+            inputs = self.with_small_views(inputs)
         out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def with_small_views(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Some of the batch's views shown small; the step's number, the seed and the rank decide which."""
+        pixels = inputs["pixels"]
+        sizes = inputs.get("image_sizes", torch.tensor(pixels.shape[-2:]).repeat(len(pixels), 1).to(pixels.device))
+        number = int(np.random.SeedSequence((self.args.seed, rank(), self.state.global_step)).generate_state(1)[0])
+        shown, sizes, boxes = shrink(pixels, sizes, self.small, self.side, torch.Generator().manual_seed(number))
+        return {**inputs, "pixels": shown, "image_sizes": sizes, "boxes": boxes}
 
     def budget(self, step: int) -> int | None:
         """Latent tokens of a step, for a student of several budgets: its own number in one step of two, else any."""
@@ -124,7 +151,7 @@ class BootstrapTrainer(Trainer):
                     out = model(**batch)
                 size = len(batch["pixels"])
                 count += size
-                for key in ("loss", "cosine", "token_cosine"):
+                for key in out.keys() & {"loss", "cosine", "token_cosine", "focus"}:
                     sums[key] = sums.get(key, 0.0) + out[key].item() * size
         finally:
             _copy_into(model.tower, own)
@@ -166,6 +193,7 @@ def bootstrap(
     deepspeed: dict[str, Any] | None = None,
     resident: ResidentPhotos | None = None,
     compiled: bool = False,
+    begun: str = "",
 ) -> bool:
     """Train `tower` (already inherited) and write the student to `out`.
 
@@ -175,6 +203,7 @@ def bootstrap(
         deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism by default.
         resident: the photos of `views`, where the device keeps them; for a teacher that answers at every step.
         compiled: compile teacher and student.
+        begun: the digest of the weights that the student begins from, where they are another tower's.
 
     Returns:
         True when the run is complete; False when it was interrupted and saved.
@@ -182,11 +211,25 @@ def bootstrap(
     Raises:
         UserError: `out` holds a run of other settings, or photos are too few.
     """
-    own = own_device()
-    device = own.type
-    bf16 = native_dtype(own) == torch.bfloat16
-    steps = -(-recipe.views // recipe.batch_size)
-    settings = {
+    settings = settings_of(recipe_name, recipe, teacher, views, seed, deepspeed, resident is not None, begun)
+    if finished(out, settings):
+        return True
+    with claimed(out, settings):
+        return _train(recipe, teacher, views, out, mapping, tower, settings, seed, deepspeed, resident, compiled)
+
+
+def settings_of(
+    recipe_name: str,
+    recipe: Recipe,
+    teacher: Teacher,
+    views: ViewSet,
+    seed: int = 0,
+    deepspeed: dict[str, Any] | None = None,
+    resident: bool = False,
+    begun: str = "",
+) -> dict[str, Any]:
+    """What makes a run this run, in JSON; the arguments are `bootstrap`'s."""
+    return {
         "recipe": recipe_name,
         **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
         "cache": {"teacher": teacher.fingerprint()} | views.describe(),
@@ -194,9 +237,32 @@ def bootstrap(
         "groups": "sizes to a quarter of an octave",  # runs of before had a group a tensor: their optimizers' states are others
         **({"deepspeed": deepspeed} if deepspeed else {}),
         **({"resident": True} if resident else {}),
+        **({"begun": begun} if begun else {}),
     }
-    if rank() == 0:
-        claim(out, settings)
+
+
+def _train(
+    recipe: Recipe,
+    teacher: Teacher,
+    views: ViewSet,
+    out: Path,
+    mapping: list[Row],
+    tower: SparseFormer,
+    settings: dict[str, Any],
+    seed: int,
+    deepspeed: dict[str, Any] | None,
+    resident: ResidentPhotos | None,
+    compiled: bool,
+) -> bool:
+    """`bootstrap` in a folder that is claimed for these settings."""
+    own = own_device()
+    device = own.type
+    bf16 = native_dtype(own) == torch.bfloat16
+    steps = -(-recipe.views // recipe.batch_size)
+    if tower.config.fit == "whole" and recipe.mixed:
+        raise UserError("--set mixed: views at their own aspects cannot be mixed; leave it at 0 for a recipe of whole images")
+    if recipe.small and tower.config.budgets is None:
+        raise UserError("--set small: a student of one budget has no cells for what is small; take a recipe of several budgets")
     size, count = tower.config.image_size, len(views.photos)
     kept = held_out(views.photos)
     spare = {*kept, *views.unreadable}
@@ -226,7 +292,7 @@ def bootstrap(
         recipe.batch_size,
         save_steps=max(1, min(SAVE_EVERY[device], steps // 4)),
         warmup_steps=min(recipe.warmup_steps, steps // 5),
-        deepspeed=deepspeed,
+        deepspeed=with_sizes(deepspeed, tower.config.width),
         bf16=bf16,
         logging_nan_inf_filter=False,  # would wait for the GPU at every step; a loss that is not finite is to be seen
         seed=seed,
@@ -241,6 +307,7 @@ def bootstrap(
             eval_dataset=tests,
             data_collator=gather,
             callbacks=[
+                EndsInTime(),
                 AveragedWeights(model, average, recipe.ema),
                 MarkWhole(),
                 GiveBackMemory(),
@@ -254,11 +321,12 @@ def bootstrap(
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
         trainer.ask, trainer.unreadable = ask, set()
-        trainer.show = Show(size, views.size, resident, recipe.mixed, seed)
+        trainer.show = Show(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, seed)
         trainer.budgets = tower.config.budgets
+        trainer.small, trainer.side = recipe.small, views.size
         if compiled:
             trainer.uncompiled = partial(torch.compiler.set_stance, "force_eager")
-        checkpoint = latest_checkpoint(out / "checkpoints")
+        checkpoint = latest_checkpoint(out / "checkpoints", steps)
         if checkpoint is not None:
             for name, value in load_file(checkpoint / "average.safetensors").items():
                 average[name].copy_(value)
@@ -266,7 +334,7 @@ def bootstrap(
             if checkpoint is None:
                 trainer.evaluate()
             with compiling("teacher or student"):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                carry_out(trainer, checkpoint)
             if trainer.state.global_step < steps:
                 return False
             trainer.evaluate()
@@ -302,16 +370,14 @@ def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
 
 
 def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]], unreadable: list[str]) -> None:
-    """`training.json` (settings, curves, and each photo that could not be read) and `loss.png`."""
+    """`loss.png` and `training.json` (settings, curves, and each photo that could not be read)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     taught = {"teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence}
-    document = {"settings": settings, **taught, "unreadable": unreadable, "history": history}
-    write_text(out / "training.json", json.dumps(document, indent=1) + "\n")
-
+    document = {"settings": settings, **taught, "unreadable": unreadable, "files": made(out), "history": history}
     batch = settings["batch_size"]
     train = [(h["step"] * batch, h["loss"]) for h in history if "loss" in h]
     held_out = [(h["step"] * batch, h["eval_cosine"], h["eval_token_cosine"]) for h in history if "eval_cosine" in h]
@@ -326,5 +392,7 @@ def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(settings["recipe"])
-    figure.savefig(out / "loss.png", dpi=130)
+    with aside(out / "loss.png") as part:
+        figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
+    write_text(out / HISTORY, json.dumps(document, indent=1) + "\n")  # last: it says that the run is complete

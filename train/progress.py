@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressLine(TrainerCallback):
-    """Replaces the Trainer's own bar and its printed dictionaries.
+    """Replaces the Trainer's own bar and its printed dictionaries. Where no terminal is, the first loss and the last have a line, too.
 
     Args:
         unit: what is counted.
@@ -26,7 +26,7 @@ class ProgressLine(TrainerCallback):
     def __init__(self, unit: str, per_step: int) -> None:
         self.unit, self.per_step = unit, per_step
         # one of several processes speaks for all
-        self.console = Console(file=sys.stderr, quiet=rank() > 0)
+        self.console = Console(file=sys.stderr, quiet=rank() > 0, markup=False)
         self.bar = Progress(
             TextColumn("{task.fields[loss]}"),
             BarColumn(),
@@ -41,7 +41,7 @@ class ProgressLine(TrainerCallback):
         total, done = state.max_steps * self.per_step, state.global_step * self.per_step
         self.task = self.bar.add_task("", total=total, completed=done, loss="", rate="")
         self.began = self.said = time.monotonic()
-        self.first = done
+        self.first, self.loss = done, ""
         if self.console.is_terminal:
             self.bar.start()
 
@@ -52,21 +52,27 @@ class ProgressLine(TrainerCallback):
         self.bar.update(self.task, completed=done, rate=f"{speed:.1f} {self.unit}/s")
         if not self.console.is_terminal and now - self.said > SECONDS_BETWEEN_LINES:
             self.said = now
-            left = (total - done) / speed / 60
-            parts = [f"{done}/{total} {self.unit}", f"{speed:.1f} {self.unit}/s", f"{left:.0f} min left", self.bar.tasks[0].fields["loss"]]
-            self.console.print(", ".join(part for part in parts if part), highlight=False)
+            self._line(done, total, f"{speed:.1f} {self.unit}/s", f"{(total - done) / speed / 60:.0f} min left", self.loss)
+
+    def _line(self, done: int, total: int, *parts: str) -> None:
+        self.console.print(", ".join(part for part in (f"{done}/{total} {self.unit}", *parts) if part), highlight=False)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """The loss stands beside the bar; an evaluation gets a line that stays."""
         logs = logs or {}
         if "loss" in logs and self.bar.tasks:
-            self.bar.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+            known, self.loss = self.loss, f"loss {float(logs['loss']):.3f}"
+            self.bar.update(self.task, loss=self.loss)
+            if not known and not self.console.is_terminal:  # a short run has ended before a line is due
+                self._line(state.global_step * self.per_step, state.max_steps * self.per_step, self.loss)
         measured = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         if measured:
             values = ", ".join(f"{key} {value:.4f}" for key, value in measured.items())
             self.console.print(f"after {state.global_step * self.per_step} {self.unit}: {values}", highlight=False)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar on the screen."""
+        """Leave the finished bar on the screen, or a last line."""
         if self.console.is_terminal:
             self.bar.stop()
+        else:
+            self._line(state.global_step * self.per_step, state.max_steps * self.per_step, self.loss)

@@ -6,23 +6,27 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from sparse_vlm.data.pictures import DECISIONS
 from sparse_vlm.devices import give_back_if_scarce, rank, world_size
-from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.errors import UserError, about, printable
+from sparse_vlm.files import locked, write_text
 from sparse_vlm.train.zero import processes_without_gpu
 
 T = TypeVar("T")
+SETTINGS, HISTORY = "settings.json", "training.json"  # of a run: written when it begins, and when it is complete
 
 
 def arguments(
@@ -162,6 +166,25 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class _Complete(Exception):
+    """A run that goes on from a checkpoint has no step left."""
+
+
+class EndsInTime(TrainerCallback):
+    """Ends a run that goes on from its last step before the Trainer takes one more: it counts only after a step."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything that the checkpoint holds has been loaded by now."""
+        if state.global_step >= state.max_steps:
+            raise _Complete
+
+
+def carry_out(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the end of the run, from a checkpoint where there is one; `EndsInTime` must be the first of the trainer's callbacks."""
+    with contextlib.suppress(_Complete):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
 class GiveBackMemory(TrainerCallback):
     """Lets go of kept memory after a step where the machine runs short of it, as of two runs at a time."""
 
@@ -204,53 +227,140 @@ def _damage(checkpoint: Path) -> str:
                 return f"{name} is missing"
             if _fingerprint(checkpoint / name) != fingerprint:
                 return f"{name} is not what was written"
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         return f"its marker cannot be read ({error})"
     return ""
 
 
 def marked_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were whole once, the newest first."""
-    return sorted((marker.parent for marker in folder.glob("checkpoint-*/complete")), key=_step, reverse=True)
+    return sorted((path for path in _checkpoints(folder) if (path / "complete").exists()), key=_step, reverse=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whatever is named as a checkpoint is; a stray `checkpoint-old` is none."""
+    return sorted(path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name))
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
     """The newest checkpoint that is as it was written, or None where there never was one; damaged ones are passed over with a message.
+
+    Args:
+        steps: of the whole run; where given, a line says at which of them it goes on.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
     marked = marked_checkpoints(folder)
     newest = _step(marked[0]) if marked else 0
-    for cut_off in sorted(path for path in folder.glob("checkpoint-*") if not (path / "complete").exists() and _step(path) > newest):
-        print(f"{cut_off} was not written to its end and is left out", file=sys.stderr)
+    for cut_off in (path for path in _checkpoints(folder) if not (path / "complete").exists() and _step(path) > newest):
+        print(f"{printable(str(cut_off))} was not written to its end and is left out", file=sys.stderr)
     for checkpoint in marked:
         damage = _damage(checkpoint)
         if not damage:
+            if steps is not None and rank() == 0:
+                print(f"resuming at step {_step(checkpoint)} of {steps}", file=sys.stderr)
             return checkpoint
-        print(f"{checkpoint} is damaged ({damage}) and left out", file=sys.stderr)
+        print(printable(f"{checkpoint} is damaged ({damage}) and left out"), file=sys.stderr)
     if marked:
         raise UserError(f"{folder}: every checkpoint is damaged; remove the folder to start over")
     return None
 
 
+# ---- the folder of a run
+
+
+@contextlib.contextmanager
+def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Have a folder for oneself and tie it to a run's settings, so that a resumed run is the same run. To be entered around the run; of
+    several processes the first claims it.
+
+    A start that fails before its first checkpoint leaves no settings, and a checkpoint that could not be written to its end is removed.
+
+    Raises:
+        UserError: another run has the folder; it holds a run of other settings, or checkpoints of an unknown one; or what the system says
+            of a folder that cannot be written.
+    """
+    if rank() > 0:
+        with about(out):
+            yield
+        return
+    with about(out), locked(out):
+        began = (out / SETTINGS).exists()
+        claim(out, settings)
+        try:
+            yield
+        except BaseException:
+            for path in _checkpoints(out / "checkpoints"):
+                if not (path / "complete").exists():
+                    shutil.rmtree(path, ignore_errors=True)
+            if not began and not marked_checkpoints(out / "checkpoints"):
+                _take_back(out)
+            raise
+
+
+def _take_back(out: Path) -> None:
+    """Remove what a start has made."""
+    for name in (SETTINGS, DECISIONS):
+        (out / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or it holds something
+        (out / "checkpoints").rmdir()
+
+
 def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Tie a folder to a run's settings, so that a resumed run is the same run.
+    """Tie a folder to a run's settings.
 
     Raises:
         UserError: the folder holds a run of other settings, or checkpoints of an unknown one.
     """
-    path = out / "settings.json"
+    path = out / SETTINGS
     wanted = json.loads(json.dumps(settings))
     if path.exists():
-        found = json.loads(path.read_text())
+        found = _read_object(path)
         differing = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
         if differing:
             raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
     elif marked_checkpoints(out / "checkpoints"):
-        raise UserError(f"{out} holds checkpoints without settings.json, so of an unknown run; choose another --out, or remove it")
-    write_text(path, json.dumps(wanted, indent=1) + "\n")
+        raise UserError(f"{out} holds checkpoints without {SETTINGS}, so of an unknown run; choose another --out, or remove it")
+    else:
+        write_text(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds a run of these settings that is complete, with all that it made as it was written; a line says so."""
+    try:
+        document = _read_object(out / HISTORY)
+    except UserError:
+        return False
+    wanted = json.loads(json.dumps(settings))
+    if document.get("settings") != wanted or not document.get("files") or document["files"] != made(out):
+        return False
+    if rank() == 0:
+        print(printable(f"{out}: this run is complete, and nothing is left to be done"), file=sys.stderr)
+    return True
+
+
+def made(out: Path) -> dict[str, list[int]]:
+    """What a run has made in its folder, for `training.json`: size and checksum of each file that a model is loaded from."""
+    folders = (out, *(path for path in out.iterdir() if path.is_dir() and path.name not in ("checkpoints", "tensorboard")))
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.is_file())
+    return {path.relative_to(out).as_posix(): _fingerprint(path) for path in files if path.name not in (SETTINGS, HISTORY, DECISIONS)}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """What a run wrote as a JSON object.
+
+    Raises:
+        UserError: it is none, or cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); choose another --out, or remove the folder to start over") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object; choose another --out, or remove the folder to start over")
+    return found

@@ -29,14 +29,27 @@ from transformers import PrinterCallback, TrainerCallback
 from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.devices import few_tokens, rank, world_size
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import write_text
+from sparse_vlm.files import aside, write_text
 from sparse_vlm.train.finite import FiniteSteps
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
 from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.reading import WordPictures
-from sparse_vlm.train.run import GiveBackMemory, MarkWhole, StopOnSignal, arguments, claim, latest_checkpoint, reporters
-from sparse_vlm.train.zero import announce, gathered, shares_weights
+from sparse_vlm.train.run import (
+    HISTORY,
+    EndsInTime,
+    GiveBackMemory,
+    MarkWhole,
+    StopOnSignal,
+    arguments,
+    carry_out,
+    claimed,
+    finished,
+    latest_checkpoint,
+    made,
+    reporters,
+)
+from sparse_vlm.train.zero import announce, gathered, shares_weights, with_sizes
 from sparse_vlm.vlm import VLM
 
 __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "prepare", "train", "write_history"]
@@ -143,8 +156,25 @@ def train(
     """
     if engine.shares_weights and vlm.quantized is not None:
         raise UserError(f"--deepspeed: ZeRO-3 cannot share weights in {vlm.quantized}; take zero1 or zero2, or leave --quantize out")
-    if rank() == 0:
-        claim(out, settings)
+    if finished(out, settings):
+        return True
+    with claimed(out, settings):
+        return _train(vlm, groups, stage, samples, bank, out, settings, max_steps, seed, engine)
+
+
+def _train(
+    vlm: VLM,
+    groups: list[Group],
+    stage: Stage,
+    samples: Sequence[Sample],
+    bank: TokenBank | LivePictures | WordPictures,
+    out: Path,
+    settings: dict[str, Any],
+    max_steps: int | None,
+    seed: int,
+    engine: Engine,
+) -> bool:
+    """`train` in a folder that is claimed for these settings."""
     batch = min(stage.batch_size, len(samples))
     steps = len(samples) // batch if max_steps is None else min(max_steps, len(samples) // batch)
     device = vlm.model.device.type
@@ -158,7 +188,7 @@ def train(
         steps,
         batch,
         save_steps=max(1, min(50, steps // 4)),
-        deepspeed=engine.deepspeed,
+        deepspeed=with_sizes(engine.deepspeed, vlm.model.config.text_config.hidden_size),
         at_once=engine.part(batch, device),
         warmup_steps=max(1, round(stage.warmup * steps)),
         weight_decay=stage.weight_decay,
@@ -172,7 +202,15 @@ def train(
             args=args,
             train_dataset=Samples(samples, bank),
             data_collator=Gather(vlm),
-            callbacks=[finite, stop, MarkWhole(), GiveBackMemory(), ProgressLine("photos", batch), *reporters(engine.report_to, out)],
+            callbacks=[
+                EndsInTime(),
+                finite,
+                stop,
+                MarkWhole(),
+                GiveBackMemory(),
+                ProgressLine("photos", batch),
+                *reporters(engine.report_to, out),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.groups, trainer.finite = groups, finite
@@ -180,9 +218,9 @@ def train(
             alone = TrainedAlone()
             alone.trainer = trainer
             trainer.add_callback(alone)
-        checkpoint = latest_checkpoint(out / "checkpoints")
+        checkpoint = latest_checkpoint(out / "checkpoints", steps)
         with few_tokens(vlm.model.device):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            carry_out(trainer, checkpoint)
         complete = trainer.state.global_step >= steps
     if complete:
         tensors = gathered(vlm.own_tensors())
@@ -194,18 +232,19 @@ def train(
 
 
 def write_history(out: Path, settings: dict[str, Any], history: list[dict[str, Any]], batch_size: int) -> None:
-    """`training.json` (settings and curve) and `loss.png`."""
+    """`loss.png` and `training.json` (settings and curve)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-
-    write_text(out / "training.json", json.dumps({"settings": settings, "history": history}, indent=1) + "\n")
 
     points = [(entry["step"] * batch_size, float(entry["loss"])) for entry in history if "loss" in entry]
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axis.plot(*zip(*points, strict=True), linewidth=1)
     axis.set(title=f"stage {settings['stage']}", xlabel="photos", ylabel="negative log-likelihood a token")
     axis.grid(alpha=0.3)
-    figure.savefig(out / "loss.png", dpi=130)
+    with aside(out / "loss.png") as part:
+        figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
+    # last: it says that the run is complete
+    write_text(out / HISTORY, json.dumps({"settings": settings, "files": made(out), "history": history}, indent=1) + "\n")

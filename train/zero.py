@@ -81,14 +81,58 @@ def find_config(name: str, verb: str = "bootstrap") -> dict[str, Any]:
             config = json.loads(Path(name).read_text())
         except FileNotFoundError as error:
             raise UserError(f"--deepspeed {name}: no such file, and no such configuration; there are {', '.join(CONFIGS)}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"--deepspeed {name}: not a json file ({error})") from error
         if not isinstance(config, dict):
             raise UserError(f"--deepspeed {name}: the file holds no json object")
+        _check_config(name, config)
     native = native_dtype(own_device()) == torch.bfloat16
     modules = ["torch.nn.Linear", "torch.nn.Conv2d"]
     config.setdefault("torch_autocast", {"enabled": native, "dtype": "bfloat16", "lower_precision_safe_modules": modules})
     return config
+
+
+# Sizes that DeepSpeed's files may leave to who reads them, by the width of the model, as transformers fills them in.
+_BY_WIDTH = {
+    "reduce_bucket_size": lambda width: width * width,
+    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
+    "stage3_param_persistence_threshold": lambda width: 10 * width,
+}
+
+
+def with_sizes(config: Mapping[str, Any] | None, width: int) -> dict[str, Any] | None:
+    """A configuration with the sizes that it leaves open (`"auto"`), for a model of a width; None is no DeepSpeed."""
+    if config is None:
+        return None
+    zero = dict(config.get("zero_optimization", {}))
+    zero |= {name: size(width) for name, size in _BY_WIDTH.items() if zero.get(name) == "auto"}
+    return {**config, "zero_optimization": zero}
+
+
+def _check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what a file asks for that a run of ours would not follow.
+
+    Raises:
+        UserError: naming the entry.
+    """
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or not (isinstance(zero.get("stage", 0), int) and 0 <= zero.get("stage", 0) <= 3):
+        raise UserError(f"--deepspeed {name}: zero_optimization must be an object whose stage is 0, 1, 2 or 3")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise UserError(f"--deepspeed {name}: names a {key}, and a run has its own, with a rate for each part; remove {key} from it")
+    for key in ("fp16", "bf16"):
+        section = config.get(key, {})
+        if not isinstance(section, dict) or section.get("enabled", False) not in ("auto", False):
+            raise UserError(
+                f"--deepspeed {name}: {key}.enabled must be auto or false: weights stay float32, and torch_autocast says what is multiplied in"
+            )
+    fillable = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    open_ones = [key for key, value in config.items() if value == "auto" and key not in fillable]
+    open_ones += [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto" and key not in _BY_WIDTH]
+    open_ones = [key for key in open_ones if key != "zero_optimization.stage3_gather_16bit_weights_on_model_save"]
+    if open_ones:
+        raise UserError(f"--deepspeed {name}: {open_ones[0]} is auto, which nobody here fills in; give it a value")
 
 
 @contextlib.contextmanager

@@ -12,11 +12,72 @@ from pathlib import Path, PurePath
 
 from sparse_vlm.bench.quality import Quality, read_document
 from sparse_vlm.bench.serving import serving
-from sparse_vlm.bench.summary import Measured, Row, pieces_of
+from sparse_vlm.bench.summary import Measured, Row, pieces_of, requests
 from sparse_vlm.errors import UserError
+from sparse_vlm.schema import COUNT, SIZE, SOME, Number
 
 FORMAT = "sparse-vlm/bench/1"
-KEYS = ("state", "machine", "versions", "settings", "models", "llms", "measurements", "requests")
+_LLM = {
+    "name": str,
+    "dtype": str,
+    "summary": str,
+    "weights": str,
+    "parameters": SOME,
+    "weight_bytes": SOME,
+    "kv_bytes_per_token": SOME,
+}
+_MODEL = {"tower_tokens": SOME, "tokens": SOME, "width": SOME, "image_size": SOME, "parameters": SOME, "macs": SOME}
+_STAGES = dict.fromkeys(("decode_image", "preprocess", "tower", "projector", "prefill", "decode", "ttft"), SIZE)
+_CASE = {"dtype": str, "compiled": bool, "batch": SOME, "tokens": SOME}
+# What a page is made of; docs/bench-schema.json describes all.
+DOCUMENT = {
+    "state": str,
+    "machine": {
+        "processor": str,
+        "cores": SOME,
+        "threads": SOME,
+        "memory_bytes": SOME,
+        "system": str,
+        "accelerator": (None, {"name": str, "memory_bytes": SOME}),
+        "load_average": Number(0),
+    },
+    "versions": {str: str},
+    "settings": {"batches": [SOME], "prompt_tokens": COUNT, "rounds": COUNT, "warm_up": COUNT, "memory_bytes": (None, SOME)},
+    "problem": (str, None),
+    "started": str,
+    "pictures": [{"name": str, "pixels": [SOME]}],
+    "peaks": [{"dtype": str, "macs_per_second": SIZE, "bytes_per_second": SIZE}],
+    "models": [{"name": str, "model": str, "tower": str, "summary": str, "weights": str, "reduction": str} | _MODEL],
+    "llms": [_LLM | {"layers": SOME, "measured_layers": SOME}],
+    "measurements": [
+        {
+            "stage": str,
+            "model": (str, None),
+            "llm": (str, None),
+            "ms": {"median": SIZE, "low": Number(0), "high": Number(0)},
+            "macs": (COUNT, None),
+            "peak_bytes": (COUNT, None),
+        }
+        | _CASE
+        | {"dtype": (str, None), "tokens": (COUNT, None)}
+    ],
+    "requests": [
+        {
+            "model": str,
+            "llm": str,
+            "whole_llm": bool,
+            "ms": _STAGES,
+            "ttft_from": str,
+            "macs": SOME,
+            "images_per_second": SIZE,
+            "answer_tokens_per_second": SIZE,
+            "kv_bytes_per_image": SIZE,
+            "weight_bytes": SOME,
+            "peak_bytes": COUNT,
+        }
+        | _CASE
+    ],
+}
 ANSWERS = (16, 128, 512)  # tokens; a short, a middling and a long answer that stand beside the user's
 
 
@@ -26,10 +87,27 @@ def read_bench(path: Path) -> Row:
     Raises:
         UserError: no such document, or not one whole request in it.
     """
-    document = read_document(path, FORMAT, "sparse-vlm bench", KEYS)
+    document = read_document(path, FORMAT, "sparse-vlm bench", DOCUMENT)
     if not document["requests"]:
         raise UserError(f"{path}: no model was measured to its end (the run is {document['state']}); run sparse-vlm bench again")
+    again = "make it again by sparse-vlm bench"
+    for i, picture in enumerate(document["pictures"]):
+        if len(picture["pixels"]) != 2:
+            raise UserError(f"{path}: pictures[{i}].pixels must be width and height; {again}")
+    whole = {_key(row) for row in requests(document)}
+    peaks = {peak["dtype"] for peak in document["peaks"]}
+    for i, row in enumerate(document["requests"]):
+        if _key(row) not in whole:
+            raise UserError(f"{path}: requests[{i}] ({row['model']}) is of a model, an LLM or measurements that it does not hold; {again}")
+        if row["dtype"] not in peaks:
+            raise UserError(f"{path}: peaks holds no {row['dtype']}, which requests[{i}] is in; {again}")
+    if all(row["compiled"] for row in document["requests"]):
+        raise UserError(f"{path}: no model was measured uncompiled, as a page compares them; run sparse-vlm bench again")
     return document
+
+
+def _key(request: Row) -> tuple[object, ...]:
+    return tuple(request[name] for name in ("model", "llm", "dtype", "compiled", "batch", "tokens"))
 
 
 @dataclass(frozen=True)
@@ -119,8 +197,8 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
         UserError: a pair of names that are not there or do not fit; or an evaluation that has no model in common with the benchmark.
     """
     rows = [r for r in document["requests"] if (r["llm"], r["dtype"], r["batch"]) == (case.llm, case.dtype, case.batch)]
-    requests = {row["model"]: row for row in rows if not row["compiled"]}
-    models = {model["name"]: model for model in document["models"] if model["name"] in requests}
+    measured_of = {row["model"]: row for row in rows if not row["compiled"]}
+    models = {model["name"]: model for model in document["models"] if model["name"] in measured_of}
     paired = _paired(quality, models, pairs)
     if quality.models and not paired:
         raise UserError(
@@ -128,7 +206,7 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
             "say which belong together, --pair QUALITY=COST"
         )
     settings = document["settings"] | {"answers": case.answers}
-    served = serving(document | {"settings": settings, "requests": list(requests.values())})["rows"]
+    served = serving(document | {"settings": settings, "requests": list(measured_of.values())})["rows"]
     llm = next(llm for llm in document["llms"] if (llm["name"], llm["dtype"]) == (case.llm, case.dtype))
     measured = Measured(document)
     found = [(name, None) for name in models if name not in paired.values()]
@@ -142,14 +220,14 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
         pieces = pieces_of(measured, llm, models[cost], case.batch, compiled=False)
         times = {stage: piece["ms"] for stage, piece in pieces.items() if piece is not None}
         of_model = {row["answer_tokens"]: row for row in served if row["model"] == cost}
-        entries.append(Entry(shown, series, requests[cost], models[cost], times, of_model, name))
+        entries.append(Entry(shown, series, measured_of[cost], models[cost], times, of_model, name))
     return entries
 
 
 def no_help(document: Row, case: Case, entries: Sequence[Entry]) -> list[str]:
     """Sentences on where fewer tokens do not help in a case, whatever the length of the answer; models by the names that a reader sees."""
-    requests = list({entry.cost_name: entry.request | {"model": entry.name} for entry in entries}.values())
-    return serving(document | {"settings": document["settings"] | {"answers": case.answers}, "requests": requests})["no_help"]
+    rows = list({entry.cost_name: entry.request | {"model": entry.name} for entry in entries}.values())
+    return serving(document | {"settings": document["settings"] | {"answers": case.answers}, "requests": rows})["no_help"]
 
 
 def find_entry(entries: Sequence[Entry], option: str, name: str) -> Entry:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_vlm.bench.entries import Entry
 from sparse_vlm.bench.quality import SHOWN, Measure, Quality, Score
 from sparse_vlm.files import aside
+from sparse_vlm.look import as_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,12 +104,12 @@ def draw(entries: Sequence[Entry], quality: Quality, measure: Measure, title: st
     for axis, cost in zip(axes.flat, COSTS.values(), strict=True):
         _draw_panel(axis, entries, quality, measure, cost, "black")
     shown = {p.entry.series for p in points(entries, quality, measure, COSTS["tokens"])}
-    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=n) for n, (c, m) in styles(entries).items() if n in shown]
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=as_label(n)) for n, (c, m) in styles(entries).items() if n in shown]
     handles.append(Line2D([], [], color="0.5", linestyle="--", label="Pareto front"))
     handles.append(Line2D([], [], color="0.5", marker="o", markerfacecolor="none", linestyle="", label=f"hollow: {MAYBE}"))
     handles.append(Line2D([], [], color="0.5", marker="o", alpha=0.35, linestyle="", label=f"faint: {BEHIND}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(as_label(title), fontsize=10)
     with aside(path) as part:
         figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
@@ -176,7 +177,7 @@ def _draw_panel(axis: Axes, entries: Sequence[Entry], quality: Quality, measure:
     stairs = [(front[0][0], bottom), *front, (right, front[-1][1])]
     axis.step(*zip(*stairs, strict=True), "--", where="post", color="0.5", linewidth=1, zorder=1, scalex=False, scaley=False)
     axis.set_xlabel(cost.title, color=ink)
-    axis.set_ylabel(f"{measure.title}, %" if measure.unit == "%" else measure.title, color=ink)
+    axis.set_ylabel(as_label(f"{measure.title}, %" if measure.unit == "%" else measure.title), color=ink)
     axis.tick_params(colors=ink, which="both")
     for spine in axis.spines.values():
         spine.set_color(ink)

@@ -35,7 +35,7 @@ from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_json
-from sparse_vlm.photos import Photo, PhotoSet
+from sparse_vlm.photos import Photo, PhotoSet, formats
 from sparse_vlm.preprocess import load_crop, normalize, preprocess, to_uint8
 from sparse_vlm.teacher import load_teacher
 from sparse_vlm.tower import SparseFormer
@@ -109,7 +109,7 @@ def ways() -> dict[str, Way]:
         PLAIN: lambda photo: preprocess(photo.load(), SIZE, MEAN, STD)[0],
         "sparse-vlm": lambda photo: normalize(to_uint8(load_crop(photo, SIZE)), MEAN, STD),
         "torchvision, tensors": by_torchvision,
-        "torchvision, PIL (open_clip)": lambda photo: transform(Image.open(io.BytesIO(photo.read()))),
+        "torchvision, PIL (open_clip)": lambda photo: transform(Image.open(io.BytesIO(photo.read()), formats=formats())),
     }
 
 

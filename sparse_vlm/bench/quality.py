@@ -6,43 +6,51 @@ where both models answered in one run, because only there is it known on the sam
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_vlm.bench.summary import Row
 from sparse_vlm.errors import UserError
+from sparse_vlm.schema import COUNT, SOME, check, read_json
 
 FORMAT = "sparse-vlm/eval/1"
 UNDIRECTED = ("yes-ratio", "words an answer")  # metrics of which neither more nor less is better
 SHOWN = {"%": (100.0, 1), "x100": (100.0, 1), "": (1.0, 3)}  # unit: factor and digits of a number that is shown
 
 
-def read_document(path: Path, form: str, maker: str, keys: Sequence[str]) -> Row:
+_SCORE = {"value": (float, None), "low": (float, None), "high": (float, None)}
+_RESULT = {"task": str, "model": str, "control": (str, None)}
+DOCUMENT = {
+    "models": {str: {"kind": str, "model": str, "tokens": SOME}},
+    "tasks": {str: {"protocol": str}},
+    "results": [_RESULT | {"metrics": {str: {"unit": str, "photos": COUNT} | _SCORE}}],
+    "paired?": [_RESULT | {"metric": str, "over": str} | _SCORE],
+    "dtype": str,
+    "versions": {str: str},
+}
+
+
+def read_document(path: Path, form: str, maker: str, described: Mapping[str, Any]) -> Row:
     """A JSON document of the given format.
 
     Args:
         form: what its `format` must be.
         maker: the command that writes such a file.
-        keys: what it must hold.
+        described: what it must hold, as `sparse_vlm.schema` says it.
 
     Raises:
-        UserError: no such file, no JSON, another format, or a part of one.
+        UserError: no such file, no JSON, another format, or a part that is missing or of another type.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; name a file that {maker} wrote") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); name a file that {maker} wrote") from None
+    document = read_json(path, f"name a file that {maker} wrote")
     found = document.get("format") if isinstance(document, dict) else None
     if found != form:
-        what = f"is {found}" if found else "does not say its format"
+        what = f"is {str(found)[:80]}" if found else "does not say its format"
         raise UserError(f"{path}: {what}, not {form}; name a file that {maker} wrote")
-    if missing := [key for key in keys if key not in document]:
+    if missing := [key for key in described if not key.endswith("?") and key not in document]:
         raise UserError(f"{path}: holds no {', '.join(missing)}; make it again by {maker}")
+    check(document, described, str(path), f"make it again by {maker}")
     return document
 
 
@@ -156,11 +164,16 @@ class Quality:
         Raises:
             UserError: no report, or one that does not go with those before it.
         """
-        document = read_document(path, FORMAT, "sparse-vlm eval", ("models", "tasks", "results", "dtype", "versions"))
+        document = read_document(path, FORMAT, "sparse-vlm eval", DOCUMENT)
         self.versions[str(path)] = document["versions"]
         for name, task in document["tasks"].items():
             if self.protocols.setdefault(name, task["protocol"]) != task["protocol"]:
                 raise UserError(f"{path}: {name} was measured in another way than in the file before it; measure its models in one run")
+        for i, row in enumerate(document["results"]):
+            if row["model"] not in document["models"] or row["task"] not in document["tasks"]:
+                raise UserError(f"{path}: results[{i}] is of {row['model']} in {row['task']}, which it does not describe; make it again")
+            if strange := [found["unit"] for found in row["metrics"].values() if found["unit"] not in SHOWN]:
+                raise UserError(f"{path}: results[{i}] is in {strange[0]!r}, a unit that is not known here; make it again")
         plain = [row for row in document["results"] if row["control"] in (None, "none")]
         if not plain:
             raise UserError(f"{path}: no model was measured with the photo itself; run sparse-vlm eval with --control none")
@@ -169,7 +182,9 @@ class Quality:
         for row in document.get("paired", ()):
             if row["control"] in (None, "none"):
                 task, metric, one, other = row["task"], row["metric"], row["model"], row["over"]
-                self._paired[task, metric, one, other] = Score(row["value"], row["low"], row["high"])
+                if None in (value := (row["value"], row["low"], row["high"])):
+                    continue
+                self._paired[task, metric, one, other] = Score(*value)
                 self._paired[task, metric, other, one] = Score(-row["value"], -row["high"], -row["low"])
 
     def _add_result(self, path: Path, row: Row, model: dict[str, Any]) -> None:
@@ -188,7 +203,7 @@ class Quality:
                     f"{path}: {measure.title} is of {measure.photos} photos here and of {known.photos} in the file before it; "
                     "compare models on the same photos"
                 )
-            if found["value"] == found["value"]:  # a share of nothing is none
+            if found["value"] is not None:  # a share of nothing is none
                 self._scores[task, metric, name] = Score(found["value"], found["low"], found["high"])
 
 

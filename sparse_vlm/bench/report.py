@@ -9,9 +9,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from sparse_vlm.bench.summary import Row
+from sparse_vlm.errors import printable
 from sparse_vlm.files import aside, write_text
+from sparse_vlm.look import as_label
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,11 @@ def as_tables(document: Row) -> list[Table]:
     """For the terminal."""
     made = []
     for sheet in sheets(document):
-        table = Table(title=sheet.title.replace("[", r"\["), title_justify="left", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        title = Text(printable(sheet.title), style="table.title")
+        table = Table(title=title, title_justify="left", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, head in enumerate(sheet.heads):
             words = number < sheet.words
-            shown = (head if words else head.replace(" ", "\n")).replace("[", r"\[")  # names may break, numbers not
+            shown = Text(printable(head) if words else printable(head).replace(" ", "\n"))  # names may break, numbers not
             table.add_column(
                 shown,
                 justify="left" if words else "right",
@@ -156,7 +160,7 @@ def as_tables(document: Row) -> list[Table]:
                 min_width=9 if words else None,
             )
         for row in sheet.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         made.append(table)
     return made
 
@@ -223,7 +227,7 @@ def draw(document: Row, folder: Path) -> list[Path]:
                 for number, (name, of_model) in enumerate(_by_model(document, rows).items()):
                     points = sorted((row["tokens"], panel.value(row)) for row in of_model)
                     style = {"marker": "osD^v<>PX*"[number // 10 % 10], "linestyle": "-" if len(points) > 1 else ""}
-                    axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=name, **style)
+                    axis.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=as_label(name), **style)
             axis.set(title=title, ylabel=panel.unit, xlabel="tokens an image", xscale="log")
             axis.set_xticks(ticks := sorted({row["tokens"] for row in rows}), [str(tick) for tick in ticks], fontsize=7)
             axis.minorticks_off()
@@ -233,7 +237,7 @@ def draw(document: Row, folder: Path) -> list[Path]:
                 axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
         llm, dtype, batch = key
-        figure.suptitle(f"{_titled(document, llm, dtype)}, {dtype}, batch of {batch}", fontsize=10)
+        figure.suptitle(as_label(f"{_titled(document, llm, dtype)}, {dtype}, batch of {batch}"), fontsize=10)
         handles, labels = axes.flat[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=8)
         path = folder / f"cost.{Path(llm).name}.{dtype}.{batch}.png"

@@ -9,6 +9,8 @@ a user is one line on stderr and exit code 2; Ctrl-C ends with 130.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from importlib import import_module
@@ -18,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparse_vlm import __version__
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import as_user_error, printable
 
 VERBS: dict[str, tuple[str, str]] = {
     # verb: (summary, example)
@@ -103,29 +105,54 @@ def _options(
 
 def main() -> None:
     """Entry point of the `sparse-vlm` command; ends the process."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     try:
         code = typer.main.get_command(app).main(prog_name="sparse-vlm", standalone_mode=False)
-        sys.stdout.flush()
-    except UserError as error:
-        code = _complain(f"sparse-vlm: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        # Whoever read our output has enough of it; without this the interpreter would complain once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = 1  # whoever read our output has enough of it
     except Exception as error:
-        # The parser's own errors, known by this method: typer takes them from one package or another.
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):  # the parser's own errors: typer takes them from one package or another
+            code = _complain_of_usage(error)
+        elif (known := as_user_error(error)) is not None:
+            nameless = isinstance(error, OSError) and error.filename is None
+            where = _unwritable_stdout("\n") if nameless else None
+            code = _complain(f"sparse-vlm: {where or known}", 2)
+        else:
             raise
-        code = _complain_of_usage(error)
     if code == 130:
         _complain("sparse-vlm: interrupted", 130)
+    if where := _unwritable_stdout():
+        _leave_stdout()
+        code = code or (1 if where.endswith(os.strerror(errno.EPIPE)) else _complain(f"sparse-vlm: {where}", 2))
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _unwritable_stdout(more: str = "") -> str | None:
+    """What is wrong with stdout, where what was printed, and what is printed now to find out, cannot be written to it."""
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        return f"stdout: {error.strerror}"
+    return None
+
+
+def _leave_stdout() -> None:
+    """Let stdout lead nowhere, without which the interpreter would complain once more on its way out."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _complain(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a stderr that takes nothing
+        print(printable(line), file=sys.stderr, flush=True)
     return code
 
 

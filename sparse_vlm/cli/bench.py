@@ -86,7 +86,7 @@ def bench(
         from sparse_vlm.bench.vision import BOX
         from sparse_vlm.cli.progress import counting, for_people
         from sparse_vlm.devices import native_dtype, own_device
-        from sparse_vlm.files import write_json
+        from sparse_vlm.files import locked, write_json
 
         if threads:
             torch.set_num_threads(threads)
@@ -115,12 +115,15 @@ def bench(
 
         run = Bench(settings, write)
     try:
-        with counting(progress, "measuring", "‰", 1000) as advance:
-            run.run(advance)
+        with nullcontext() if out is None else locked(out):
+            try:
+                with counting(progress, "measuring", "‰", 1000) as advance:
+                    run.run(advance)
+            finally:
+                if out is not None:
+                    save(run.document, out)
     finally:
         document = run.document
-        if out is not None:
-            save(document, out)
         if json_file == "-":
             write_json("-", document)
         elif document["measurements"]:
@@ -130,4 +133,4 @@ def bench(
             for table in as_tables(document):
                 console.print(table)
             lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
-            console.print("\n".join(f"* {line}" for line in lines), highlight=False, markup=False, soft_wrap=True)
+            console.print("\n".join(f"* {line}" for line in lines), soft_wrap=True)

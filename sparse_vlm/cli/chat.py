@@ -116,7 +116,7 @@ class Screen:
     """What the person sees. `interactive` is true when both ends are a terminal; otherwise stdout holds answers and nothing else."""
 
     def __init__(self) -> None:
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
         for stream in (sys.stdin, sys.stdout):

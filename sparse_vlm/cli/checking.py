@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_vlm.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,6 +32,7 @@ def check_data(
     projector: str,
     threads: int | None,
     as_json: bool,
+    allow_outside: bool = False,
 ) -> int:
     """Check a data set and print the report; arguments as `sparse-vlm train` takes them.
 
@@ -56,7 +59,7 @@ def check_data(
     with fetching(progress) as on_fetched:
         photos = [photo for some in photos_of(data, on_fetched).values() for photo in some]
     files = [path for path, _ in files_of(data)]
-    checker = Checker(files, photos, images, MIXES[stage])
+    checker = Checker(files, photos, images, MIXES[stage], allow_outside)
     with reading(progress, files) as on_bytes:
         checker.read(on_bytes)
     with counting(progress, "decoding", "pictures", checker.report.pictures) as advance:
@@ -65,7 +68,7 @@ def check_data(
         checker.render(renderer, context, advance)
     report = checker.report
     if as_json:
-        print(json.dumps(report.document(), ensure_ascii=False, indent=1))
+        print("\n".join(map(printable, json.dumps(report.document(), ensure_ascii=False, indent=1).split("\n"))))
     else:
         _print(Console(highlight=False, soft_wrap=True), report, context)
     return int(bool(report.problems))
@@ -120,6 +123,6 @@ def _print_grouped(console: Console, problems: list[Problem], kinds: dict[str, s
         if found:
             console.print(f"\n  {kind}: {len(found):,}; {advice}", markup=False)
             for problem in found[:SHOWN]:
-                console.print(f"    {problem.sample}: {problem.text}", markup=False)
+                console.print(printable(f"    {problem.sample}: {problem.text}"), markup=False)
             if len(found) > SHOWN:
                 console.print(f"    and {len(found) - SHOWN:,} more; --json lists all")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from sparse_vlm.cli.progress import for_people
-from sparse_vlm.errors import UserError
+from sparse_vlm.cli.progress import check_teacher, for_people
+from sparse_vlm.errors import UserError, printable
 
 LINE_EVERY_S = 10.0
 TASK_NAMES = (
@@ -59,14 +60,16 @@ def eval(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks is empty; name at least one task")
+    if teacher is not None:
+        check_teacher(teacher)
     from sparse_vlm.devices import use_processors
     from sparse_vlm.eval.report import as_json, as_tables, save
     from sparse_vlm.eval.run import evaluate
-    from sparse_vlm.files import write_json
+    from sparse_vlm.files import locked, write_json
 
     use_processors(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
-    with progress:
+    with nullcontext() if out is None else locked(out), progress:
         keep = (lambda report: None) if out is None else (lambda report: save(report, out))
         report = evaluate(model or [], names, data, teacher, text, control, limit, progress, tokens or [], keep)
     if json_file is not None:
@@ -90,7 +93,7 @@ class _Bar:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(),
@@ -109,7 +112,7 @@ class _Bar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
+            self._tasks[what] = self._progress.add_task(printable(what), total=total)
         self._progress.update(self._tasks[what], completed=done, visible=done < total)
 
 
@@ -135,4 +138,4 @@ class _Lines:
             return
         self._last = now
         rate = done / (now - self._started)
-        print(f"{what}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left", file=sys.stderr, flush=True)
+        print(f"{printable(what)}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left", file=sys.stderr, flush=True)

@@ -17,6 +17,8 @@ from typing import Annotated
 
 import typer
 
+from sparse_vlm.errors import printable
+
 FORMAT_NAMES = "transformers (towers and VLMs), onnx, torch-export (towers)"
 
 
@@ -39,6 +41,7 @@ def export(
     The export is loaded again and compared with the model before it takes its name. Its README.md runs it, and is its card on a model hub.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from sparse_vlm.export.run import export as run
 
@@ -48,13 +51,14 @@ def export(
 
         torch.set_num_threads(threads)
     # some libraries log to stdout, which is for what was asked for
-    with Console(stderr=True).status(f"exporting {model}"), contextlib.redirect_stdout(sys.stderr):
+    with Console(stderr=True).status(Text(f"exporting {printable(model)}")), contextlib.redirect_stdout(sys.stderr):
         described = run(model, name, out, dtype, tokens, image or (), replace)
     if as_json:
         print(json.dumps({"out": str(out), **described}))
         return
     size = sum(each["size"] for each in described["files"].values()) / 1e6
-    print(f"{out}: {described['model']} for {name}, {described['dtype']}, {described['tokens']} tokens a picture, {size:.1f} MB")
+    what = printable(f"{out}: {described['model']} for {name}")
+    print(f"{what}, {described['dtype']}, {described['tokens']} tokens a picture, {size:.1f} MB")
     print(f"loaded again and compared on {described['compared_on']}:")
     for one in described["compared"]:
         at_a_time = f"{one['pictures']} at a time" if one["pictures"] else ""

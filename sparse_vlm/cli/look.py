@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from sparse_vlm.errors import printable
 from sparse_vlm.photos import load_image
 from sparse_vlm.store import locate
 
@@ -40,4 +41,4 @@ def look(
     if as_json:
         print(json.dumps({"model": model, "image": str(photo), **gaze.to_dict()}))
     else:
-        print(f"wrote {out}")
+        print(printable(f"wrote {out}"))

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_vlm.errors import UserError, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,11 +20,41 @@ LARGE_MIB = 50
 UNBOUNDED = 240
 
 
+def plain_console(**options: Any) -> Console:
+    """A console that shows texts as they are: a bracket in a path is no markup, and an escape sequence in a name is shown, not obeyed."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **given: Any) -> Text:
+            return super().render_str(readable(text), **given)
+
+    return PlainConsole(markup=False, emoji=False, highlight=False, **options)
+
+
+def readable(text: str) -> str:
+    """A text of several lines with what is not printable in it as escapes."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def for_people(quiet: bool = False) -> Console:
     """A console on stdout, as wide as the terminal that it is."""
-    from rich.console import Console
+    return plain_console(quiet=quiet, width=None if sys.stdout.isatty() else UNBOUNDED)
 
-    return Console(quiet=quiet, width=None if sys.stdout.isatty() else UNBOUNDED)
+
+def check_teacher(name: str) -> None:
+    """Make sure that a teacher's name says by which library it is read.
+
+    Raises:
+        UserError: it is the path of a folder or a file, and nothing more; the line says what to write.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"--teacher {name}: is a file; a checkpoint of timm's is timm:NAME@{name}, and other teachers are folders")
+    if path.is_dir():
+        ways = {"open_clip_config.json": f"local-dir:{name}", "config.json": f"transformers:{name}"}
+        fitting = [way for file, way in ways.items() if (path / file).is_file()] or list(ways.values())
+        raise UserError(f"--teacher {name}: is a folder; write {' or '.join(fitting)}, by the library that reads it")
 
 
 @contextmanager
@@ -34,7 +66,8 @@ def counting(console: Console, label: str, unit: str, total: int, completed: int
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     rate = TextColumn("{task.fields[rate]:.1f} " + f"{unit}/s")
-    with Progress(TextColumn(label), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=console) as progress:
+    columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, completed=completed, rate=0.0)
 
         def advance(count: int) -> None:
@@ -88,13 +121,17 @@ def fetching(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"), TimeRemainingColumn(), console=console
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,}"),
+        TimeRemainingColumn(),
+        console=console,
     ) as bar:
         tasks: dict[str, Any] = {}
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(f"fetching {what}", total=total or None)
+                tasks[what] = bar.add_task(f"fetching {printable(what)}", total=total or None)
             bar.update(tasks[what], completed=done)
 
         yield tell

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, printable
 
 
 def report(
@@ -51,7 +51,7 @@ def report(
     from sparse_vlm.bench.page import render
     from sparse_vlm.bench.quality import read_quality
     from sparse_vlm.bench.remarks import unmeasured, verdicts, warnings
-    from sparse_vlm.files import write_text
+    from sparse_vlm.files import locked, write_text
 
     document = read_bench(bench)
     quality = read_quality(eval or [])
@@ -68,16 +68,17 @@ def report(
     subject = Subject(document, case, quality, entries, now, then, measures, [path.name for path in (bench, *(eval or []))])
     setting = f"{subject.llm_name}, {case.dtype}, batch of {case.batch}"
     page = out / "report.html"
-    write_text(page, render(subject))
-    written = [page]
-    for measure in subject.drawn:
-        path = out / f"frontier.{re.sub(r'[^A-Za-z0-9.-]+', '-', measure.title)}.png"
-        draw(entries, quality, measure, setting, path)
-        written.append(path)
+    with locked(out):
+        write_text(page, render(subject))
+        written = [page]
+        for measure in subject.drawn:
+            path = out / f"frontier.{re.sub(r'[^A-Za-z0-9.-]+', '-', measure.title)}.png"
+            draw(entries, quality, measure, setting, path)
+            written.append(path)
     sys.stdout.write(f"{then.name} in place of {now.name}: {setting}\n")
     for line in [*warnings(subject), *verdicts(subject)]:
         sys.stdout.write(f"* {line}\n")
     sys.stdout.write("not measured:\n")
     for line in unmeasured(subject):
         sys.stdout.write(f"* {line}\n")
-    sys.stdout.write(f"written: {', '.join(map(str, written))}\n")
+    sys.stdout.write(printable(f"written: {', '.join(map(str, written))}") + "\n")

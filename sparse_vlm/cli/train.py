@@ -36,6 +36,9 @@ def train(
         ),
     ] = "mlp",
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Let a LLaVA json name pictures outside --images: by .., whole paths, symbolic links.")
+    ] = False,
     on_bad_image: Annotated[
         str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey picture instead.")
     ] = "raise",
@@ -89,22 +92,22 @@ def train(
     """
     import dataclasses
     import random
+    from contextlib import nullcontext
 
-    from rich.console import Console
-
-    from sparse_vlm.cli.progress import counting
+    from sparse_vlm.cli.progress import counting, plain_console
     from sparse_vlm.data.pictures import ON_BAD_IMAGE
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
     from sparse_vlm.devices import own_device, use_processors
     from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
+    from sparse_vlm.files import locked
     from sparse_vlm.projectors import MLP
     from sparse_vlm.train import vlm as training
     from sparse_vlm.train.learner import LivePictures
     from sparse_vlm.train.parts import choose_attention
     from sparse_vlm.train.reading import WordPictures
-    from sparse_vlm.train.run import check_reporters, marked_checkpoints
+    from sparse_vlm.train.run import check_reporters, finished, marked_checkpoints
     from sparse_vlm.train.words import say_words, words_of
     from sparse_vlm.train.zero import find_config
     from sparse_vlm.vlm import VLM
@@ -120,7 +123,7 @@ def train(
     if check:
         from sparse_vlm.cli.checking import check_data
 
-        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, projector, threads, as_json))
+        raise typer.Exit(check_data(data, images, stage, tower, llm, init, tokens, projector, threads, as_json, allow_outside))
     if as_json:
         raise UserError("--json needs --check")
     if out is None:
@@ -150,8 +153,8 @@ def train(
     use_processors(threads)
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
-    console = Console(highlight=False, soft_wrap=True, quiet=not first)
-    talks = _talks(console, data, images, stage, epochs, seed)
+    console = plain_console(soft_wrap=True, quiet=not first)
+    talks = _talks(console, data, images, stage, epochs, seed, allow_outside)
     if chosen.pictures_of_words:
         spoken = [index for index, talk in enumerate(talks) if not talk.photos or words_about(talk)]
         if not spoken:
@@ -180,66 +183,67 @@ def train(
         bank = LivePictures(vlm.tower.config, talks.photos, owner=first, threads=threads or 1)
     else:
         bank = TokenBank(cache, vlm.tower, talks.photos, owner=first)
-    built, bad = _look(console, built, bank, "reading" if live else "looking", on_bad_image, out, first)
-    talks = built.talks
-    if bank is None:
-        bank = WordPictures(vlm, talks, seed)
-    built = arrange(built, chosen.batch_size, seed)
-    settings = {
-        "stage": stage,
-        **dataclasses.asdict(chosen),
-        "tower": vlm.tower_name,
-        "tokens": vlm.tokens_per_image,
-        "llm": vlm.llm_name,
-        "init": init,
-        "rank": None if full or chosen.lr_lora is None else rank,
-        "photos": len(talks.photos),
-        "samples": len(built),
-        "data": talks.fingerprint(),
-        "on_bad_image": on_bad_image,
-        "bad_images": bad,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "seed": seed,
-        **{
-            name: value
-            for name, value in {
-                "keep_projector": keep_projector,
-                "projector": None if vlm.projector_kind == MLP else vlm.projector_kind,
-                "tune_tower": tune_tower,
-                "tower_rank": tower_lora,
-                "quantize": quantize,
-                "at_once": at_once,
-                "deepspeed": engine.deepspeed,
-            }.items()
-            if value
-        },
-    }
-    fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints")
-    if chosen.word_epochs and fresh and (words := words_of(talks, vlm.tokenizer)).names:
-        heard = bank
-        if live:  # the tower as it begins
-            heard = TokenBank(cache, vlm.tower, talks.photos)
-            heard.stand_in(bad)
-            with counting(console, "looking", "photos", len(heard.missing(words.photos))) as advance:
-                heard.fill([photo for photo in words.photos if photo not in bad], advance)
-        with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
-            learnt = say_words(vlm, words, heard, chosen.word_epochs, seed, advance)
-        if learnt:
-            console.print(
-                f"the word that a new photo's tokens say most is said of it in {learnt['first']:.0%} of the cases "
-                f"(the most common word in {learnt['commonest']:.0%})"
-            )
-    if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed, engine):
-        console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
-        if bad:
-            console.print(f"of the pictures {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
-    else:
-        console.print(f"interrupted and saved; give the same command again to continue ({out})")
-        raise typer.Exit(130)
+    with locked(out) if first else nullcontext():  # from here on something is written to it
+        built, bad = _look(console, built, bank, "reading" if live else "looking", on_bad_image, out, first)
+        talks = built.talks
+        if bank is None:
+            bank = WordPictures(vlm, talks, seed)
+        built = arrange(built, chosen.batch_size, seed)
+        settings = {
+            "stage": stage,
+            **dataclasses.asdict(chosen),
+            "tower": vlm.tower_name,
+            "tokens": vlm.tokens_per_image,
+            "llm": vlm.llm_name,
+            "init": init,
+            "rank": None if full or chosen.lr_lora is None else rank,
+            "photos": len(talks.photos),
+            "samples": len(built),
+            "data": talks.fingerprint(),
+            "on_bad_image": on_bad_image,
+            "bad_images": bad,
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "seed": seed,
+            **{
+                name: value
+                for name, value in {
+                    "keep_projector": keep_projector,
+                    "projector": None if vlm.projector_kind == MLP else vlm.projector_kind,
+                    "tune_tower": tune_tower,
+                    "tower_rank": tower_lora,
+                    "quantize": quantize,
+                    "at_once": at_once,
+                    "deepspeed": engine.deepspeed,
+                }.items()
+                if value
+            },
+        }
+        fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints") and not finished(out, settings)
+        if chosen.word_epochs and fresh and (words := words_of(talks, vlm.tokenizer)).names:
+            heard = bank
+            if live:  # the tower as it begins
+                heard = TokenBank(cache, vlm.tower, talks.photos)
+                heard.stand_in(bad)
+                with counting(console, "looking", "photos", len(heard.missing(words.photos))) as advance:
+                    heard.fill([photo for photo in words.photos if photo not in bad], advance)
+            with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
+                learnt = say_words(vlm, words, heard, chosen.word_epochs, seed, advance)
+            if learnt:
+                console.print(
+                    f"the word that a new photo's tokens say most is said of it in {learnt['first']:.0%} of the cases "
+                    f"(the most common word in {learnt['commonest']:.0%})"
+                )
+        if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed, engine):
+            console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
+            if bad:
+                console.print(f"of the pictures {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
+        else:
+            console.print(f"interrupted and saved; give the same command again to continue ({out})")
+            raise typer.Exit(130)
 
 
-def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int) -> Any:
+def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int, allow_outside: bool) -> Any:
     """What the data says, as a corpus."""
     from functools import partial
 
@@ -252,7 +256,9 @@ def _talks(console: Any, data: list[str], images: Path | None, stage: str, epoch
         photos = photos_of(data, on_fetched)
     files = files_of(data)
     with reading(console, [path for path, _ in files]) as on_bytes:
-        return read_corpus(files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes))
+        return read_corpus(
+            files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes, allow_outside=allow_outside)
+        )
 
 
 def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:
@@ -282,7 +288,7 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
         done = f"{len(samples) - len(kept):,} of {len(samples):,} samples are left out" if on_bad_image == "skip" else "shown as grey"
         console.print(f"bad images: {len(bad):,}, {done}; {out / DECISIONS} names all")
         for why in list(bad.values())[:5]:
-            console.print(f"  {why}", markup=False)
+            console.print(f"  {why}")
     if bank is not None:
         bank.stand_in(bad)
         bank.fill([photo for photo in kept.talks.wanted() if photo not in bad])
@@ -291,7 +297,6 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
 
 def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_size: int, seed: int) -> None:
     """What is learnt from and what it costs in tokens, what learns, and one sample with its label mask."""
-    from rich.markup import escape
     from rich.table import Table
 
     from sparse_vlm.data.samples import arrange, report
@@ -315,5 +320,5 @@ def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_siz
     console.print(table)
     talk = samples.talks[0]
     shown = vlm.renderer.renderings(talk.conversations[-1], talk.name)[-1]
-    console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):", markup=False)
-    console.print(escape(vlm.renderer.describe(shown)))
+    console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):")
+    console.print(vlm.renderer.describe(shown))

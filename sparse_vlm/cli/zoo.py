@@ -10,6 +10,8 @@ import typer
 
 from sparse_vlm import store
 from sparse_vlm import zoo as models
+from sparse_vlm.cli.progress import readable
+from sparse_vlm.errors import printable
 
 zoo = typer.Typer(help="List, show and fetch models.", no_args_is_help=True, add_completion=False)
 
@@ -41,7 +43,7 @@ def show(name: NameOrFolder, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({**described, "card": models.card(name)}, indent=2))
         return
-    print(models.card(name).rstrip())
+    print(readable(models.card(name).rstrip()))
     print("\n## Files\n")
     for file, spec in described["files"].items():
         print(f"{spec['sha256']}  {spec['size']:>10}  {file}")
@@ -60,7 +62,7 @@ def _show_folder(folder: Path, as_json: bool) -> None:
         return
     for part, held in parts.items():
         here = f"; {held['file']}: {held['tensors']} tensors, {held['parameters']:,} parameters" if "file" in held else ""
-        print(": ".join(filter(None, (part, held["name"]))) + f" ({held['how']}{here})")
+        print(printable(": ".join(filter(None, (part, held["name"]))) + f" ({held['how']}{here})"))
 
 
 @zoo.command(epilog="Example: sparse-vlm zoo pull tiny-chat")
@@ -71,4 +73,4 @@ def pull(name: Name, as_json: AsJson = False) -> None:
         print(json.dumps({key: str(folder) for key, folder in folders.items()}, indent=2))
         return
     for key, folder in folders.items():
-        print(f"{key}: {folder}")
+        print(printable(f"{key}: {folder}"))

@@ -126,11 +126,12 @@ class Checker:
         files: LLaVA's; every sample is read, whatever the weight.
         photos: of tars.
         images: folder of the pictures that the files name.
+        allow_outside: whether they may lie outside it.
         mix: what a stage says about the photos.
     """
 
-    def __init__(self, files: Sequence[Path], photos: Sequence[Photo], images: Path | None, mix: Mix) -> None:
-        self.files, self.photos, self.images, self.mix = files, photos, images, mix
+    def __init__(self, files: Sequence[Path], photos: Sequence[Photo], images: Path | None, mix: Mix, allow_outside: bool = False) -> None:
+        self.files, self.photos, self.images, self.mix, self.allow_outside = files, photos, images, mix, allow_outside
         self.report = Report()
         self.talks: Corpus
         self._names: dict[str, str] = {}  # the first sample of an id
@@ -142,7 +143,7 @@ class Checker:
         Raises:
             UserError: a file that cannot be read at all, or pictures without `images`.
         """
-        open_file = functools.partial(LlavaFile, on_bytes=on_bytes, on_record=self._record)
+        open_file = functools.partial(LlavaFile, on_bytes=on_bytes, on_record=self._record, allow_outside=self.allow_outside)
         photos = {1.0: self.photos} if self.photos else {}
         self.talks = read_corpus([(path, 1.0) for path in self.files], photos, self.images, self.mix, open_file=open_file)
         report = self.report
@@ -158,7 +159,10 @@ class Checker:
         self.report.samples += bool(mistakes)
         if not isinstance(record.value, dict):
             return
-        content = hash(json.dumps(record.value, sort_keys=True))
+        try:
+            content = hash(json.dumps(record.value, sort_keys=True))
+        except RecursionError:  # in what nobody reads
+            return
         first = self._contents.setdefault(content, name)
         if first is not name:
             self.report.problems.append(Problem("repeated sample", name, f"is {first} once more"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +38,9 @@ class Source(Protocol):
 
     def characters(self, index: int) -> int:
         """Length of a talk's text with its markup, about."""
+
+    def digest(self) -> str:
+        """Of all that is said, and of the photos' names."""
 
 
 class Photos(Sequence[Photo]):
@@ -81,6 +85,15 @@ class _Kept:
         """Of all conversations together, which share the photo alone."""
         messages = [message for conversation in self._talks[index].conversations for message in conversation]
         return sum(len(text_of(message)) + TURN_CHARACTERS for message in messages)
+
+    def digest(self) -> str:
+        """Of all that is said, and of the photos' names."""
+        digest = hashlib.sha256()
+        for talk in self._talks:
+            said = [(message["role"], text_of(message)) for conversation in talk.conversations for message in conversation]
+            for text in (*(photo.key for photo in talk.photos), "", *(part for turn in said for part in turn)):
+                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
 
 
 class Corpus(Sequence[Talk]):
@@ -137,10 +150,10 @@ class Corpus(Sequence[Talk]):
         return sorted({photo for index in range(len(self)) for photo in self.shown(index)})
 
     def fingerprint(self) -> str:
-        """Changes when talks come, go, change their length or their place; not when their files are moved."""
+        """Changes when talks come, go, say something else, show other photos or change their place; not when their files are moved."""
         digest = hashlib.sha256(self.order.tobytes())
         for source in self.sources:
-            digest.update(np.array([source.characters(index) for index in range(len(source))], dtype=np.int32).tobytes())
+            digest.update(source.digest().encode())
         return digest.hexdigest()[:16]
 
 
@@ -156,7 +169,7 @@ def weighted(entry: str) -> tuple[str, float]:
     """
     name, mark, number = entry.rpartition("=")
     # an address may hold = as a part of its own
-    if not mark or Path(entry).exists() or ("://" in name and "?" in name):
+    if not mark or os.path.exists(entry) or ("://" in name and "?" in name):
         return entry, 1.0
     try:
         weight = float(number)
@@ -180,8 +193,8 @@ def files_of(data: Sequence[str]) -> list[tuple[Path, float]]:
     """LLaVA's files among the entries of `--data`, with their weights; glob patterns are resolved."""
     found = []
     for name, weight in map(weighted, data):
-        if name.endswith(records.SUFFIXES):
-            matching = [] if Path(name).exists() else sorted(glob.glob(name))
+        if name.lower().endswith(records.SUFFIXES):
+            matching = [] if os.path.exists(name) else sorted(glob.glob(name))
             found += [(Path(path), weight) for path in matching or [name]]
     return found
 
@@ -199,7 +212,7 @@ def photos_of(
     """
     found: dict[float, list[Photo]] = {}
     for name, weight in map(weighted, data):
-        if not name.endswith(records.SUFFIXES):
+        if not name.lower().endswith(records.SUFFIXES):
             found.setdefault(weight, []).extend(PhotoSet(name, on_fetched))
     return found
 

@@ -9,6 +9,8 @@ Notable: a file is gone through once and kept as offsets; a sample is read when 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,17 @@ from typing import Any
 
 from sparse_vlm.data.records import Record, read_at, scan
 from sparse_vlm.data.talks import Talk
-from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
+from sparse_vlm.documents import whole
+from sparse_vlm.errors import UserError, printable
+from sparse_vlm.photos import Photo, file_size
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message
 
 # what a turn's "from" may be, and what that is in a chat template
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURN_CHARACTERS = 24  # that a chat template puts around a turn, about
+# keys and marks of what successors of LLaVA show beside pictures, or in another way; a mark stands alone at an end of a turn
+OTHER_MEDIA = ("images", "video", "videos", "audio", "audios")
+OTHER_MARKS = ("<video>", "<audio>")
 WRITTEN = '{"image": ..., "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}'
 
 # what can be wrong with a sample, and what to do about it
@@ -34,6 +40,9 @@ MISTAKES = {
     "turns that do not alternate": "human and gpt must take turns: human first, gpt last",
     "image marks": f"write {IMAGE_TOKEN} in a human's turn once for each picture of the sample, and nowhere else",
     "mark in an answer": f"take {IMAGE_TOKEN} out of the gpt's or the system's turn; pictures stand in human turns",
+    "other media": f"name one picture, or a list of them, under 'image', each with its {IMAGE_TOKEN}; take videos and sound out",
+    "broken text": "write the whole character; what cut the text counted in UTF-16",
+    "outside the image folder": "put the picture under --images, or allow it with --allow-outside",
     "empty answer": "write the answer, or take the question and its answer out",
 }
 
@@ -59,6 +68,9 @@ def mistakes_of(sample: Any) -> list[Mistake]:
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
             return [Mistake("not a sample", f"turn {number} is not {{'from': ..., 'value': ...}} with two texts")]
+    texts = [f"turn {number}" for number, turn in enumerate(turns) if not whole(turn["value"])]
+    if broken := texts + [f"the picture {name!r}" for name in pictures_of(sample) if not whole(name)]:
+        return [Mistake("broken text", f"{broken[0]} holds half of a character (a surrogate alone)")]
     speakers = [turn["from"] for turn in turns]
     unknown = [(number, speaker) for number, speaker in enumerate(speakers) if speaker not in ROLES]
     if unknown:
@@ -68,8 +80,12 @@ def mistakes_of(sample: Any) -> list[Mistake]:
     for number, (role, turn) in enumerate(zip(roles, turns, strict=True)):
         if role != "user" and IMAGE_TOKEN in turn["value"]:
             found.append(Mistake("mark in an answer", f"turn {number}, from {turn['from']!r}, holds {IMAGE_TOKEN}"))
+        mark = next((mark for mark in OTHER_MARKS if turn["value"].strip().startswith(mark) or turn["value"].strip().endswith(mark)), None)
+        if role == "user" and mark:
+            found.append(Mistake("other media", f"turn {number} shows {mark}, which is not learnt from"))
         if role == "assistant" and not turn["value"].strip():
             found.append(Mistake("empty answer", f"turn {number}, from {turn['from']!r}, is empty"))
+    found += [Mistake("other media", f"holds {key!r}, which is not read") for key in OTHER_MEDIA if sample.get(key)]
     marks = sum(turn["value"].count(IMAGE_TOKEN) for role, turn in zip(roles, turns, strict=True) if role == "user")
     shown = len(pictures_of(sample))
     if marks != shown:
@@ -111,11 +127,31 @@ def _content(text: str) -> list[dict[str, str]]:
 def picture(folder: Path, name: str) -> Photo:
     """A picture of the image folder; its size is -1 where there is no such file."""
     file = folder / name
-    try:
-        size = file.stat().st_size if file.is_file() else -1
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        size = -1
-    return Photo(name, file, 0, size)
+    return Photo(name, file, 0, file_size(file))
+
+
+class Fence:
+    """Says which names leave the image folder: by `..`, as an absolute path, or through a symbolic link.
+
+    Args:
+        folder: of the pictures.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._inside = folder, os.path.realpath(folder)
+        self._parents: dict[str, str] = {}
+
+    def left_by(self, name: str) -> bool:
+        """Whether a name leaves the folder."""
+        try:
+            path = os.path.join(self._folder, name)
+            parent, base = os.path.split(path)
+            if parent not in self._parents:  # pictures are many and their folders few
+                self._parents[parent] = os.path.realpath(parent)
+            real = os.path.realpath(path) if base in ("", ".", "..") or os.path.islink(path) else os.path.join(self._parents[parent], base)
+            return os.path.commonpath([self._inside, real]) != self._inside
+        except (OSError, ValueError):  # a name that no file can have, which is missing
+            return False
 
 
 class LlavaFile(Sequence[Talk]):
@@ -128,6 +164,7 @@ class LlavaFile(Sequence[Talk]):
         first: the number of the first picture of all.
         on_bytes: called with the number of bytes just read.
         on_record: called with each record and the mistakes in it; without it, a mistake that shows at a first look is an error.
+        allow_outside: whether pictures may lie outside `folder`.
 
     Raises:
         UserError: not such a file, or without `on_record` a sample that is none, named; without samples, too.
@@ -141,29 +178,38 @@ class LlavaFile(Sequence[Talk]):
         first: int = 0,
         on_bytes: Callable[[int], None] = lambda size: None,
         on_record: Callable[[str, Record, list[Mistake]], None] | None = None,
+        allow_outside: bool = False,
     ) -> None:
         self.path, self.folder = path, folder
+        fence = None if allow_outside or folder is None else Fence(folder)
+        digest = hashlib.sha256()
         self._number, self._offset, self._size, self._characters = array("q"), array("q"), array("l"), array("l")
         self._shown, self._end = array("l"), array("q")  # numbers of all pictures, and where each talk's end in it
         for record in scan(path, on_bytes):
             mistakes = [Mistake("unreadable line", record.error)] if record.error else mistakes_of(record.value)
             name = self._name(record.number, record.value)
+            pictures = [] if mistakes else pictures_of(record.value)
+            if fence:
+                outside = [picture for picture in pictures if picture not in numbers and fence.left_by(picture)]
+                mistakes += [Mistake("outside the image folder", f"{picture!r} leads out of {folder}") for picture in outside]
             if on_record:
                 on_record(name, record, mistakes)
             elif mistakes:
                 raise UserError(f"{name}: {mistakes[0].text}; {MISTAKES[mistakes[0].kind]}")
             if mistakes:
                 continue
-            pictures = pictures_of(record.value)
             if pictures and folder is None:
                 raise UserError(f"{name}: names the picture {pictures[0]}; say where pictures lie with --images")
             self._number.append(record.number)
             self._offset.append(record.offset)
             self._size.append(record.size)
             turns = record.value["conversations"]
+            for text in (*pictures, "", *(part for turn in turns for part in (turn["from"], turn["value"]))):
+                digest.update(text.encode() + b"\0")
             self._characters.append(sum(len(turn["value"]) + TURN_CHARACTERS for turn in turns))
             self._shown.extend(numbers.setdefault(picture, first + len(numbers)) for picture in pictures)
             self._end.append(len(self._shown))
+        self._digest = digest.hexdigest()
         if not self._offset and not on_record:
             raise UserError(f"{path}: holds no samples")
 
@@ -184,6 +230,10 @@ class LlavaFile(Sequence[Talk]):
         """Length of a talk's text with its markup, about, without reading it."""
         return self._characters[index]
 
+    def digest(self) -> str:
+        """Of all that is said, and of the pictures' names."""
+        return self._digest
+
     def _name(self, number: int, sample: Any) -> str:
         known = isinstance(sample, dict) and "id" in sample
-        return f"{self.path}:{number} (id {sample['id']})" if known else f"{self.path}:{number}"
+        return printable(f"{self.path}:{number} (id {sample['id']})" if known else f"{self.path}:{number}")

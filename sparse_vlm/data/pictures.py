@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.documents import parse_json
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
 from sparse_vlm.photos import Photo, PhotoError
@@ -93,8 +94,8 @@ def settle(
     began, bad = path.exists(), {}
     belongs = {"on_bad_image": policy, "data": talks.fingerprint()}
     if began:
-        decided = json.loads(path.read_text())
-        if {name: decided.get(name) for name in belongs} != belongs:
+        decided = parse_json(path.read_bytes(), str(path))
+        if not isinstance(decided, dict) or {name: decided.get(name) for name in belongs} != belongs:
             raise UserError(
                 f"{path}: was decided for other data or another --on-bad-image; choose another --out, or remove it to start over"
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sparse_vlm.documents import DECODER, ERRORS, LFS, NOT_FETCHED, parse_json, why_not
 from sparse_vlm.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
@@ -50,10 +51,15 @@ def scan(path: Path, on_bytes: Callable[[int], None] = lambda size: None) -> Ite
         UserError: no such file, or a list that is none or breaks off; a line that cannot be read is a record with an `error`.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a regular file")
         with open(path, "rb") as stream:
+            if stream.read(len(LFS)) == LFS:
+                raise UserError(f"{path}: {NOT_FETCHED}")
+            stream.seek(0)
             if stream.read(len(_BOM)) != _BOM:
                 stream.seek(0)
-            yield from (_lines if path.suffix in LINES else _list)(path, stream, on_bytes)
+            yield from (_lines if path.suffix.lower() in LINES else _list)(path, stream, on_bytes)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -68,7 +74,7 @@ def read_at(path: Path, offset: int, size: int) -> Any:
         # opened anew each time: a file that forked workers share has one position for all of them
         with open(path, "rb") as stream:
             stream.seek(offset)
-            return json.loads(stream.read(size))
+            return parse_json(stream.read(size), str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: was changed while it is in use (at byte {offset}); start again") from error
 
@@ -78,9 +84,10 @@ def _lines(path: Path, stream: BinaryIO, on_bytes: Callable[[int], None]) -> Ite
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
-                yield Record(number, offset, len(line), json.loads(line))
-            except ValueError as error:
-                yield Record(number, offset, len(line), None, f"not a line of json ({error})")
+                value, why = DECODER.decode(line.decode()), ""
+            except ERRORS as error:
+                value, why = None, f"not a line of json ({why_not(error)})"
+            yield Record(number, offset, len(line), value, why)
         offset += len(line)
         on_bytes(len(line))
 
@@ -110,7 +117,7 @@ class _Window:
     def __init__(self, path: Path, stream: BinaryIO, on_bytes: Callable[[int], None]) -> None:
         self.path, self.stream, self.on_bytes = path, stream, on_bytes
         self.text, self.at, self.offset, self.ended = "", 0, stream.tell(), False
-        self.decoder, self.utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+        self.utf8 = codecs.getincrementaldecoder("utf-8")()
 
     def more(self) -> None:
         """Drop what was read and read on."""
@@ -143,13 +150,15 @@ class _Window:
         """The value that begins at the next character."""
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = DECODER.raw_decode(self.text, self.at)
                 if end < len(self.text) or self.ended:  # else a number may go on in the next piece
                     break
             except json.JSONDecodeError as error:
                 if self.ended or error.pos < len(self.text) - _LONGEST:
                     self.offset += len(self.text[self.at : error.pos].encode())
                     raise self.mistake(f"{error.msg}, in sample {number}") from error
+            except ERRORS as error:
+                raise self.mistake(f"{why_not(error)}, in sample {number}") from None
             self.more()
         size = len(self.text[self.at : end].encode())
         record = Record(number, self.offset, size, value)

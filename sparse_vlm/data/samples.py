@@ -10,9 +10,11 @@ tokens are computed once a photo and kept on disk, whatever the number of visits
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -31,7 +33,7 @@ from sparse_vlm.data.pictures import blank
 from sparse_vlm.data.talks import Talk
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.preprocess import OVERSAMPLING, load_crops, preprocess
+from sparse_vlm.preprocess import OVERSAMPLING, Preprocessor
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm.prompts import Renderer, text_of
 from sparse_vlm.vlm.tree import TokenTree, merge
@@ -209,8 +211,18 @@ def report(samples: SampleSet) -> dict[str, int | float]:
     }
 
 
+def _stamp(path: Path) -> str:
+    """What tells a file from others, and from what it was before it was replaced, without reading it."""
+    try:
+        return f"{os.path.realpath(path)} {path.stat().st_mtime_ns}"
+    except (OSError, ValueError):  # not there
+        return str(path)
+
+
 class TokenBank:
-    """The tower's tokens of each photo, on disk. Where several commands want the same ones, one looks and the others wait for it.
+    """The tower's tokens of each photo, on disk; photos are known by the path, size and time of change of their files.
+
+    Where several commands want the same ones, one looks and the others wait for it.
 
     Args:
         folder: holds a sub-folder for each (tower, photos).
@@ -221,12 +233,14 @@ class TokenBank:
 
     def __init__(self, folder: Path, tower: SparseFormer, photos: Sequence[Photo], owner: bool = True) -> None:
         self.tower, self.photos, self.owner = tower, photos, owner
-        digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())
+        self.preprocessor = Preprocessor.of(tower.config)
+        digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())  # with the fit and the size of the canvas
         digest.update(f"drafts {OVERSAMPLING}\n".encode())  # how large JPEGs are decoded, which changes their last bits
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        stamp = functools.cache(_stamp)  # of a tar, once for all of its photos
         for photo in photos:
-            digest.update(f"{photo.source.name}/{photo.key}/{photo.size}\n".encode())
+            digest.update(os.fsencode(f"{stamp(photo.source)}/{photo.key}/{photo.offset}/{photo.size}\n"))
         self.folder = folder / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         # as 16-bit integers: numpy has no bfloat16
@@ -271,8 +285,8 @@ class TokenBank:
             for start in range(0, len(missing), BATCH):
                 part = missing[start : start + BATCH]
                 named = on_bad and (lambda place, error, part=part: on_bad(part[place], error))
-                crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=named)
-                images = {index: crop for index, crop in zip(part, crops, strict=True) if crop is not None}
+                loaded = self.preprocessor.load_all([self.photos[index] for index in part], on_bad=named)
+                images = {index: image for index, image in zip(part, loaded, strict=True) if image is not None}
                 if images:
                     chosen = list(images)
                     self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
@@ -289,11 +303,10 @@ class TokenBank:
     @torch.no_grad()
     def _look(self, images: Sequence[Image.Image]) -> Tensor:
         """(pictures, N, d) bfloat16."""
-        config = self.tower.config
-        pixels = preprocess(images, config.image_size, config.image_mean, config.image_std)
+        inputs = self.preprocessor(images).to(next(self.tower.parameters()).device)
         # at 49 tokens plain attention is faster than the fused kernel
         with sdpa_kernel(SDPBackend.MATH):
-            return self.tower.visual_tokens(pixels.to(next(self.tower.parameters()).device)).to("cpu", torch.bfloat16)
+            return self.tower.visual_tokens(*inputs).to("cpu", torch.bfloat16)
 
     def __getitem__(self, index: int) -> Tensor:
         """(N, d) bfloat16."""

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.documents import parse_json, whole
+from sparse_vlm.errors import UserError, printable
 from sparse_vlm.files import aside, write_text
 from sparse_vlm.photos import Photo, PhotoError, PhotoSet
-from sparse_vlm.preprocess import OVERSAMPLING, resize
+from sparse_vlm.preprocess import OVERSAMPLING, resize, scaled
 from sparse_vlm.remote import add_member, suffix_of
 
 FORMAT = "sparse-vlm/shards/1"
@@ -33,6 +34,7 @@ INDEX = "shards.json"
 # A random crop has 0.55 of the shortest side at least (`distill.views`): at 512 that is no fewer than the 224 pixels of most towers.
 SIDE = 512
 PER_SHARD = 5000
+JPEG_SIDE = 65_500  # pixels of the longest that libjpeg writes
 QUALITY = 95  # with colours at full resolution, which costs a quarter more bytes and is twice as near
 AT_ONCE = 16  # photos that each thread is given at a time
 SHOWN = 10  # unreadable photos that are printed; the index names all
@@ -69,7 +71,9 @@ def plan(photos: Sequence[Photo], per_shard: int = PER_SHARD) -> list[Shard]:
     for photo in photos:
         in_tar = photo.offset > 0  # members stand behind a header
         source = photo.source if in_tar else Path(photo.source.as_posix().removesuffix(photo.key))
-        key = photo.key if in_tar else PurePosixPath(photo.key).with_suffix("").as_posix()
+        plain = PurePosixPath(photo.key)
+        # a full stop would end the key
+        key = photo.key if in_tar else plain.with_name(plain.stem.lstrip(".").replace(".", "-") or "photo").as_posix()
         other = sources.setdefault(source, {}).setdefault(key, photo)
         if other is not photo:
             raise UserError(f"{other.source} and {photo.source} would both be {key} in a tar; rename one of them")
@@ -135,7 +139,7 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = parse_json(path.read_bytes(), str(path))
         shards = begun.pop("shards")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an index of ours ({error}); choose another --out") from None
@@ -162,7 +166,11 @@ def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: 
             entry["source_bytes"] += photo.size
             add_member(archive, f"{key}.{suffix_of(data[0])}", data[0])
             if photo.info:
-                add_member(archive, f"{key}.json", json.dumps(photo.info, ensure_ascii=False).encode())
+                add_member(
+                    archive,
+                    f"{key}.json",
+                    json.dumps(photo.info, ensure_ascii=not whole(json.dumps(photo.info, ensure_ascii=False))).encode(),
+                )
     return entry | {"bytes": path.stat().st_size}
 
 
@@ -184,13 +192,16 @@ def _shrunk(shard: Shard, side: int, threads: int) -> Iterator[tuple[str, Photo,
 
 
 def shrink(photo: Photo, side: int) -> tuple[bytes, bool]:
-    """A photo's bytes where its shortest side has at most `side` pixels, else those of a JPEG of that side; and whether they are its own.
+    """A photo's bytes where its shortest side has at most `side` pixels, or no JPEG is as long, else those of a JPEG of that side.
+
+    Returns:
+        The bytes, and whether they are the photo's own.
 
     Raises:
         PhotoError: it cannot be read.
     """
     draft = photo.draft(OVERSAMPLING * side)
-    if min(draft.size) <= side:
+    if min(draft.size) <= side or max(scaled(draft.size, side)) > JPEG_SIDE:
         return photo.read(), True
     stream = io.BytesIO()
     resize(draft, side).save(stream, "JPEG", quality=QUALITY, subsampling=0)
@@ -206,7 +217,7 @@ def summary(index: dict[str, Any]) -> str:
     bad = [why for one in made for why in one["unreadable"].values()]
     if bad:
         lines.append(f"left out: {len(bad):,} that cannot be read, all named in {INDEX}")
-        lines += [f"  {why}" for why in bad[:SHOWN]]
+        lines += [printable(f"  {why}") for why in bad[:SHOWN]]
     return "\n".join(lines)
 
 
@@ -238,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         on_photos = tell if sys.stderr.isatty() else lambda count: None
         print(summary(write_shards(photos, given.out, given.side, given.per_shard, given.threads, on_photos)))
     except UserError as error:
-        print(f"shards: {error}", file=sys.stderr)
+        print(printable(f"shards: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("shards: interrupted; the same command goes on", file=sys.stderr)

@@ -7,7 +7,9 @@ where a caption names them, no where none of at least five captions does.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import random
 import re
 from collections import Counter
@@ -16,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_vlm.data.caption_questions import plural, questions_of, with_article
-from sparse_vlm.errors import UserError
+from sparse_vlm.documents import whole
+from sparse_vlm.errors import UserError, printable
 from sparse_vlm.photos import Photo
 from sparse_vlm.vlm.prompts import Message, assistant, user
 
@@ -117,6 +120,41 @@ class _Item:
     word: str | None = None
 
 
+def known_about(photo: Photo) -> Photo:
+    """The photo with what its json says in the types that it must have; one caption may stand without a list.
+
+    Raises:
+        UserError: a value of another type, or a text with half of a character; the line names the photo and the key.
+    """
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+    def records(value: Any, fields: dict[str, type | tuple[type, ...]]) -> bool:
+        return isinstance(value, list) and all(
+            isinstance(one, dict) and all(isinstance(one.get(name), kind) for name, kind in fields.items()) for one in value
+        )
+
+    must = {
+        "captions": ("a text or a list of texts", lambda value: isinstance(value, str) or texts(value)),
+        "prompt": ("a text", lambda value: isinstance(value, str)),
+        "label_name": ("a text", lambda value: isinstance(value, str)),
+        "objects": ("a list of texts", texts),
+        "qa": ('a list of {"q": text, "a": text}', lambda value: records(value, {"q": str, "a": (str, int, float)})),
+        "vsr": ('a list of {"statement": text, "label": true or false}', lambda value: records(value, {"statement": str, "label": int})),
+    }
+    info, name = photo.info, f"{photo.source.name}:{photo.key}"
+    for key, (what, fits) in must.items():
+        value = info.get(key)
+        if value is not None and not fits(value):
+            raise UserError(f"{name}: {key!r} in its json must be {what}, not {json.dumps(value)[:40]}")
+        if value is not None and not whole(json.dumps(value, ensure_ascii=False)):
+            raise UserError(f"{name}: {key!r} in its json holds half of a character (a surrogate alone); write the whole one")
+    if isinstance(info.get("captions"), str):
+        return dataclasses.replace(photo, info=info | {"captions": [info["captions"]]})
+    return photo
+
+
 def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 0) -> list[Talk]:
     """Conversations about every photo that something is known about, `visits` times with other captions and questions each time.
 
@@ -124,8 +162,9 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
         Talks in the order of visits, then photos.
 
     Raises:
-        UserError: nothing is known about any photo.
+        UserError: nothing is known about any photo, or a photo's json holds something of another type.
     """
+    photos = [known_about(photo) for photo in photos]
     items = _balanced(photos, seed) if mix.questions else [[] for _ in photos]
     things = {item.word for asked in items for item in asked if item.word}
     talks = []
@@ -135,7 +174,7 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
             conversations = [*_captions(photo.info, mix, rng), *_labels(photo.info, mix), *_questions(asked, mix, rng)]
             conversations += _caption_questions(photo.info, things, asked, mix, rng)
             if conversations:
-                talks.append(Talk(f"{photo.source.name}:{photo.key}", (photo,), tuple(conversations)))
+                talks.append(Talk(printable(f"{photo.source.name}:{photo.key}"), (photo,), tuple(conversations)))
     if not talks:
         raise UserError("no photo has captions, questions or labels that this stage uses; give tars whose json files hold them")
     return talks
@@ -143,11 +182,11 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
 
 def _captions(info: dict[str, Any], mix: Mix, rng: random.Random) -> Iterable[tuple[Message, ...]]:
     captions = list(dict.fromkeys(text for caption in info.get("captions") or [] if (text := clean_caption(caption))))
-    if "prompt" in info and not mix.web_captions:
+    if info.get("prompt") is not None and not mix.web_captions:
         return
     rng.shuffle(captions)
     prompt = CAPTION_PROMPTS[0] if rng.random() < 0.6 else rng.choice(CAPTION_PROMPTS)
-    if "prompt" in info:
+    if info.get("prompt") is not None:
         prompt = info["prompt"].replace("<image>", "").strip()
     for caption in captions[: mix.captions]:
         yield user(prompt, 1), assistant(caption)

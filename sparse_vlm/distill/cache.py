@@ -3,11 +3,13 @@
 Shape legend: P photos, V views of each, N student tokens, d width, E embedding.
 The teacher costs more than the student; with the views cached, an epoch over them costs the student alone.
 
-Notable: each view of all photos is two float16 arrays that are filled in order, and a counter that is moved forward only after the rows
-before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are there. Where
-another run has kept all patches of these views, averages over cells are taken from them and the teacher is not asked again. A
-json ties them to teacher, photos and cells; a cache of another teacher is never mistaken for this one. Photos that cannot be read are
-noted beside the rows and left out of training.
+Notable: each view of all photos is two float16 arrays that are filled in order, a checksum a row, and a counter that is moved forward only
+after the rows before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are
+there. The arrays take their room before the first row, so that a full disk is told at once; one that is not as long as it says is asked
+for again, and a row that is not what was written is never learnt from. Where another run has kept all patches of these views, averages over
+cells are taken from them and the teacher is not asked again. A json ties them to teacher, photos and cells; a cache of another teacher, or
+of other photos under the same names, is never mistaken for this one. Photos that cannot be read are noted beside the rows and left out of
+training. Where two runs want the same cache, one fills it and the other waits.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,14 @@ from torch import Tensor
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Statistics
 from sparse_vlm.distill.views import ViewSet
-from sparse_vlm.files import write_text
+from sparse_vlm.errors import UserError, about
+from sparse_vlm.files import aside, locked, reserve, write_text
 from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.teacher import Teacher
+from sparse_vlm.tower.config import Fit
+
+DTYPES: dict[str, type] = {"embeds": np.float16, "patches": np.float16, "sums": np.uint32}  # of the arrays of a view
 
 
 class TeacherCache(ViewSet):
@@ -43,6 +51,7 @@ class TeacherCache(ViewSet):
         views: views of each photo that this run wants.
         rois: (N, 4), the cells over which the teacher's patch tokens are averaged; None keeps all of them, as a student of several
             budgets needs (N = G * G then).
+        fit: whether view 0 is the centre square or the whole photo.
         owner: whether this process fills the cache; others wait until the owner has filled it.
     """
 
@@ -55,42 +64,74 @@ class TeacherCache(ViewSet):
         rois: Tensor | None,
         seed: int = 0,
         owner: bool = True,
+        fit: Fit = "crop",
     ) -> None:
-        super().__init__(photos, views, teacher.spec.image_size, seed)
+        super().__init__(photos, views, teacher.spec.image_size, seed, fit)
         self.rois = rois
         cells = "patches" if rois is None else hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
         count = teacher.spec.grid**2 if rois is None else rois.shape[0]
         known = super().describe()
-        # in this order since the first cache: their folders are named after it
-        order = ("teacher", "photos", "keys", "seed", "crop", "rois", "size")
-        self.meta = {key: ({"teacher": teacher.fingerprint(), "rois": cells} | known)[key] for key in order}
+        # the folder is named after it
+        order = ("teacher", "photos", "contents", "seed", "crop", "rois", "size", "fit")
+        known = {"teacher": teacher.fingerprint(), "rois": cells} | known
+        self.meta = {key: known[key] for key in order if key in known}
         self.folder = folder / _name(self.meta)
         self._all_patches = folder / _name({**self.meta, "rois": "patches"})
-        if owner:
-            write_text(self.folder / "meta.json", json.dumps(self.meta, indent=1))
-        while not owner and self.done < len(self):
-            time.sleep(0.5)
-        noted = self.folder / "unreadable.json"
-        if noted.exists():
-            self.unreadable = {int(i): why for i, why in json.loads(noted.read_text()).items()}
-        self._embeds = [self._open(view, "embeds", (len(photos), teacher.spec.embed_dim)) for view in range(views)]
-        self._patches = [self._open(view, "patches", (len(photos), count, teacher.spec.width)) for view in range(views)]
+        self._shapes = {
+            "embeds": (len(photos), teacher.spec.embed_dim),
+            "patches": (len(photos), count, teacher.spec.width),
+            "sums": (len(photos), 2),
+        }
+        with about(self.folder):
+            if owner:
+                with locked(self.folder, wait=True):
+                    write_text(self.folder / "meta.json", json.dumps(self.meta, indent=1))
+                    for view in range(views):
+                        self._make_room(view)
+            while not owner and (self.done < len(self) or any(map(self._broken, range(views)))):
+                time.sleep(0.5)
+            self.unreadable |= self._noted(self.folder)
+            self._embeds, self._patches, self._sums = ([self._open(view, name) for view in range(views)] for name in DTYPES)
 
-    def _open(self, view: int, name: str, shape: tuple[int, ...]) -> np.memmap:
-        path = self.folder / f"{name}-{view}.npy"
-        if path.exists():
-            array = np.lib.format.open_memmap(path, mode="r+")
-            if array.shape == shape:
-                return array
+    def _broken(self, view: int) -> list[str]:
+        """The arrays of a view that are not there as they must be."""
+        return [name for name, dtype in DTYPES.items() if not _is_whole(self._path(view, name), dtype, self._shapes[name])]
+
+    def _make_room(self, view: int) -> None:
+        """Make the arrays of a view that are not there as they must be; all rows of the view are missing from then on."""
+        broken = self._broken(view)
+        if not broken:
+            return
+        if self._done(view):
+            print(f"{self._path(view, broken[0])} is not as it was written; the teacher is asked again for view {view}", file=sys.stderr)
         self._progress(view).unlink(missing_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        for name in broken:
+            shape, dtype = self._shapes[name], DTYPES[name]
+            with aside(self._path(view, name)) as part:
+                with open(part, "wb") as stream:
+                    np.lib.format.write_array_header_1_0(stream, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+                    start = stream.tell()
+                reserve(part, start + math.prod(shape) * np.dtype(dtype).itemsize)
+
+    def _path(self, view: int, name: str) -> Path:
+        return self.folder / f"{name}-{view}.npy"
+
+    def _open(self, view: int, name: str) -> np.memmap:
+        """An array of a view; it is only read where all its rows are there."""
+        return np.load(self._path(view, name), mmap_mode="r" if self._done(view) == len(self.photos) else "r+")
 
     def _progress(self, view: int) -> Path:
         return self.folder / f"rows_done-{view}"
 
     def _done(self, view: int) -> int:
-        path = self._progress(view)
-        return int(path.read_text()) if path.exists() else 0
+        return _rows_done(self._progress(view), len(self.photos))
+
+    @staticmethod
+    def _noted(folder: Path) -> dict[int, str]:
+        """Photos that a fill could not read, each with the reason."""
+        path = folder / "unreadable.json"
+        with about(path, ValueError, AttributeError):
+            return {int(i): str(why) for i, why in json.loads(path.read_text()).items()} if path.exists() else {}
 
     @property
     def done(self) -> int:
@@ -102,10 +143,29 @@ class TeacherCache(ViewSet):
         return self.meta
 
     def answers(self, row: int) -> tuple[Tensor, Tensor]:
-        """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32."""
-        view, index = divmod(row, len(self.photos))
-        both = self._embeds[view][index], self._patches[view][index]
+        """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32.
+
+        Raises:
+            UserError: the row is not what was written.
+        """
+        both = self._row(*divmod(row, len(self.photos)))
         return torch.from_numpy(both[0].astype(np.float32)), torch.from_numpy(both[1].astype(np.float32))
+
+    def _row(self, view: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the arrays hold of a photo, float16."""
+        both = np.array(self._embeds[view][index]), np.array(self._patches[view][index])
+        if _checksums(*both) != tuple(self._sums[view][index]):
+            raise UserError(
+                f"{self.folder}: row {index} of view {view} is not what was written (a damaged disk, or a copy); remove the folder, and "
+                "the teacher is asked again"
+            )
+        return both
+
+    def _put(self, view: int, start: int, embeds: np.ndarray, patches: np.ndarray) -> None:
+        """Take rows in, from `start` on."""
+        for index, (embed, patch) in enumerate(zip(embeds.astype(np.float16), patches.astype(np.float16), strict=True), start):
+            self._embeds[view][index], self._patches[view][index] = embed, patch
+            self._sums[view][index] = _checksums(embed, patch)
 
     def _average_kept_patches(self, on_rows: Callable[[int], None] = lambda rows: None, batch_size: int = 64) -> None:
         """Fill what is missing of views whose patches are all on disk, kept by a run whose student has no cells of its own.
@@ -113,24 +173,25 @@ class TeacherCache(ViewSet):
         Args:
             on_rows: called with the number of rows just finished.
         """
-        count = len(self.photos)
+        count, folder = len(self.photos), self._all_patches
         for view in range(self.views if self.rois is not None else 0):
-            start, kept = self._done(view), self._all_patches / f"rows_done-{view}"
-            if start == count or not kept.exists() or int(kept.read_text()) < count:
+            start, paths = self._done(view), {name: folder / f"{name}-{view}.npy" for name in DTYPES}
+            is_kept = _rows_done(folder / f"rows_done-{view}", count) == count
+            if start == count or not is_kept or not all(_is_whole(paths[name], dtype) for name, dtype in DTYPES.items()):
                 continue
-            embeds, patches = (np.load(self._all_patches / f"{name}-{view}.npy", mmap_mode="r") for name in ("embeds", "patches"))
-            grid = math.isqrt(patches.shape[1])
+            kept = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+            grid = math.isqrt(kept["patches"].shape[1])
             weights = roi_average_weights(self.rois, grid, grid)
-            noted = self._all_patches / "unreadable.json"
-            if noted.exists():
-                self.unreadable |= {int(i): why for i, why in json.loads(noted.read_text()).items()}
-            self._embeds[view][start:] = embeds[start:]
+            self.unreadable |= self._noted(folder)
             while start < count:
                 stop = min(start + batch_size, count)
-                self._patches[view][start:stop] = (weights @ torch.from_numpy(patches[start:stop].astype(np.float32))).numpy()
+                embeds, patches = np.array(kept["embeds"][start:stop]), np.array(kept["patches"][start:stop])
+                if any(_checksums(*both) != tuple(sums) for *both, sums in zip(embeds, patches, kept["sums"][start:stop], strict=True)):
+                    break  # the teacher is asked for the rest
+                self._put(view, start, embeds, (weights @ torch.from_numpy(patches.astype(np.float32))).numpy())
                 on_rows(stop - start)
                 start = stop
-            self._commit(view, count)
+            self._commit(view, start)
 
     def fill(
         self,
@@ -145,18 +206,25 @@ class TeacherCache(ViewSet):
             batch_size: small on a CPU, where in bfloat16 a ViT of 257 tokens takes a quarter less a view on two cores at 8 than at 32.
             on_rows: called with the number of rows just finished.
         """
-        self._average_kept_patches(on_rows)
         if self.done == len(self):
             return
-        ask = LiveTeacher(teacher, self.rois, device)
+        before = self.done
+        with about(self.folder), locked(self.folder, wait=True):
+            if self.done > before:  # another run has asked while this one waited
+                self.unreadable |= self._noted(self.folder)
+                on_rows(self.done - before)
+            self._average_kept_patches(on_rows)
+            if self.done < len(self):
+                self._ask(LiveTeacher(teacher, self.rois, device), batch_size, on_rows)
+
+    def _ask(self, ask: LiveTeacher, batch_size: int, on_rows: Callable[[int], None]) -> None:
         count = len(self.photos)
         for view in range(self.views):
             start = self._done(view)
             while start < count:
                 stop = min(start + batch_size, count)
                 embeds, patches = ask(torch.stack([self._pixels_or_note(view * count + index) for index in range(start, stop)]))
-                self._embeds[view][start:stop] = embeds.cpu().numpy()
-                self._patches[view][start:stop] = patches.cpu().numpy()
+                self._put(view, start, embeds.cpu().numpy(), patches.cpu().numpy())
                 on_rows(stop - start)
                 start = stop
                 if start == count or (start // batch_size) % 80 == 0:
@@ -171,8 +239,8 @@ class TeacherCache(ViewSet):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 
     def _commit(self, view: int, rows: int) -> None:
-        self._embeds[view].flush()
-        self._patches[view].flush()
+        for arrays in (self._embeds, self._patches, self._sums):
+            arrays[view].flush()
         if self.unreadable:
             write_text(self.folder / "unreadable.json", json.dumps(self.unreadable, indent=1))
         write_text(self._progress(view), str(rows))
@@ -186,9 +254,36 @@ class TeacherCache(ViewSet):
         rows = [i for i in range(0, len(self.photos), max(1, len(self.photos) // 4096)) if i not in self.unreadable]
         if not rows:
             raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
-        embeds = torch.from_numpy(np.array(self._embeds[0][rows], dtype=np.float32))
-        patches = torch.from_numpy(np.array(self._patches[0][rows], dtype=np.float32))
-        return Statistics.of(embeds, patches.mean((0, 1)))
+        embeds, patches = zip(*(self.answers(row) for row in rows), strict=True)  # view 0
+        tokens = torch.stack(patches)
+        return Statistics.of(torch.stack(embeds), tokens.mean((0, 1)), tokens.square().sum(-1).mean())
+
+
+def _checksums(embed: np.ndarray, patch: np.ndarray) -> tuple[int, int]:
+    """CRC-32 of a row's float16 numbers."""
+    return zlib.crc32(embed.tobytes()), zlib.crc32(patch.tobytes())
+
+
+def _rows_done(path: Path, count: int) -> int:
+    """What a counter of at most `count` rows says; 0 where it says nothing that could be."""
+    try:
+        done = int(path.read_text())
+    except (OSError, ValueError):
+        return 0
+    return done if 0 <= done <= count else 0
+
+
+def _is_whole(path: Path, dtype: type, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether a file is an array of a type, and of a shape where it is given, and as long as its header says."""
+    try:
+        with open(path, "rb") as stream:
+            np.lib.format.read_magic(stream)
+            found, fortran, kind = np.lib.format.read_array_header_1_0(stream)
+            start = stream.tell()
+    except (OSError, ValueError):
+        return False
+    as_wanted = kind == np.dtype(dtype) and not fortran and shape in (None, found)
+    return as_wanted and path.stat().st_size == start + math.prod(found) * kind.itemsize
 
 
 def _name(meta: dict[str, Any]) -> str:

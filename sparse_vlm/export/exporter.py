@@ -1,6 +1,6 @@
 """What an exporter is, what those of towers share, and how two answers are compared.
 
-Shape legend: B pictures, S side of the square input, N tokens, d width, E embedding.
+Shape legend: B pictures, S side of the input, N tokens, d width, E embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 
 # Of an element, absolute and relative; bfloat16 has 8 bits, and another kernel may sum in another order.
@@ -105,7 +105,7 @@ class TowerExporter(Exporter):
     Attributes:
         tower: in eval mode.
         dtype: its weights', a key of `TOLERANCE`.
-        pixels: of the pictures, (B, 3, S, S).
+        pixels: of the pictures, (B, 3, S, S); of whole ones canvases that are zero beyond them, from which an export tells their sizes.
     """
 
     task = "image-feature-extraction"
@@ -115,10 +115,10 @@ class TowerExporter(Exporter):
         self.tower = SparseFormer.from_pretrained(model, getattr(torch, dtype), tokens)
         self.config = self.tower.config
         self.pictures, self.dtype = list(pictures), dtype
-        self.pixels = preprocess(self.pictures, self.config.image_size, self.config.image_mean, self.config.image_std)
+        self.pixels, sizes = Preprocessor.of(self.config)(self.pictures, square=True)
         self.expected = {}
         for count in sorted({1, len(self.pictures)}):
-            out = self.tower(self.pixels[:count])
+            out = self.tower(self.pixels[:count], image_sizes=None if sizes is None else sizes[:count])
             self.expected[count] = (out.last_hidden_state[:, -self.config.visual_tokens :], out.image_embeds)
 
     @abstractmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.export.exporter import OUTPUTS, TowerExporter
+from sparse_vlm.preprocess import sizes_on
 from sparse_vlm.tower import SparseFormer
 
 # protobuf, which ONNX is, holds 2 GB; above it the weights lie beside the graph
@@ -37,7 +38,7 @@ class TowerGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """As `SparseFormer.visual_tokens` and `image_embeds` say."""
-        out = self.tower(pixel_values)
+        out = self.tower(pixel_values, image_sizes=sizes_on(pixel_values, self.tower.config.fit))
         return out.last_hidden_state[:, -self.tower.config.visual_tokens :], out.image_embeds
 
     def trace_arguments(self) -> dict[str, object]:
@@ -69,10 +70,11 @@ class TorchExportTower(TowerExporter):
         return f"""\
 import torch
 from sparse_vlm import load_image
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import Preprocessor
 
 tower = torch.export.load("model.pt2").module()
-pixels = preprocess([load_image("photo.jpg")], {c.image_size}, {tuple(c.image_mean)}, {tuple(c.image_std)})
+prepare = Preprocessor({c.image_size}, {tuple(c.image_mean)}, {tuple(c.image_std)}, "{c.fit}")
+pixels = prepare(load_image("photo.jpg"), square=True).pixels
 visual_tokens, image_embeds = tower(pixels)
 print(visual_tokens.shape, image_embeds.shape)"""
 
@@ -103,16 +105,24 @@ class OnnxTower(TowerExporter):
     def example(self) -> str:
         c = self.config
         side = c.image_size
+        whole = f"""\
+scale = min(1, {side} / max(image.size))
+image = image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+pixels = np.float32(image) / 255"""
+        square = f"""\
+image = image.resize([max({side}, int({side} * length / min(image.size))) for length in image.size], Image.Resampling.BICUBIC)
+left, top = (round((length - {side}) / 2) for length in image.size)
+pixels = np.float32(image.crop((left, top, left + {side}, top + {side}))) / 255"""
         return f"""\
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-image = image.resize([max({side}, int({side} * length / min(image.size))) for length in image.size], Image.Resampling.BICUBIC)
-left, top = (round((length - {side}) / 2) for length in image.size)
-pixels = np.float32(image.crop((left, top, left + {side}, top + {side}))) / 255
+{square if c.fit == "crop" else whole}
 pixels = (pixels - np.float32({list(c.image_mean)})) / np.float32({list(c.image_std)})
+canvas = np.zeros((1, 3, {side}, {side}), np.float32)
+canvas[0, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
 session = onnxruntime.InferenceSession("model.onnx")
-visual_tokens, image_embeds = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None]}})
+visual_tokens, image_embeds = session.run(None, {{"pixel_values": canvas}})
 print(visual_tokens.shape, image_embeds.shape)"""

@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparse_vlm import __version__, store
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, about
 from sparse_vlm.export.formats import choose
 from sparse_vlm.export.source import find
-from sparse_vlm.files import write_text
+from sparse_vlm.files import aside_prefix, sweep, write_text
 from sparse_vlm.photos import load_image
 
 FORMAT = "sparse-vlm/export/1"
@@ -67,7 +67,8 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {out.parent} cannot be made ({error.strerror}); name another folder") from None
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+    sweep(out.parent)
+    with about(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=aside_prefix(out.name), ignore_cleanup_errors=True) as aside:
         staging = Path(aside) / "export"
         staging.mkdir()
         exporter.write(staging)
@@ -98,9 +99,16 @@ def export(
             },
         }
         write_text(staging / DESCRIPTION, json.dumps(described, indent=1) + "\n")
+        _check_out(out, replace)  # also what came there meanwhile
+        old = Path(aside) / "old"
         if out.exists():
-            os.replace(out, Path(aside) / "old")
-        os.replace(staging, out)
+            os.replace(out, old)
+        try:
+            os.replace(staging, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
     return described
 
 
@@ -110,19 +118,28 @@ def _check_out(out: Path, replace: bool) -> None:
     Raises:
         UserError: saying what to do.
     """
-    if out.is_file():
+    if out.is_symlink():
+        raise UserError(f"--out {out}: is a link; name the folder itself")
+    if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     try:
         described = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
         ours = described.get("format") == FORMAT
-        strangers = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {*described["files"], DESCRIPTION}
-    except (OSError, ValueError, AttributeError, KeyError):
+        written = {name: (spec["size"], spec["sha256"]) for name, spec in described["files"].items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         ours = False
     if not ours:
         raise UserError(f"--out {out}: is there already and is no export of ours; name another folder")
-    if strangers:
-        raise UserError(f"--out {out}: holds {min(strangers)}, which no export wrote; move it away or name another folder")
+    folders = {parent.as_posix() for name in written for parent in PurePosixPath(name).parents}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if name == DESCRIPTION or (name in folders and path.is_dir() and not path.is_symlink()):
+            continue
+        if name not in written or path.is_symlink() or not path.is_file():
+            raise UserError(f"--out {out}: holds {name}, which no export wrote; move it away or name another folder")
+        if (path.stat().st_size, store.sha256(path)) != written[name]:
+            raise UserError(f"--out {out}: {name} is not what the export wrote; move it away or name another folder")
     if not replace:
         raise UserError(f"--out {out}: holds an export of {described.get('model')} already; add --replace, or name another folder")

@@ -82,8 +82,10 @@ def _described(folder: Path) -> dict[str, dict[str, Any]]:
             found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{folder / name}: cannot be read ({error})") from None
+        if not isinstance(found[name], dict):
+            raise UserError(f"{folder / name}: holds no JSON object")
     return found
 
 

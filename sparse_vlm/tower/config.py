@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+Fit = Literal["crop", "whole"]
 OPS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
 FORMAT = "sparse-vlm/tower/1"
 
@@ -104,7 +105,7 @@ class SparseFormerConfig:
     image_mean: Triple
     image_std: Triple
     image_size: int = 224
-    fit: Literal["crop", "whole"] = "crop"
+    fit: Fit = "crop"
     conv_dim: int = 64
     num_points: int = 16
     cls_before_unit: int | None = None

@@ -87,7 +87,10 @@ class Focus(nn.Module):
         quarters = _quarters(base)  # (B, b, 4, 4)
         sixteenths = _quarters(quarters)  # (B, b, 16, 4)
         score = _gain(maps, base)  # (B, b, 1)
-        scores = torch.cat([score, torch.minimum(_gain(maps, quarters), 0.999 * score)], dim=-1)  # (B, b, 5)
+        # a quarter scores below the whole, and the more it varies the higher, so that what is chosen never hangs on the order of equals
+        of_quarters = _gain(maps, quarters)  # (B, b, 4)
+        of_quarters = torch.minimum(of_quarters, score * (1 - 1e-3 * score / of_quarters.clamp_min(1e-30)))
+        scores = torch.cat([score, of_quarters], dim=-1)  # (B, b, 5)
         chosen = torch.zeros_like(scores).flatten(1)
         chosen = chosen.scatter(1, scores.flatten(1).topk(splits).indices, 1.0).view_as(scores)
         split, split_again = chosen[..., :1], chosen[..., 1:]
@@ -99,7 +102,8 @@ class Focus(nn.Module):
         order = torch.arange(kept.shape[1], device=kept.device, dtype=torch.float32)
         index = (kept * 2 * kept.shape[1] - order).topk(num_tokens).indices
         tree = cells.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
-        even = _left(maps, grid) * self.config.margin <= _left(maps, tree)  # (B,)
+        # cells alike in another order leave the same but for rounding
+        even = _left(maps, grid) * self.config.margin <= _left(maps, tree) * (1 + 1e-5)  # (B,)
         return torch.where(even[:, None, None], grid, tree)
 
 
@@ -165,7 +169,9 @@ def _log_variance(maps: Tensor, cells: Tensor) -> Tensor:
     shape = cells.shape[:-1]
     cells = cells.flatten(1, -2)  # (B, m, 4)
     centres = (cells[..., :2] + cells[..., 2:]) / 2
-    at = F.grid_sample(maps, centres.unsqueeze(1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]  # (B, S, m)
+    at = F.grid_sample(maps, centres.unsqueeze(1) * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False)[
+        :, :, 0
+    ]  # (B, S, m)
     area = (cells[..., 2:] - cells[..., :2]).prod(-1).clamp_min(1e-9)
     step = (-area.log2() / 2 - 1).clamp(0, 3)  # how many scales finer than the first; beyond the last one the slope goes on
     low = step.floor().clamp(0, len(SCALES) - 2)

@@ -24,8 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import kernels
-from sparse_vlm.geometry import Padding, adjust_rois, crop_level, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
+from sparse_vlm.geometry import (
+    Padding,
+    adjust_rois,
+    crop_level,
+    encode_rois,
+    encoding_frequencies,
+    points_on_canvas,
+    roi_average_weights,
+    sample_bilinear,
+)
 from sparse_vlm.kernels import native
+from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
 from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
 from sparse_vlm.tower.packed import PackedLinear, pack
 
@@ -41,17 +51,19 @@ def optimize(tower: SparseFormer) -> None:
     """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
     if any(isinstance(module, PackedLinear) for module in tower.modules()):
         raise RuntimeError("this tower is optimized already")
-    if tower.glance is not None:
-        tower.glance = PreparedGlance(tower.glance)
     units = iter(tower.config.units)
-    prepared = PreparedUnit
+    prepared, glance = PreparedUnit, PreparedGlance
     if kernels.compiled(tower.norm.weight.dtype, tower.config.conv_dim):
-        prepared = CompiledUnit
+        prepared, glance = CompiledUnit, CompiledGlance
         if tower.feat_extractor is not None:
             tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
+        if type(tower.focus) is Focus and native.Focus.takes(tower.focus):  # what derives from it predicts otherwise
+            tower.focus = CompiledFocus(tower.focus)
+    if tower.glance is not None:
+        tower.glance = glance(tower.glance)
     for index, layer in enumerate(tower.layers):
         if isinstance(layer, Unit):
-            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None)
+            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None and tower.focus is None)
         else:
             tower.layers[index] = pack(layer)
     tower.proj = pack(tower.proj)
@@ -129,6 +141,22 @@ class PreparedGlance(Glance):
         return _Start(rois, seen, whole, 0, positions, None if one_each else pooling.to(dtype))
 
 
+class CompiledGlance(PreparedGlance):
+    """A prepared glance that cuts cells of any place and size by a compiled function."""
+
+    def __init__(self, plain: Glance) -> None:
+        super().__init__(plain)
+        self._positions = self.pos_embed.float()
+
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
+        """As `Glance.forward`."""
+        start = self._start(pixels, rois, seen) if rois.ndim == 2 and extent is None else None
+        if self.config.kind != "crop" or (start is not None and start.grid is not None):
+            return super().forward(pixels, rois, seen, extent)
+        positions = native.average(rois, self._positions, self.config.points_per_side, self.pos_embed.dtype)
+        return self.embed(native.cut(pixels, seen, self.config.patch_size, extent).flatten(2), positions)
+
+
 def _grid(rois: Tensor) -> tuple[int, int] | None:
     """Rows and columns of cells of one size that cover the picture in reading order; None where RoIs are not such."""
     rows = int((rois[:, 0].abs() < 1e-6).sum())
@@ -150,13 +178,14 @@ class PreparedAttention(Attention):
         scale[:width] = (width // plain.heads) ** -0.5
         self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), pack(plain.proj)
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """(B, N, d) to what it adds onto (B, N, d), with that."""
-        return self.proj(self._attend(self.qkv(x)), onto)
+    def forward(self, x: Tensor, onto: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, N, d) to what it adds onto (B, N, d), with that; `bias` (B, n) is of the last n keys."""
+        return self.proj(self._attend(self.qkv(x), bias), onto)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
+        mask = None if bias is None else F.pad(bias, (qkv.shape[1] - bias.shape[1], 0))[:, None, None].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(-2)
 
 
 class PreparedMlp(Mlp):
@@ -259,7 +288,15 @@ class PreparedUnit(Unit):
             self._prepare_moves(*plain.roi_adjust_module)
         self._memories: dict[int, _Memory] = {}
 
-    def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        rois: Tensor,
+        feature_map: Tensor | None,
+        points_seen: list[Tensor] | None,
+        extent: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `Unit.forward`; without gradients."""
         batch, n = rois.shape[:2]
         known, memory = self._known(rois) if self.first else (None, None)
@@ -271,7 +308,7 @@ class PreparedUnit(Unit):
                 x = x + self.stage_embedding.weight[repeat]
             for op in self.ops:
                 if op == "ATTN":
-                    x = tokens(self._attend, x)
+                    x = tokens(self._attend, x, bias)
                 elif op == "MLP":
                     x = tokens(self._feed, x)
                 elif op == "SAMPLING_M":
@@ -280,6 +317,8 @@ class PreparedUnit(Unit):
                     generated = tokens(self.generate, latents)
                     if points_seen is not None:
                         points_seen.append(points.expand(batch, -1, -1, -1))
+                    if extent is not None:
+                        points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     x = _add_to_latents(x, self._look(feature_map, points, generated, rois))
                     tokens = _find
                 elif op == "PE_INJECT":
@@ -303,8 +342,8 @@ class PreparedUnit(Unit):
     def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
         return self.adaptive_mixing(feature_map, points, generated)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        return self.attn(self.norm1(x), x)
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.attn(self.norm1(x), x, bias)
 
     def _feed(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x), x)
@@ -343,11 +382,28 @@ class CompiledEarlyConvolution(EarlyConvolution):
         return self._whole(pixels)
 
 
+class CompiledFocus(Focus):
+    """A focus whose network is one compiled function, and its placement another."""
+
+    def __init__(self, plain: Focus) -> None:
+        nn.Module.__init__(self)
+        self.config, self._whole = plain.config, native.Focus(plain)
+
+    def forward(self, pixels: Tensor, region: Tensor | None = None, extent: Tensor | None = None) -> Tensor:
+        """As `Focus.forward`."""
+        box = torch.tensor([0.0, 0.0, 1.0, 1.0]) if region is None else region.unsqueeze(1)
+        return self._whole.predict(pixels, box.expand(len(pixels), 1, 4), extent, MAP)
+
+    def place(self, maps: Tensor, aspects: Tensor, num_tokens: int) -> Tensor:
+        """As `Focus.place`."""
+        return native.place(maps, aspects, num_tokens, coarse_cells(num_tokens), self.config.margin)
+
+
 class CompiledAttention(PreparedAttention):
     """Attention whose core is a compiled function, for as many tokens as that is faster for than torch's."""
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        return native.attend(qkv, self.heads) if native.attends(qkv, self.heads) else super()._attend(qkv)
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        return native.attend(qkv, self.heads, bias) if native.attends(qkv, self.heads) else super()._attend(qkv, bias)
 
 
 class CompiledUnit(PreparedUnit):
@@ -366,9 +422,9 @@ class CompiledUnit(PreparedUnit):
         if "MLP" in self.ops and self.mlp.fc1.ours is not None:
             self._mlp = native.Feed(self.norm2, self.mlp.fc1.ours, self.mlp.fc2.ours, 1 / self.mlp.factor)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
         whole = self._attention is not None and self._attention.takes(x.shape[1])
-        return self._attention(x) if whole else super()._attend(x)
+        return self._attention(x, bias) if whole else super()._attend(x, bias)
 
     def _feed(self, x: Tensor) -> Tensor:
         return super()._feed(x) if self._mlp is None else self._mlp(x)

@@ -10,7 +10,6 @@ Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Visio
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -185,10 +184,12 @@ class SparseFormer(nn.Module):
         # sampling points are collected on the way, and would be twice
         again = self.grad_checkpointing and torch.is_grad_enabled() and points_seen is None
         run = partial(checkpoint, use_reentrant=False) if again else _call
-        feature_map = None if self.feat_extractor is None else run(self.feat_extractor, pixels)
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
-        extent = None if image_sizes is None else _extent(image_sizes, pixels)
+        extent = None if image_sizes is None else image_extent(image_sizes, pixels)
+        feature_map = None
+        if self.feat_extractor is not None:  # a convolution at an image's border reads zeros beyond it
+            feature_map = run(self.feat_extractor, pixels if extent is None else pixels * _inside(extent, pixels))
         initial = self._begin(pixels, num_tokens, box, extent) if cells is None else self._given(cells, num_tokens, batch)
         rois = initial.expand(batch, -1, -1)
         bias = None if self.focus is None else area_bias(rois, self.config.focus.area_bias)
@@ -234,12 +235,21 @@ class SparseFormer(nn.Module):
         if config.budgets is None or (self.focus is None and box is None and extent is None):
             return self.initial_rois(num_tokens, width / height)
         aspects = torch.full((pixels.shape[0],), width / height, device=pixels.device)
-        for shape in (extent, None if box is None else box[:, 2:] - box[:, :2]):
-            aspects = aspects if shape is None else aspects * shape[:, 0] / shape[:, 1]
+        if extent is not None:  # from whole pixels, so that rounding does not depend on the canvas
+            sides = (extent * extent.new_tensor([width, height])).round()
+            aspects = sides[:, 0] / sides[:, 1]
+        if box is not None:
+            aspects = aspects * (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])
         if self.focus is None:
             return grid_rois_for(config.num_latent_tokens, aspects)
         with torch.no_grad():  # the choice of cells has no gradient; what predicts it learns from `focus.variation`
             return self.focus.place(self.focus(pixels, box, extent), aspects, config.num_latent_tokens)
+
+    @torch.no_grad()
+    def first_cells(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Where the tokens of each image begin, (B, n, 4) float32; the arguments are `forward`'s."""
+        extent = None if image_sizes is None else image_extent(image_sizes, pixels)
+        return self._begin(pixels.to(next(self.norm.parameters()).dtype), None, None, extent).detach().expand(pixels.shape[0], -1, -1)
 
     def _given(self, cells: Tensor, num_tokens: int | None, batch: int) -> Tensor:
         """Cells that the caller places, (B, n, 4) float32."""
@@ -259,9 +269,13 @@ class SparseFormer(nn.Module):
             raise ValueError(f"region {region}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
         return box
 
-    def visual_tokens(self, pixels: Tensor) -> Tensor:
-        """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""
-        return self(pixels).last_hidden_state[:, -self.config.visual_tokens :]
+    def visual_tokens(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """What a language model is given of images: (B, `config.visual_tokens`, d), the end of `last_hidden_state`.
+
+        Args:
+            pixels, image_sizes: as `forward` takes them.
+        """
+        return self(pixels, image_sizes=image_sizes).last_hidden_state[:, -self.config.visual_tokens :]
 
     def optimize_for_inference(self) -> SparseFormer:
         """Fold this tower for inference on a processor, in place: the same outputs within rounding (float32: 1e-4), sooner.
@@ -360,7 +374,7 @@ class SparseFormer(nn.Module):
         return tower.to(dtype).eval()
 
 
-def _extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
+def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
     """The share of width and height of its canvas that each image takes, (B, 2) float32.
 
     Raises:
@@ -373,6 +387,13 @@ def _extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and not bool(((sizes >= 1) & (sizes <= canvas)).all()):
         raise ValueError(f"image_sizes {sizes.tolist()}: expected 1 to {pixels.shape[-2]} rows and 1 to {pixels.shape[-1]} columns")
     return (sizes.float() / canvas).flip(-1)
+
+
+def _inside(extent: Tensor, pixels: Tensor) -> Tensor:
+    """1 where the canvas holds its image and 0 beyond, (B, 1, h, w)."""
+    height, width = pixels.shape[-2:]
+    across, down = ((torch.arange(side, device=pixels.device) + 0.5) / side < extent[:, i, None] for i, side in enumerate((width, height)))
+    return (down[:, None, :, None] & across[:, None, None, :]).to(pixels.dtype)
 
 
 def _call(module: Callable[..., Any], *inputs: Any) -> Any:

@@ -22,6 +22,7 @@ from sparse_vlm.geometry import (
     crop_rois,
     encode_rois,
     points_in_rois,
+    points_on_canvas,
     roi_average_weights,
     sample_bilinear,
     standardize_offsets,
@@ -279,7 +280,7 @@ class Unit(nn.Module):
                     if points_seen is not None:
                         points_seen.append(points.detach())
                     if extent is not None:
-                        points = points * extent[:, None, None]
+                        points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     if self.clamp_coordinate_grad:
                         points = _ClampedCoordinates.apply(points, feature_map.shape[-2])
                     if kernels.usable(feature_map, points, latents):
