@@ -7,8 +7,6 @@ Notable: each control replaces the tower's focus, so that whatever the tower doe
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ PLACEMENTS = ("grid", "random", "teacher")  # keys of `TOWER_CONTROLS`
 
 
 class UniformGrid(nn.Module):
-    """The grid that a tower without focus begins from."""
+    """The grid that an image of an even map gets."""
 
     def forward(self, pixels: Tensor, region: Tensor | None = None, extent: Tensor | None = None) -> None:
         """A grid needs no map."""
@@ -36,14 +34,10 @@ class UniformGrid(nn.Module):
 class RandomFocus(Focus):
     """Cells of the same sizes, split at random: the same noise for the i-th image of every batch."""
 
-    def __init__(self, config: FocusConfig) -> None:
-        # an infinite margin: no image gets the plain grid
-        super().__init__(dataclasses.replace(config, margin=float("inf")))
-
     def forward(self, pixels: Tensor, region: Tensor | None = None, extent: Tensor | None = None) -> Tensor:
-        """Noise, (B, S, M, M)."""
+        """Noise, (B, S, M, M), too uneven for the plain grid."""
         noise = torch.randn(pixels.shape[0], len(SCALES), MAP, MAP, generator=torch.Generator().manual_seed(0))
-        return noise.to(pixels.device)
+        return 3 * noise.to(pixels.device)
 
 
 class TeacherFocus(Focus):
