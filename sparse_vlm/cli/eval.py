@@ -23,8 +23,8 @@ from sparse_vlm.errors import UserError, printable
 LINE_EVERY_S = 10.0
 TASK_NAMES = (
     "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom, small-objects, rendered-words, sugarcrepe, valse for towers; "
-    "captions, pope, pope-words, pope-coco, aokvqa, aokvqa-direct, aokvqa-val, aokvqa-val-direct, existence, counting, vsr, sugarcrepe-captions, "
-    "valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
+    "captions, pope, pope-words, pope-coco, aokvqa, aokvqa-direct, aokvqa-val, aokvqa-val-direct, existence, counting, vsr, "
+    "sugarcrepe-captions, valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
 )
 
 
@@ -37,7 +37,7 @@ def eval(
     control: Annotated[
         list[str] | None,
         typer.Option(
-            help="VLMs: none, no-image, wrong-image, all unless given. Towers: none, no-looks; with a focus: grid, random, teacher."
+            help="VLMs: none, no-image, wrong-image, all unless given. Towers: none, no-looks, crop; with a focus: grid, random, teacher."
         ),
     ] = None,
     tokens: Annotated[
