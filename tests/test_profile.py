@@ -30,8 +30,8 @@ ALL = SparseFormerConfig(
     focus=FocusConfig(size=32, channels=(16, 16, 16, 16)),
 )  # fmt: skip
 OPERATIONS = {
-    "early convolution", "focus", "glance", "points", "sampling", "parameter generation", "mixing", "output projection", "position injection",
-    "RoI adjusting", "attention", "MLP", "transition", "head",
+    "early convolution", "focus", "glance", "points", "sampling", "parameter generation", "mixing", "output projection",
+    "position injection", "RoI adjusting", "attention", "MLP", "transition", "head",
 }  # fmt: skip
 
 
