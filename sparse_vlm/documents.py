@@ -66,7 +66,7 @@ def parse_json(data: bytes, where: str) -> Any:
     try:
         return DECODER.decode(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except ERRORS as error:
-        raise UserError(f"{where}: not a readable json ({why_not(error)})") from None
+        raise UserError(f"{where}: not a readable json file ({why_not(error)})") from None
 
 
 def whole(text: str) -> bool:

@@ -7,13 +7,10 @@ never used. An unpacked model is an ordinary model: its quantisation mark is gon
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +21,8 @@ import torch
 from sparse_vlm import store
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
+from sparse_vlm.pretrained import as_user_error, from_pretrained, load_whole, quiet
+from sparse_vlm.weights import refuse_pointers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,14 +66,15 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
         options: passed on to transformers' `from_pretrained`, such as how to quantise it.
 
     Raises:
-        UserError: unknown name, no source that delivers it, not a language model, or one without a chat template.
+        UserError: unknown name, no source that delivers it, not a language model, one with code of its own, without a chat template, or
+            with weights that are not whole.
     """
     from transformers import AutoModelForCausalLM
 
     folder = _folder(name_or_path)
     tokenizer = _tokenizer(name_or_path, folder)
-    with _as_user_error(name_or_path), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or native_dtype(), **options)
+    with as_user_error(name_or_path), quiet():
+        model = load_whole(AutoModelForCausalLM, folder, dtype=dtype or native_dtype(), **options)
     return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
 
 
@@ -91,8 +91,8 @@ def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, P
 
     folder = _folder(name_or_path)
     tokenizer = _tokenizer(name_or_path, folder)
-    with _as_user_error(name_or_path), _quiet():
-        config = AutoConfig.from_pretrained(folder)
+    with as_user_error(name_or_path), quiet():
+        config = from_pretrained(AutoConfig, folder)
     return tokenizer, config, LLMS.get(str(name_or_path), LLMSpec())
 
 
@@ -103,8 +103,10 @@ def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBas
     plain = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if plain and find_spec("sentencepiece") is None:  # transformers would ask for tiktoken
         raise UserError(f"{name_or_path}: reading tokenizer.model needs the package sentencepiece; pip install 'sparse-vlm[sentencepiece]'")
-    with _as_user_error(name_or_path), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with as_user_error(name_or_path), quiet():
+        tokenizer = from_pretrained(AutoTokenizer, folder)
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise UserError(f"{name_or_path}: its chat template is no text but a {type(tokenizer.chat_template).__name__}")
     if not tokenizer.chat_template:
         raise UserError(
             f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model, or write the template that this one was "
@@ -113,21 +115,17 @@ def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-@contextlib.contextmanager
-def _as_user_error(name_or_path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name_or_path}: not a language model that transformers can load ({str(error).splitlines()[0]})") from error
-
-
 def _folder(name_or_path: str | Path) -> Path:
     """A folder that transformers reads."""
     folder = store.locate(name_or_path, kind="llm")
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) > 1:
         raise UserError(f"{folder}: holds {len(packed)} GGUF files; leave one")
-    return _unpacked(packed[0]) if packed else folder
+    if not packed:
+        return folder
+    refuse_pointers(folder)
+    with as_user_error(name_or_path):
+        return _unpacked(packed[0])
 
 
 def _unpacked(gguf: Path) -> Path:
@@ -150,9 +148,9 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
     """Write weights (bfloat16, the dtype such models are published in), tokenizer and chat template as transformers files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_plain_weights(gguf))
+    with quiet():
+        tokenizer = from_pretrained(AutoTokenizer, gguf.parent, gguf_file=gguf.name)
+        model = load_whole(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_plain_weights(gguf))
         for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
             if hasattr(model, attribute):
                 delattr(model, attribute)
@@ -173,22 +171,3 @@ def _plain_weights(gguf: Path) -> dict[str, object]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(gguf_file=gguf.name, dequantize=True)}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and notes; its errors still come."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # the bar of reading a GGUF file asks nobody
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
+from sparse_vlm.pretrained import as_user_error, check_size, from_pretrained
 from sparse_vlm.store import locate
+from sparse_vlm.weights import read_tensors
 
 FORMAT = "sparse-vlm/text/1"
 BATCH = 64
+MOST = 1 << 16  # numbers of an embedding, and tokens of a text
 TEXT_TOWERS = {
     "sentence-transformers/all-MiniLM-L6-v2": "all-minilm-l6-v2",
 }
@@ -49,6 +52,11 @@ class TextConfig:
     pooling: str = "mean"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text_tower, str) or not self.text_tower:
+            raise ValueError(f"text_tower is {self.text_tower!r}, no name and no folder")
+        for name in ("embed_dim", "context_length"):
+            if type(value := getattr(self, name)) is not int or not 1 <= value <= MOST:
+                raise ValueError(f"{name} is {value!r}, expected a whole number from 1 to {MOST}")
         if self.pooling != "mean":
             raise ValueError(f"pooling {self.pooling!r}; only 'mean' is supported")
 
@@ -125,17 +133,16 @@ class TextEncoder(nn.Module):
         Raises:
             UserError: no such folder or name, not a text side, or weights that do not fit.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = locate(name_or_path, kind="text")
         try:
-            data = json.loads((folder / "config.json").read_text())
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError(f"config.json is no object but a {type(data).__name__}")
             if (found := data.pop("format", None)) != FORMAT:
                 raise ValueError(f"format is {found!r}, expected {FORMAT!r}")
             config = TextConfig(**data)
-            tensors = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            tensors = read_tensors(folder / "model.safetensors")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{name_or_path}: not a text side ({error})") from error
         encoder = cls(config, *_load_text_tower(locate(config.text_tower, kind="text-tower")))
         encoder._load_own_tensors(tensors, str(name_or_path))
@@ -149,9 +156,6 @@ class TextEncoder(nn.Module):
         Raises:
             UserError: no such folder, a text side of another kind, or a text tower that was tuned and so is not the public one.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(teacher.removeprefix("local-dir:"))
         if not teacher.startswith("local-dir:") or not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{teacher}: the text side is taken from an open_clip folder; give local-dir:PATH of one")
@@ -164,8 +168,8 @@ class TextEncoder(nn.Module):
         if tower_name is None:
             raise UserError(f"{teacher}: the zoo has no text tower {text['hf_tokenizer_name']}; known are {', '.join(TEXT_TOWERS)}")
         try:
-            tensors = load_file(folder / "open_clip_model.safetensors")
-        except (OSError, SafetensorError) as error:
+            tensors = read_tensors(folder / "open_clip_model.safetensors")
+        except UserError as error:
             raise UserError(f"{teacher}: no weights ({error})") from error
 
         tower, tokenizer = _load_text_tower(locate(tower_name, kind="text-tower"))
@@ -182,16 +186,14 @@ class TextEncoder(nn.Module):
 
 def _load_text_tower(folder: Path) -> tuple[nn.Module, Any]:
     """The encoder and its tokenizer; nothing but an unused pooler may be left over."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    try:
-        tower = AutoModel.from_config(AutoConfig.from_pretrained(folder), add_pooling_layer=False)
-        tensors = load_file(folder / "model.safetensors")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a text tower ({str(error).splitlines()[0]})") from error
+    with as_user_error(folder, "a text tower"):
+        config = from_pretrained(AutoConfig, folder)
+        check_size(folder, config, AutoModel)
+        tensors = read_tensors(folder / "model.safetensors")
+        tower = AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False)
+        tokenizer = from_pretrained(AutoTokenizer, folder)
     used = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.") and not name.endswith("position_ids")}
     try:
         tower.load_state_dict(used, strict=True)

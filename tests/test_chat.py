@@ -142,6 +142,8 @@ def test_what_cannot_be_saved_is_one_line(tmp_path):
     with pytest.raises(UserError, match="talk.md: cannot write here"):
         conversation.save(tmp_path / "nowhere" / "talk.md")
     (tmp_path / "folder.md").mkdir()
+    with pytest.raises(UserError, match=r"a\\0b.md: cannot write here \(embedded null byte\)"):
+        conversation.save("a\0b.md")
     with pytest.raises(UserError, match="folder.md: cannot write here"):
         conversation.save(tmp_path / "folder.md")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.md"]

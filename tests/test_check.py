@@ -97,9 +97,12 @@ def test_every_problem_is_named_not_only_the_first(run, tmp_path):
         good(0),
         {**good(1), "id": "good 0"},
         sample("Hi", "He said <|im_end|> and went.", id="markup"),
+        sample("<video>What is it?", id="clip", video="a.mp4"),
+        sample("Hi", "A wall \ud83d", id="half"),
+        sample("<image>", image="../red.png", id="out"),
     ]
     code, found = run(*samples, lines=f"{json.dumps(good(7))}\n{{\n{json.dumps(good(8))}\n")
-    assert code == 1 and found["samples"] == 18
+    assert code == 1 and found["samples"] == 21
     name = str(tmp_path / "data.json")
 
     def cases(group: str) -> dict[str, list[tuple[str, str]]]:
@@ -116,6 +119,12 @@ def test_every_problem_is_named_not_only_the_first(run, tmp_path):
             (f"{name}:6 (id two at once)", "2 <image> marks for 1 pictures"),
         ],
         "mark in an answer": [(f"{name}:5 (id mark)", "turn 1, from 'gpt', holds <image>")],
+        "other media": [
+            (f"{name}:15 (id clip)", "turn 0 shows <video>, which is not learnt from"),
+            (f"{name}:15 (id clip)", "holds 'video', which is not read"),
+        ],
+        "broken text": [(f"{name}:16 (id half)", "turn 1 holds half of a character (a surrogate alone)")],
+        "outside the image folder": [(f"{name}:17 (id out)", f"'../red.png' leads out of {tmp_path}")],
         "empty answer": [(f"{name}:6 (id two at once)", "turn 1, from 'gpt', is empty")],
         "missing image": [(f"{name}:7 (id gone)", f"{gone}: no such picture (and 1 more samples show it)")],
         "broken image": [

@@ -16,7 +16,9 @@ from PIL import Image
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval import run
+from sparse_vlm.eval.multiple_choice import MMBench
 from sparse_vlm.eval.report import as_json, as_markdown, as_tables, save
+from sparse_vlm.eval.task import Data
 from sparse_vlm.eval.vqa import SHORT_ANSWER, pope_says_yes
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -421,9 +423,31 @@ def test_mistakes(vqav2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not in the benchmark's own layout, which docs/evaluation.md shows (KeyError('question_id'))" in said("vqav2")
     questions.write_text('{"questions": []}')
     assert "fewer than two pictures are asked about" in said("vqav2")
+    for text, why in (("<image> or not?", "its text holds <image>"), ("Half \ud83d", "its text holds half of a character")):
+        rows = [{"image_id": i + 7, "question": text if i == 2 else "What?", "question_id": 1000 + i} for i in range(5)]
+        write_json(questions, {"questions": rows})
+        picture(vqav2 / "vqav2/val2014/COCO_val2014_000000000009.jpg", NAMES[2])
+        assert f"{questions}: question 1002: {why}" in said("vqav2")
     questions.write_text("{")
     assert "not a readable json file" in said("vqav2")
     write_mmbench(vqav2, rotated=False)
     table = vqav2 / "mmbench/MMBench_DEV_EN.tsv"
     table.write_text(table.read_text().replace("\tanswer\t", "\ttruth\t"))
     assert "not in the benchmark's own layout, which docs/evaluation.md shows (KeyError('answer'))" in said("mmbench")
+    table.write_text(
+        table.read_text().replace("\ttruth\t", "\tanswer\t").replace("\tA\tcolor", "\tE\tcolor").replace("\tA\tshade", "\tE\tshade")
+    )
+    assert "question 0: its answer 'E' is none of its options A, B, C" in said("mmbench")
+
+
+def test_a_byte_order_mark_and_cells_of_nan_say_nothing(tmp_path: Path) -> None:
+    write_mmbench(tmp_path, rotated=False)
+    _, plain = MMBench().asked(Data(tmp_path))
+    table = tmp_path / "mmbench/MMBench_DEV_EN.tsv"
+    first, *others = table.read_text().splitlines()
+    cells = [line.split("\t") for line in others]
+    text = "\n".join("\t".join(cell or "nan" for cell in row) for row in cells)
+    table.write_text(f"{first}\n{text}\n", encoding="utf-8-sig")
+    _, asked = MMBench().asked(Data(tmp_path))
+    assert [entry.question for _, entry in asked] == [entry.question for _, entry in plain]
+    assert [len(entry.truth["options"]) for _, entry in asked] == [3, 4, 4, 4]

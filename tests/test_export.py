@@ -47,7 +47,7 @@ TOWERS: dict[str, SparseFormerConfig] = {
         tower_config(),
         **{"token_init": "glance", "glance": GlanceConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 25), "cls_before_unit": 0},
         # no image keeps its grid, and a canvas is larger than a photo's thumbnail
-        **{"num_latent_tokens": 19, "fit": "whole", "image_size": 64, "focus": FocusConfig(32, (16, 16, 16, 16), margin=9.0)},
+        **{"num_latent_tokens": 19, "fit": "whole", "image_size": 64, "focus": FocusConfig(32, (16, 16, 16, 16), evenness=0.0)},
     ),
     "pool": dataclasses.replace(
         tower_config(), **{"token_init": "glance", "glance": GlanceConfig(8, 4), "image_size": 48, "head": "avg", "cls_before_unit": None}

@@ -40,6 +40,26 @@ def clip(kind: str = "CLIP", embed_dim: int = 16):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("whole", [True, False])
+def test_tower_takes_the_dtype_of_the_model(tower, dtype, whole):
+    """As of open_clip's precision `bf16`, which leaves norms in float32, and `pure_bf16`."""
+    from open_clip.model import convert_weights_to_lp
+
+    model = clip()
+    model = model.to(dtype) if whole else model
+    if not whole:
+        convert_weights_to_lp(model, dtype)
+    model.visual = tower.for_open_clip(model)
+    assert model.visual.tower.norm.weight.dtype == dtype and tower.initial_roi.weight.dtype == torch.float32
+    image, text = torch.randn(2, 3, 32, 32, dtype=dtype), open_clip.tokenize(["a red wall", "a blue wall"])
+    assert model.encode_image(image).dtype == dtype
+    if whole:
+        logits, _ = model.get_logits(image, text)
+        assert logits.shape == (2, 2) and logits.isfinite().all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
 def test_encodes_and_compares_as_before(tower, kind):
     model = clip(kind)

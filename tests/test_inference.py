@@ -171,7 +171,7 @@ def test_other_glances_and_heads_say_the_same(changes: dict[str, object], size: 
 def focused(tiny: SparseFormer) -> SparseFormer:
     """Tiny with a focus whose weights are random, which chooses other cells for each photo."""
     torch.manual_seed(0)
-    tower = SparseFormer(dataclasses.replace(tiny.config, focus=FocusConfig(margin=9.0))).eval()  # no photo keeps its grid
+    tower = SparseFormer(dataclasses.replace(tiny.config, focus=FocusConfig(evenness=0.0))).eval()  # no photo keeps its grid
     tower.load_state_dict(tiny.state_dict(), strict=False)
     for parameter in tower.focus.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim < 2 else 1.4 * parameter[0].numel() ** -0.5)

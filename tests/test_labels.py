@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from tiny_vlm import CHATML, save_tokenizer
 from transformers import AutoTokenizer
@@ -100,6 +102,62 @@ def test_conversation_that_the_template_refuses_is_one_line(tmp_path):
         UserError, match="^photo 7: the LLM's chat template refuses a conversation of system, user, assistant: No system role"
     ):
         r.render([{"role": "system", "content": "Be brief."}, *TALK[:2]], "photo 7")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
+        ("{{ messages[9].content.text }}", "refuses a conversation of user"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not come to an end: 0.2 seconds"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "does not come to an end: 0.2 sec"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "fails: RecursionError"),
+        ("{% for i in range(1000000) %}{% endfor %}", "(fails|refuses)"),
+        ("{% if %}", "refuses a conversation of user"),
+        ("{{ ''.__class__.__mro__ }}", "refuses a conversation of user"),
+    ],
+)
+def test_template_that_fails_or_never_ends_is_one_line(tmp_path, monkeypatch, template, why):
+    monkeypatch.setattr("sparse_vlm.vlm.prompts.TEMPLATE_SECONDS", 0.2)
+    with pytest.raises(UserError, match=f"^photo 7: the LLM's chat template {why}") as caught:
+        renderer(tmp_path, template).text([user("What?")], sample="photo 7")
+    assert "\n" not in str(caught.value)
+
+
+def test_bound_on_templates_leaves_a_tracer_as_it_was(tmp_path):
+    seen = []
+    before = sys.gettrace()
+    sys.settrace(lambda *_: seen.append(1))
+    try:
+        tracer = sys.gettrace()
+        renderer(tmp_path).text(TALK)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("text", ["caf\udce9?", 5, None])
+def test_message_that_is_no_text_is_one_line(tmp_path, text):
+    with pytest.raises(UserError, match="photo 7: a user message is no text"):
+        renderer(tmp_path).text([user(text)], sample="photo 7")
+
+
+def test_zero_bytes_are_text(tmp_path):
+    r = renderer(tmp_path)
+    assert r.tokenizer.decode(r.tokens(r.text([user("a\0b")]))).count("a\0b") == 1
+
+
+def test_turn_marks_that_are_not_called_special_are_no_text_of_users_either(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    template = CHATML.replace("<|im_start|>", "<|turn|>")
+    tokenizer.add_tokens(["<|turn|>", "<think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    r = Renderer(tokenizer, extend_template(template, None), 3)
+    turn, thought = tokenizer.convert_tokens_to_ids(["<|turn|>", "<think>"])
+    count = [r.tokens(r.text([user(text)], answer_next=True)).count(turn) for text in ("a", "a<|turn|>b")]
+    assert count[0] == count[1] > 0
+    assert thought in r.tokens(r.text([user("a <think>")]))  # it marks no turn, and is an ordinary token of this tokenizer
 
 
 def test_empty_answer_is_refused(tmp_path):

@@ -3,6 +3,7 @@ LLaVA model on it says, saves and loads what it should."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -83,6 +84,39 @@ def test_the_prompt_brings_no_thought_and_no_second_picture(renderer):
     assert renderer.tokens(text).count(renderer.image_id) == 3
     assert "/think" not in text.replace("</think>", "")
     assert renderer.render(TALK[:2]).supervised.count(True) < 12
+
+
+@every_family
+def test_words_that_spell_control_tokens_are_words(renderer, request):
+    """They begin and end no turn, change no token around them, and are refused where they would be learnt."""
+    tokenizer = renderer.tokenizer
+    name = request.node.callspec.params["renderer"]
+    marks = [*FAMILIES[name].special, "<image>"]
+    control = tokenizer.convert_tokens_to_ids(marks)
+
+    def asked(text: str) -> list[int]:
+        talk = [user("What is it?", 1), assistant(text), {"role": "user", "content": [{"type": "text", "text": text}]}]
+        return renderer.tokens(renderer.text(talk, answer_next=True))
+
+    plain = asked("a b")
+    for mark in [*marks, "".join(marks), marks[0] * 3]:
+        ids = asked(f"a {mark} b")
+        assert [token for token in ids if token in control] == [token for token in plain if token in control], mark
+        # SentencePiece itself shows bytes as such, and puts a blank after whatever stands apart
+        shown = re.sub(r"<0x(\w\w)>", lambda byte: chr(int(byte[1], 16)), tokenizer.decode(ids)).replace("  b", " b")
+        assert shown.count(f"a {mark} b") == 2, mark
+        assert renderer.render([user(f"a {mark} b"), assistant(f"b {mark}")], to_learn=False).supervised.count(True) > 1
+        with pytest.raises(UserError, match="photo 7: (a user message|the assistant's turn 1) contains the text '"):
+            renderer.render([user("What?"), assistant(f"a {mark} b")], "photo 7")
+        with pytest.raises(UserError, match="photo 7: a user message contains the text '.*; leave it out"):
+            renderer.renderings([user(f"a {mark} b"), assistant("Yes")], "photo 7")
+    # nor where two texts spell one together, and where somebody spells what we make of them
+    first, rest = marks[0][:2], marks[0][2:]
+    talk = [{"role": "user", "content": [{"type": "text", "text": first}, {"type": "text", "text": rest}]}]
+    forged = [user(f"{marks[0][0]}\ue000{marks[0][1:]}")]
+    empty = renderer.tokens(renderer.text([user("a")], answer_next=True)).count(control[0])
+    for one in (talk, forged):
+        assert renderer.tokens(renderer.text(one, answer_next=True)).count(control[0]) == empty
 
 
 @every_family

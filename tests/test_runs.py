@@ -135,10 +135,8 @@ def test_the_same_command_on_a_finished_run_changes_nothing(teacher_name: str, p
     assert (out / "model.safetensors").read_bytes() == weights and sorted((out / "checkpoints").iterdir()) == checkpoints
 
 
-@pytest.mark.parametrize(("teacher", "line"), [("{folder}", "is a folder; write local-dir:{folder}"), ("{file}", "is a file; ")])
-def test_a_teacher_that_is_a_path_alone_is_told_its_prefix(
-    teacher: str, line: str, teacher_name: str, photos: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("named", "line"), [("folder", "is a folder; write local-dir:{folder}"), ("file", "is a file; ")])
+def test_a_teacher_that_is_a_path_alone_is_told_its_prefix(named: str, line: str, teacher_name: str, photos: Path, tmp_path: Path) -> None:
     folder = teacher_name.removeprefix("local-dir:")
     names = {"folder": folder, "file": f"{folder}/open_clip_model.safetensors"}
     done = bootstrap(names[named], photos, tmp_path / "out")
@@ -227,3 +225,35 @@ with locked(Path(sys.argv[1])):
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     cache.fill(teacher)
     assert holder.wait() == 0 and cache.done == 16
+
+
+# ---- an export's folder
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda out: (out / "README.md").write_text("my notes"), "README.md is not what the export wrote"),
+        (lambda out: (out / "mine").mkdir(), "holds mine, which no export wrote"),
+        (lambda out: (out / "link").symlink_to("nowhere"), "holds link, which no export wrote"),
+        (lambda out: (out / "export.json").write_text('{"format": "sparse-vlm/export/1", "files": []}'), "is no export of ours"),
+        (lambda out: (out / "export.json").write_text("[1]"), "is no export of ours"),
+        (lambda out: None, None),
+    ],
+)
+def test_only_what_an_export_wrote_is_replaced(change: object, line: str | None, tmp_path: Path) -> None:
+    from sparse_vlm.export.run import DESCRIPTION, FORMAT, _check_out
+
+    (tmp_path / "onnx").mkdir()
+    for name in ("README.md", "onnx/model.onnx"):
+        (tmp_path / name).write_text(name)
+    files = {name: {"size": len(name), "sha256": store.sha256(tmp_path / name)} for name in ("README.md", "onnx/model.onnx")}
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "model": "tiny", "files": files}))
+    change(tmp_path)
+    if line is None:
+        _check_out(tmp_path, replace=True)
+        with pytest.raises(UserError, match="add --replace"):
+            _check_out(tmp_path, replace=False)
+        return
+    with pytest.raises(UserError, match=line):
+        _check_out(tmp_path, replace=True)

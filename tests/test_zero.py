@@ -49,6 +49,39 @@ def test_a_file_of_ones_own_keeps_what_it_says(under_torchrun: None, tmp_path: P
     assert "torch_autocast" not in zero.CONFIGS["zero3-offload"], "the named one is not changed"
 
 
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "names an optimizer, and a run has its own"),
+        ({"scheduler": {"type": "WarmupLR"}}, "names a scheduler"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled must be auto or false"),
+        ({"fp16": True}, "fp16.enabled must be auto or false"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization must be an object whose stage is 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}, "zero_optimization.allgather_bucket_size is auto"),
+        ({"steps_per_print": "auto"}, "steps_per_print is auto, which nobody here fills in"),
+    ],
+)
+def test_what_a_run_would_not_follow_is_refused_by_name(under_torchrun: None, tmp_path: Path, entry: dict, line: str) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}} | entry))
+    with pytest.raises(UserError, match=line):
+        zero.find_config(str(tmp_path / "own.json"))
+
+
+def test_sizes_that_a_file_leaves_open_are_those_of_the_models_width(under_torchrun: None, tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
+    own = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, **sizes, "overlap_comm": True}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    found = zero.with_sizes(zero.find_config(str(tmp_path / "own.json")), 100)
+    assert found["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": 10_000,
+        "stage3_prefetch_bucket_size": 9_000,
+        "stage3_param_persistence_threshold": 1_000,
+    }
+    assert zero.with_sizes(None, 100) is None
+
+
 def test_tensors_that_are_whole_are_left_alone() -> None:
     layer = nn.Linear(2, 2)
     with zero.whole(layer.parameters(), change=True), torch.no_grad():

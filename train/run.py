@@ -64,7 +64,9 @@ def arguments(
     elif device == "cpu":
         more |= {"use_cpu": True, "ddp_backend": "gloo" if world_size() > 1 else None}
     more |= {"ddp_find_unused_parameters": False} if world_size() > 1 else {}  # there are none
-    with processes_without_gpu() if deepspeed is not None else contextlib.nullcontext():
+    # what DeepSpeed says of a configuration are errors of values
+    named = about("--deepspeed", ValueError, TypeError, KeyError) if deepspeed is not None else contextlib.nullcontext()
+    with processes_without_gpu() if deepspeed is not None else contextlib.nullcontext(), named:
         return TrainingArguments(
             output_dir=str(out / "checkpoints"),
             max_steps=steps,

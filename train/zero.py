@@ -120,17 +120,18 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
         raise UserError(f"--deepspeed {name}: zero_optimization must be an object whose stage is 0, 1, 2 or 3")
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise UserError(f"--deepspeed {name}: names a {key}, and a run has its own, with a rate for each part; remove {key} from it")
+            article = "an" if key[0] == "o" else "a"
+            raise UserError(f"--deepspeed {name}: names {article} {key}, and a run has its own, with a rate a part; remove {key} from it")
     for key in ("fp16", "bf16"):
         section = config.get(key, {})
         if not isinstance(section, dict) or section.get("enabled", False) not in ("auto", False):
             raise UserError(
-                f"--deepspeed {name}: {key}.enabled must be auto or false: weights stay float32, and torch_autocast says what is multiplied in"
+                f"--deepspeed {name}: {key}.enabled must be auto or false: weights stay float32, and torch_autocast says what they are "
+                "multiplied in"
             )
     fillable = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     open_ones = [key for key, value in config.items() if value == "auto" and key not in fillable]
     open_ones += [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto" and key not in _BY_WIDTH]
-    open_ones = [key for key in open_ones if key != "zero_optimization.stage3_gather_16bit_weights_on_model_save"]
     if open_ones:
         raise UserError(f"--deepspeed {name}: {open_ones[0]} is auto, which nobody here fills in; give it a value")
 

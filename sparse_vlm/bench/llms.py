@@ -97,7 +97,7 @@ class LLMPlan:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(_cut(self.config, layers))
+            return AutoModelForCausalLM.from_config(_cut(self.config, layers), trust_remote_code=False)
 
     @cached_property
     def parameters(self) -> int:
@@ -113,6 +113,7 @@ def plan_llm(name: str) -> LLMPlan:
         UserError: no such LLM.
     """
     from sparse_vlm.llm import load_tokenizer
+    from sparse_vlm.pretrained import as_user_error
     from sparse_vlm.store import locate
 
     if name in SHAPES:
@@ -122,7 +123,10 @@ def plan_llm(name: str) -> LLMPlan:
     except UserError as error:
         raise UserError(f"--llm {error}; shapes of random weights are {', '.join(SHAPES)}") from error
     _, config, _ = load_tokenizer(name)
-    return LLMPlan(name, "a language model", config, trained=True)
+    plan = LLMPlan(name, "a language model", config, trained=True)
+    with as_user_error(f"--llm {name}"):  # a model of pictures and text, for one, is none
+        _ = plan.parameters
+    return plan
 
 
 class Language:
@@ -150,7 +154,7 @@ class Language:
             self.model = load_llm(plan.name, dtype).model
         else:
             with device:  # a GPU draws billions of random weights sooner than a processor
-                self.model = AutoModelForCausalLM.from_config(_cut(plan.config, self.built), dtype=dtype)
+                self.model = AutoModelForCausalLM.from_config(_cut(plan.config, self.built), dtype=dtype, trust_remote_code=False)
         self.weights = "trained" if plan.trained and whole else "random"
         self.model.requires_grad_(False).eval().to(device)
         self._cache_shapes = self._probe()

@@ -21,7 +21,7 @@ from sparse_vlm.distill.shrink import put_patches, within
 from sparse_vlm.geometry import grid_rois_for, roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.tower.focus import variation
+from sparse_vlm.tower.focus import plain_grid, variation
 from sparse_vlm.tower.model import image_extent
 
 TEMPERATURE = 0.1  # of similarities between pictures
@@ -93,8 +93,8 @@ class Distillation(nn.Module):
         """Views (B, 3, H, W) uint8 with the teacher's embeddings (B, E) and patch tokens: (B, N, d) averaged over the student's cells, or
         all (B, G * G, d) for a student of several budgets, to be averaged over the cells of the budget.
 
-        A focus learns beside the student, from how the teacher's patches vary. Some views have their cells where the teacher's own map says,
-        so that the student learns from good cells before there are predicted ones, and some have the plain grid.
+        A focus learns beside the student, from how the teacher's patches vary. Some views have their cells where the teacher's map says, so
+        that the student learns from good cells before there are predicted ones, and some have the plain grid.
 
         Args:
             num_tokens: the student's latent tokens, for a student of several budgets.
@@ -153,7 +153,7 @@ class Distillation(nn.Module):
             # of eight views, four as the focus says, three as the teacher says, and one on the grid that even images keep
             turn = torch.arange(len(maps), device=maps.device).view(-1, 1, 1) % 8
             cells = torch.where(turn % 2 == 1, focus.place(wanted, aspects, count), cells)
-            cells = torch.where(turn == 7, grid_rois_for(count, aspects), cells)
+            cells = torch.where(turn == 7, plain_grid(count, aspects), cells)
         return cells, F.mse_loss(maps, wanted)
 
 

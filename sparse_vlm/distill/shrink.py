@@ -79,4 +79,5 @@ def put_patches(patches: Tensor, boxes: Tensor, background: Tensor) -> Tensor:
     """The teacher's patches (B, G * G, d) as they would lie if each view stood in its box (B, 4) before a background (d,)."""
     grid = math.isqrt(patches.shape[1])
     part, inside = within(grid_rois(grid * grid).to(boxes.device).expand(len(boxes), -1, -1), boxes)
-    return torch.lerp(background.expand_as(patches), roi_average_weights(part, grid, grid) @ patches, inside.unsqueeze(-1))
+    averages = (roi_average_weights(part, grid, grid) @ patches).to(patches.dtype)  # under autocast a product is bfloat16
+    return torch.lerp(background.expand_as(patches), averages, inside.unsqueeze(-1))

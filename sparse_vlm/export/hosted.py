@@ -50,7 +50,7 @@ class HostedTower(TowerExporter):
         return run
 
     def compare(self, folder: Path) -> list[Comparison]:
-        pixels = AutoImageProcessor.from_pretrained(folder)(self.pictures, return_tensors="pt")["pixel_values"]
+        pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)(self.pictures, return_tensors="pt")["pixel_values"]
         return [
             _weights(SparseFormerHostModel.wrap(self.tower), _loaded(AutoModel, folder)),
             compared("pixel_values", len(self.pictures), self.inputs[0], pixels, 0.0),
@@ -82,7 +82,7 @@ class HostedVLM(Exporter):
             raise UserError(f"{model}: its projector ({self.vlm.projector_kind}) is none that transformers' LLaVA knows; only mlp is")
         self.config = self.vlm.tower.config
         self.dtype, self.pictures = dtype, list(pictures)
-        # asked as `sparse-vlm chat` asks, before the adapters' layers are taken out
+        # asked as `sparse-vlm chat` asks
         self.logits, self.answers = [], []
         for picture in self.pictures:
             text = self.vlm.renderer.text([_question(picture)], answer_next=True)
@@ -92,8 +92,6 @@ class HostedVLM(Exporter):
 
     def write(self, folder: Path) -> None:
         vlm = self.vlm
-        if vlm.peft is not None:
-            vlm.peft.unload()  # the layers are plain again and keep what was merged into their weights
         vlm.model.config.text_config._name_or_path = vlm.model.config._name_or_path = ""
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)
@@ -101,7 +99,7 @@ class HostedVLM(Exporter):
 
     @torch.inference_mode()
     def compare(self, folder: Path) -> list[Comparison]:
-        model, processor = _loaded(AutoModelForImageTextToText, folder), AutoProcessor.from_pretrained(folder)
+        model, processor = _loaded(AutoModelForImageTextToText, folder), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         found, wrong = [_weights(self.vlm.model, model)], 0
         for number, (picture, logits, answer) in enumerate(zip(self.pictures, self.logits, self.answers, strict=True), 1):
             inputs = processor.apply_chat_template(
@@ -148,7 +146,7 @@ def _loaded(auto: Any, folder: Path) -> Any:
     Raises:
         UserError: a tensor that is missing, unexpected or misshapen; transformers itself would fill it in and go on.
     """
-    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    model, report = auto.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
     if wrong := [f"{what} {', '.join(sorted(map(str, names)))}" for what, names in report.items() if names]:
         raise UserError(f"what was written does not load whole ({'; '.join(wrong)}); nothing was kept")
     return model.eval()

@@ -87,13 +87,18 @@ def adapt(tower: SparseFormer, model: nn.Module | None = None) -> OpenClipVisual
     """The tower for a model of open_clip.
 
     Args:
-        model: when given, it is checked that the tower can stand in it.
+        model: when given, it is checked that the tower can stand in it, and the tower takes its device and dtype: open_clip
+            multiplies what both sides say.
 
     Raises:
         UserError: its text side has another embedding width, or its pictures are normalised otherwise.
     """
     if model is not None:
         _check(tower, model)
+        if (
+            there := max(getattr(model, "visual", nn.Module()).parameters(), key=Tensor.numel, default=None)
+        ) is not None:  # norms may be float32
+            tower.to(there.device, there.dtype)
     return OpenClipVisual(tower)
 
 

@@ -178,11 +178,11 @@ class Focus:
         return out
 
 
-def place(maps: Tensor, aspects: Tensor, num_tokens: int, coarse: int, margin: float) -> Tensor:
+def place(maps: Tensor, aspects: Tensor, num_tokens: int, coarse: int, evenness: float) -> Tensor:
     """As `Focus.place`: maps (B, S, M, M) and aspects (B,) to (B, n, 4), of a grid of `coarse` cells that is split."""
     batch, scales, side = maps.shape[:3]
     out = torch.empty(batch, num_tokens, 4)
-    _call("place", torch.float32, _numbers(maps), _numbers(aspects), margin, batch, num_tokens, coarse, side, scales, out)
+    _call("place", torch.float32, _numbers(maps), _numbers(aspects), evenness, batch, num_tokens, coarse, side, scales, out)
     return out
 
 

@@ -14,8 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from sparse_vlm.errors import UserError
+from sparse_vlm.pretrained import asking_nobody, check_size, from_pretrained, one_line, refuse_code
 from sparse_vlm.teacher import open_clip_vit, timm_vit, transformers_vit
 from sparse_vlm.teacher.base import Teacher, TeacherError
+from sparse_vlm.weights import check_finite, refuse_pointer, refuse_pointers
 
 LOCATED = ("local-dir:", "hf-hub:")  # how open_clip names a model by where it lies
 Reader = Callable[[str, nn.Module, dict[str, Any], str], Teacher]
@@ -74,10 +77,14 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
     if tag is not None:
         _refuse_lost_quick_gelu(name, model_name, tag)
     try:
-        model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
+        if folder is not None:
+            refuse_code(folder)
+            refuse_pointers(folder)
+        with asking_nobody():  # open_clip has text sides of transformers
+            model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
         licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
     except Exception as error:
-        raise TeacherError(f"teacher {name}: open_clip could not load it ({error})") from error
+        raise TeacherError(f"teacher {name}: open_clip could not load it ({one_line(error)})") from error
     return read_open_clip(name, model, licence)
 
 
@@ -113,31 +120,35 @@ def _from_timm(name: str, rest: str, checkpoint: str | None) -> Teacher:
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise TeacherError(f"teacher {name}: {checkpoint}: no such file")
     try:
+        if checkpoint is not None:
+            refuse_pointer(Path(checkpoint))
         model = timm.create_model(rest, pretrained=checkpoint is None, checkpoint_path=checkpoint or "")
     except Exception as error:
-        raise TeacherError(f"teacher {name}: timm could not load it ({error})") from error
+        raise TeacherError(f"teacher {name}: timm could not load it ({one_line(error)})") from error
     licence = (model.pretrained_cfg or {}).get("license") or ""
     return _reader(name, model, TIMM_READERS)(name, model, timm.data.resolve_model_data_config(model), licence)
 
 
 def _from_transformers(name: str, rest: str, revision: str | None) -> Teacher:
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import cached_file
 
     if rest.startswith((".", "/", "~")) and not Path(rest).is_dir():
         raise TeacherError(f"teacher {name}: {rest}: no such folder")
     where = {"revision": revision} if revision else {}
     try:
-        model, found = AutoModel.from_pretrained(rest, output_loading_info=True, **where)
+        folder = Path(rest)
+        if folder.is_dir():
+            check_size(folder, from_pretrained(AutoConfig, folder), AutoModel)
+        model, found = from_pretrained(AutoModel, rest, output_loading_info=True, **where)
         processor = json.loads(Path(cached_file(rest, "preprocessor_config.json", **where)).read_text(encoding="utf-8"))
+        preprocess = {"mean": processor["image_mean"], "std": processor["image_std"]}
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TeacherError(f"teacher {name}: transformers could not load it ({reason})") from error
+        raise TeacherError(f"teacher {name}: transformers could not load it ({one_line(error)})") from error
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise TeacherError(f"teacher {name}: its weights lack {len(absent)} tensors, {absent[0]} for one")
     readme = Path(rest) if Path(rest).is_dir() else _hub_file(rest, "README.md", **where)
-    preprocess = {"mean": processor["image_mean"], "std": processor["image_std"]}
     return _reader(name, model, TRANSFORMERS_READERS)(name, model, preprocess, stated_licence(readme))
 
 
@@ -148,6 +159,10 @@ def _reader(name: str, model: nn.Module, readers: dict[str, Reader]) -> Reader:
     kind = type(model).__name__
     if kind not in readers:
         raise TeacherError(f"teacher {name}: a {kind} is not supported; known are {', '.join(readers)}")
+    try:
+        check_finite(f"teacher {name}", model.named_parameters())
+    except UserError as error:
+        raise TeacherError(str(error)) from None
     return readers[kind]
 
 

@@ -1,17 +1,29 @@
 """What a SparseFormer is made of, as frozen data: units, operations, where tokens begin, and the seven published configurations.
 
-Notable: stdlib only, so that a configuration can be read where torch is not. A new tower is one more `SparseFormerConfig`; nothing
-branches on a model's name.
+Notable: stdlib only, so that a configuration can be read where torch is not. Whatever one says is checked when it is made, and bounded, so
+that no file of a few numbers asks for memory or time that no tower takes. A new tower is one more `SparseFormerConfig`; nothing branches on
+a model's name.
 Sources: SparseFormer (arXiv 2304.03768, table 1) and Bootstrapping SparseFormers (arXiv 2312.01987, section 3).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.tower.limits import one_of, product, triple, truth, whole, within
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+Head = Literal["cls", "avg", "map"]
+TokenInit = Literal["shared", "each", "glance"]
+RoisInit = Literal["grid", "released"]
+GlanceKind = Literal["pool", "crop"]
+Padding = Literal["border", "zeros"]
 Fit = Literal["crop", "whole"]
 OPS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
 FORMAT = "sparse-vlm/tower/1"
@@ -32,9 +44,16 @@ class UnitConfig:
     activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
+        whole("a unit's width", self.width, 1, 16384)
         unknown = [op for op in self.ops if op not in OPS]
         if unknown:
-            raise ValueError(f"unknown operation {', '.join(unknown)}; known are {', '.join(OPS)}")
+            raise ValueError(f"unknown operation {', '.join(map(str, unknown))}; known are {', '.join(OPS)}")
+        if not self.ops or len(set(self.ops)) < len(self.ops):
+            raise ValueError(f"a unit's operations are {', '.join(self.ops) or 'none'}; each may stand there once, and one must")
+        whole("a unit's repeats", self.repeats, 1, 64)
+        one_of("a unit's activation", self.activation, get_args(Activation))
+        if "PE_INJECT" in self.ops and self.width % 8:
+            raise ValueError(f"a unit's width {self.width} is no multiple of 8, which encoding RoIs needs")
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,15 @@ class GlanceConfig:
     grid: int
     points_per_side: int = 4
     norm_pre: bool = False
-    kind: Literal["pool", "crop"] = "pool"
+    kind: GlanceKind = "pool"
+
+    def __post_init__(self) -> None:
+        whole("the glance's patch_size", self.patch_size, 1, 512)
+        whole("the glance's grid", self.grid, 1, 512)
+        whole("the glance's points_per_side", self.points_per_side, 1, 64)
+        truth("the glance's norm_pre", self.norm_pre)
+        one_of("the glance's kind", self.kind, get_args(GlanceKind))
+        product("the glance's pixels a side", 4096, self.patch_size, self.grid)
 
 
 @dataclass(frozen=True)
@@ -65,13 +92,23 @@ class FocusConfig:
         size: pixels a side of the thumbnail that it sees.
         channels: of its three strided convolutions, and of those on the map.
         area_bias: how far attention counts a cell by its area: 0 not at all, 1 in proportion.
-        margin: an image keeps the plain grid where adaptive cells leave at least this share of the variation that the grid leaves.
+        evenness: an image keeps the plain grid where the predicted log variation has a standard deviation below this over the image.
     """
 
     size: int = 112
     channels: tuple[int, int, int, int] = (16, 32, 64, 96)
     area_bias: float = 0.5
-    margin: float = 1.0
+    evenness: float = 0.45
+
+    def __post_init__(self) -> None:
+        whole("the focus' size", self.size, 16, 1024)
+        if not isinstance(self.channels, Sequence) or isinstance(self.channels, str) or len(self.channels) != 4:
+            raise ValueError(f"the focus' channels are {self.channels!r:.60}, expected four numbers")
+        for channels in self.channels:
+            whole("a number of the focus' channels", channels, 1, 1024)
+        object.__setattr__(self, "channels", tuple(self.channels))  # a list in JSON
+        within("the focus' area_bias", self.area_bias, 0, 4)
+        within("the focus' evenness", self.evenness, 0, 100)
 
 
 @dataclass(frozen=True)
@@ -109,10 +146,10 @@ class SparseFormerConfig:
     conv_dim: int = 64
     num_points: int = 16
     cls_before_unit: int | None = None
-    head: Literal["cls", "avg", "map"] = "cls"
+    head: Head = "cls"
     head_bias: bool = False
-    token_init: Literal["shared", "each", "glance"] = "shared"
-    rois_init: Literal["grid", "released"] = "grid"
+    token_init: TokenInit = "shared"
+    rois_init: RoisInit = "grid"
     budgets: tuple[int, int] | None = None
     glance: GlanceConfig | None = None
     focus: FocusConfig | None = None
@@ -122,11 +159,12 @@ class SparseFormerConfig:
     transition_norm: bool = False
     stage_embedding: bool = True
     adjust_hidden: bool = True
-    padding: Literal["border", "zeros"] = "border"
+    padding: Padding = "border"
     clamp_coordinate_grad: bool = False
     ln_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        self._check_fields()
         if (self.token_init == "glance") != (self.glance is not None):
             raise ValueError("token_init 'glance' and a GlanceConfig go together")
         if (self.head == "cls") != (self.cls_before_unit is not None):
@@ -141,6 +179,52 @@ class SparseFormerConfig:
         for unit in self.units:
             if self.num_heads is None and unit.width % 64:
                 raise ValueError(f"width {unit.width} is no multiple of the head size 64")
+            if self.num_heads is not None and unit.width % self.num_heads:
+                raise ValueError(f"width {unit.width} is no multiple of the {self.num_heads} heads")
+            if self.generator_width(unit.width) < 1:
+                raise ValueError(f"generator_dim {self.generator_dim} leaves nothing of a unit's width {unit.width}")
+        if self.cls_before_unit is not None:
+            whole("cls_before_unit", self.cls_before_unit, 0, len(self.units) - 1)
+        self._check_sizes()
+
+    def _check_fields(self) -> None:
+        if not isinstance(self.units, Sequence) or not self.units or not all(isinstance(unit, UnitConfig) for unit in self.units):
+            raise ValueError("units must be a list of one or more units")
+        whole("the number of units", len(self.units), 1, 1024)
+        whole("the repeats of all units", sum(unit.repeats for unit in self.units), 1, 1024)
+        for name, high in (("num_latent_tokens", 4096), ("embed_dim", 1 << 17), ("conv_dim", 1024)):
+            whole(name, getattr(self, name), 1, high)
+        whole("image_size", self.image_size, 8, 4096)
+        whole("num_points", self.num_points, 2, 4096)  # they are spread to a standard deviation
+        if self.num_heads is not None:
+            whole("num_heads", self.num_heads, 1, 1024)
+        triple("image_mean", self.image_mean, -1e4, 1e4)
+        triple("image_std", self.image_std, 1e-4, 1e4)
+        within("ln_eps", self.ln_eps, 1e-12, 1)
+        within("generator_dim", self.generator_dim, 1e-4, 1 << 16)
+        for name, kind in (("head", Head), ("fit", Fit), ("token_init", TokenInit), ("rois_init", RoisInit), ("padding", Padding)):
+            one_of(name, getattr(self, name), get_args(kind))
+        for name in ("head_bias", "mixing_bias", "transition_norm", "stage_embedding", "adjust_hidden", "clamp_coordinate_grad"):
+            truth(name, getattr(self, name))
+        if self.budgets is not None:
+            if not isinstance(self.budgets, Sequence) or len(self.budgets) != 2:
+                raise ValueError(f"budgets are {self.budgets!r}, expected the fewest and the most tokens")
+            for number in self.budgets:
+                whole("a number of budgets", number, 1, 4096)
+        if self.glance is not None and not isinstance(self.glance, GlanceConfig):
+            raise ValueError(f"glance is {self.glance!r}, no description of one")
+
+    def _check_sizes(self) -> None:
+        """What one picture takes, in numbers."""
+        most, tokens = 1 << 26, self.num_latent_tokens if self.budgets is None else self.budgets[1]
+        product("the tokens' numbers", most, tokens, max(unit.width for unit in self.units), 4)
+        if any("SAMPLING_M" in unit.ops for unit in self.units):
+            product("the map's numbers (image_size, conv_dim)", most, self.conv_dim, -(-self.image_size // 2), -(-self.image_size // 2))
+            product("what tokens sample (tokens, num_points, conv_dim)", most, tokens, self.num_points, self.conv_dim)
+            mixed = self.conv_dim**2 + self.num_points * self.mixing_out_points
+            product("what tokens mix with (tokens, conv_dim, num_points)", most, tokens, mixed)
+        if self.glance is not None:
+            product("what tokens glance at (tokens, grid)", most, tokens, self.glance.grid, self.glance.grid)
 
     @property
     def width(self) -> int:
@@ -207,8 +291,10 @@ class SparseFormerConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: another format, or a field this version does not know.
+            ValueError: another format, a field that this version does not know or that is missing, or a value that no tower has.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"not a tower configuration but a {type(data).__name__}")
         data = dict(data)
         found = data.pop("format", None)
         if found != FORMAT:
@@ -216,15 +302,17 @@ class SparseFormerConfig:
         unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the tower's configuration")
-        data["units"] = tuple(_unit(unit) for unit in data["units"])
-        data["image_mean"], data["image_std"] = tuple(data["image_mean"]), tuple(data["image_std"])
-        if data.get("budgets") is not None:
-            data["budgets"] = tuple(data["budgets"])
+        if not isinstance(units := data.get("units"), list | tuple):
+            raise ValueError("units must be a list of one or more units")
+        data["units"] = tuple(_unit(unit) for unit in units)
+        for name in ("image_mean", "image_std", "budgets"):
+            if isinstance(data.get(name), list):
+                data[name] = tuple(data[name])
         if data.get("glance") is not None:
-            data["glance"] = GlanceConfig(**data["glance"])
+            data["glance"] = _made(GlanceConfig, data["glance"], "the glance")
         if data.get("focus") is not None:
-            data["focus"] = FocusConfig(**{**data["focus"], "channels": tuple(data["focus"]["channels"])})
-        return cls(**data)
+            data["focus"] = _made(FocusConfig, data["focus"], "the focus")
+        return _made(cls, data, "the tower's configuration")
 
     @classmethod
     def named(cls, name: str) -> SparseFormerConfig:
@@ -249,11 +337,41 @@ class SparseFormerConfig:
         return config_from_released(data)
 
 
+def read_config(folder: Path, name: str) -> SparseFormerConfig:
+    """The configuration of a tower's folder.
+
+    Args:
+        name: what to call the tower in errors.
+
+    Raises:
+        UserError: there is none, or it is of no tower.
+    """
+    try:
+        return SparseFormerConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not a tower folder ({error})") from error
+
+
 def _unit(data: dict[str, Any]) -> UnitConfig:
+    if not isinstance(data, dict) or not isinstance(data.get("ops"), list | tuple):
+        raise ValueError(f"a unit is {data!r:.60}, expected its width and a list of its operations")
     data = {**data, "ops": tuple(data["ops"])}
     if "quick_gelu" in data:  # folders of the first format's early days
         data["activation"] = "quick_gelu" if data.pop("quick_gelu") else "gelu"
-    return UnitConfig(**data)
+    return _made(UnitConfig, data, "a unit")
+
+
+def _made(kind: type[Any], data: Any, what: str) -> Any:
+    """A dataclass of plain data; what is missing and what is too much are named."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{what} is {data!r:.60}, no object")
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    for name in sorted(fields.keys() ^ data.keys()):
+        if name not in fields:
+            raise ValueError(f"unknown field {name} in {what}")
+        if fields[name]:
+            raise ValueError(f"{what} lacks {name}")
+    return kind(**data)
 
 
 def _v1(tokens: int, focus: int, width: int, blocks: int) -> SparseFormerConfig:

@@ -26,7 +26,9 @@ from sparse_vlm.geometry import crop_rois, grid_rois_for
 from sparse_vlm.tower.config import FocusConfig
 
 SCALES = (1 / 2, 1 / 4, 1 / 8)  # sides of the windows in which variation is predicted, relative to the image
+MIDDLE = 1  # the scale by which an image is told to be even
 MAP = 8  # rows and columns of the map
+ELONGATED = 2.0  # sides of a cell, one by the other, in pixels: up to it cells have the image's own aspect, so that their grid is regular
 LEAST = 1e-4  # of the mean variance of a teacher's features, that a window counts as having at least
 
 
@@ -78,12 +80,12 @@ class Focus(nn.Module):
         Returns:
             (B, n, 4) float32, which tile the image; in the order of the coarse grid, and quarters in the order of a Z.
         """
-        grid = grid_rois_for(num_tokens, aspects)
+        grid = plain_grid(num_tokens, aspects)
         count = coarse_cells(num_tokens)
         splits = (num_tokens - count) // 3
         if splits == 0:
             return grid
-        base = grid_rois_for(count, aspects).unsqueeze(2)  # (B, b, 1, 4)
+        base = plain_grid(count, aspects).unsqueeze(2)  # (B, b, 1, 4)
         quarters = _quarters(base)  # (B, b, 4, 4)
         sixteenths = _quarters(quarters)  # (B, b, 16, 4)
         score = _gain(maps, base)  # (B, b, 1)
@@ -102,9 +104,16 @@ class Focus(nn.Module):
         order = torch.arange(kept.shape[1], device=kept.device, dtype=torch.float32)
         index = (kept * 2 * kept.shape[1] - order).topk(num_tokens).indices
         tree = cells.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
-        # cells alike in another order leave the same but for rounding
-        even = _left(maps, grid) * self.config.margin <= _left(maps, tree) * (1 + 1e-5)  # (B,)
+        even = maps[:, MIDDLE].flatten(1).std(1) < self.config.evenness  # (B,)
         return torch.where(even[:, None, None], grid, tree)
+
+
+def plain_grid(num_tokens: int, aspects: Tensor) -> Tensor:
+    """The grid of a tower with a focus, (B, n, 4): as regular for an image of 4:3 as for a square, because the teacher sees a square.
+
+    Cells that have the image's own aspect are nearer to the teacher than square ones in rows of unequal length (docs/looking.md).
+    """
+    return grid_rois_for(num_tokens, aspects / aspects.clamp(1 / ELONGATED, ELONGATED))
 
 
 def coarse_cells(num_tokens: int) -> int:
@@ -182,8 +191,3 @@ def _log_variance(maps: Tensor, cells: Tensor) -> Tensor:
 def _gain(maps: Tensor, cells: Tensor) -> Tensor:
     """What splitting each cell gains: the variation within it times its area."""
     return _log_variance(maps, cells).exp() * (cells[..., 2:] - cells[..., :2]).prod(-1)
-
-
-def _left(maps: Tensor, cells: Tensor) -> Tensor:
-    """(B,), the variation that cells leave within them."""
-    return _gain(maps, cells).sum(-1)

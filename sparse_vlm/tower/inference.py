@@ -37,7 +37,7 @@ from sparse_vlm.geometry import (
 )
 from sparse_vlm.kernels import native
 from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
-from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents
+from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents, plain
 from sparse_vlm.tower.packed import PackedLinear, pack
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ def optimize(tower: SparseFormer) -> None:
     """Fold a tower in place; see `SparseFormer.optimize_for_inference`."""
     if any(isinstance(module, PackedLinear) for module in tower.modules()):
         raise RuntimeError("this tower is optimized already")
+    for name, module in tower.named_modules():  # what is folded is weights, and such a layer computes more than its own
+        inner = isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+        if (inner and not plain(module)) or any(hasattr(module, mark) for mark in ("base_layer", "parametrizations")):
+            raise RuntimeError(
+                f"{name} is a {type(module).__name__} with weights beside its own, or hooks, which folding would leave out; merge and "
+                "unload adapters before (PEFT's merge_and_unload)"
+            )
     units = iter(tower.config.units)
     prepared, glance = PreparedUnit, PreparedGlance
     if kernels.compiled(tower.norm.weight.dtype, tower.config.conv_dim):
@@ -397,7 +404,7 @@ class CompiledFocus(Focus):
 
     def place(self, maps: Tensor, aspects: Tensor, num_tokens: int) -> Tensor:
         """As `Focus.place`."""
-        return native.place(maps, aspects, num_tokens, coarse_cells(num_tokens), self.config.margin)
+        return native.place(maps, aspects, num_tokens, coarse_cells(num_tokens), self.config.evenness)
 
 
 class CompiledAttention(PreparedAttention):

@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
 from sparse_vlm.geometry import grid_rois, grid_rois_for, released_rois
-from sparse_vlm.tower.config import SparseFormerConfig
+from sparse_vlm.tower.config import SparseFormerConfig, read_config
 from sparse_vlm.tower.focus import Focus, area_bias
-from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit
-from sparse_vlm.tower.released import load_strictly
+from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit, rows
+from sparse_vlm.tower.released import check_names, load_strictly
 
 if TYPE_CHECKING:
     from sparse_vlm.hosts.open_clip import OpenClipVisual
@@ -199,14 +199,14 @@ class SparseFormer(nn.Module):
         if self.glance is not None:
             x = self.glance(pixels, initial, rois, extent)
         else:
-            x = self.initial_embedding.weight.expand(batch, initial.shape[-2], -1)
+            x = rows(self.initial_embedding).expand(batch, initial.shape[-2], -1)
         index = 0
         for layer in self.layers:
             if not isinstance(layer, Unit):
                 x = layer(x)
                 continue
             if index == self.config.cls_before_unit:
-                x = torch.cat([self.cls_embedding.weight.expand(batch, 1, -1).to(x.dtype), x], dim=1)
+                x = torch.cat([rows(self.cls_embedding).expand(batch, 1, -1).to(x.dtype), x], dim=1)
             if index == 0 and self.glance is not None:
                 x = self.glance.norm_pre(x)
             x, rois = run(layer, x, rois, feature_map, points_seen, extent, bias)
@@ -288,7 +288,7 @@ class SparseFormer(nn.Module):
             Itself, in eval mode.
 
         Raises:
-            RuntimeError: it was optimized before.
+            RuntimeError: it was optimized before, or a layer is none of torch's own, as PEFT's are none.
         """
         self.eval().requires_grad_(False)
         if self.norm.weight.device.type == "cpu":
@@ -349,17 +349,21 @@ class SparseFormer(nn.Module):
         Raises:
             UserError: no such folder or name, not a tower, weights that do not fit, or a number of tokens that it was not made for.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from sparse_vlm.store import locate
+        from sparse_vlm.weights import read_shapes, read_tensors
 
         folder = locate(name_or_path)
-        try:
-            config = SparseFormerConfig.from_dict(json.loads((folder / "config.json").read_text()))
-            state = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        config = read_config(folder, str(name_or_path))
+        path = folder / "model.safetensors"
+        with torch.device("meta"):
+            ghost = cls(config)
+        try:  # before anything of its size is allocated
+            check_names(ghost, read_shapes(path), str(name_or_path))
+        except UserError as error:
             raise UserError(f"{name_or_path}: not a tower folder ({error})") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        state = read_tensors(path)
         if num_tokens is not None and num_tokens != config.num_latent_tokens:
             try:
                 config = config.at_budget(num_tokens)
@@ -367,10 +371,7 @@ class SparseFormer(nn.Module):
                 raise UserError(f"{name_or_path}: {error}") from error
             state["initial_roi.weight"] = grid_rois(num_tokens)
         tower = cls(config)
-        try:
-            load_strictly(tower, state, str(name_or_path))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        load_strictly(tower, state, str(name_or_path))
         return tower.to(dtype).eval()
 
 

@@ -44,6 +44,23 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+def plain(module: nn.Module) -> bool:
+    """Whether a layer does what its class does with its own weight and nothing else, so that the weight may be taken instead of calling it.
+
+    It is not so of a layer that PEFT, bitsandbytes, FSDP or a parametrization stands for or hooks of which say something else.
+    """
+    return type(module) in (nn.Linear, nn.Conv2d, nn.Embedding) and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    )
+
+
+def rows(table: nn.Embedding) -> Tensor:
+    """All rows of a table, (rows, width)."""
+    if plain(table):
+        return table.weight
+    return table(torch.arange(len(table.weight), device=table.weight.device))
+
+
 class EarlyConvolution(nn.Module):
     """The map that tokens look at: 7x7 convolution, ReLU, max pool, normalised over channels; a quarter of the picture's resolution."""
 
@@ -53,7 +70,7 @@ class EarlyConvolution(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, h, w) to (B, C, h / 4, w / 4)."""
-        x = kernels.convolve(pixels, self.conv1.weight, self.conv1.bias)
+        x = kernels.convolve(pixels, self.conv1.weight, self.conv1.bias) if plain(self.conv1) else None
         if x is None:
             # channels last makes pooling and the norm run along memory: a third of the time on a CPU
             x = self.conv1(pixels.contiguous(memory_format=torch.channels_last))
@@ -88,7 +105,10 @@ class Glance(nn.Module):
         positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (..., n, G * G)
         if self.config.kind == "crop":
             crops = crop_rois(pixels, seen, self.config.patch_size, extent)
-            patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
+            if plain(self.patch_embed):
+                patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
+            else:
+                patches = self.patch_embed(crops.flatten(0, 1)).flatten(1).unflatten(0, crops.shape[:2])
             return patches + positions.to(patches.dtype) @ self.pos_embed
         side = self.config.patch_size * self.config.grid
         if extent is not None:
@@ -146,6 +166,11 @@ class AdaptiveMixing(nn.Module):
         if self.s_beta is not None:
             x = x + self.s_beta.unsqueeze(-1)
         return self.out_proj(F.gelu(x).flatten(-2))
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether the kernels compute what `forward` does: they take the generator's last layer as its weight."""
+        return plain(self.parameter_generator[-1])
 
     def look(self, tokens: Tensor, feature_map: Tensor, points: Tensor, padding: Padding) -> Tensor:
         """`forward` of what the points (B, n, P, 2) sample of a map (B, C, H, W), by the kernels."""
@@ -205,12 +230,13 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) to (B, d)."""
-        weights, biases = self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3)
         probe = self.probe.expand(x.shape[0], 1, -1)
-        q, k, v = (
-            F.linear(tokens, weight, bias).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)  # (B, heads, 1 or N, head size)
-            for tokens, weight, bias in zip((probe, x, x), weights, biases, strict=True)
-        )
+        if plain(self.attn.qkv):
+            weights, biases = self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3)
+            three = (F.linear(tokens, weight, bias) for tokens, weight, bias in zip((probe, x, x), weights, biases, strict=True))
+        else:
+            three = (self.attn.qkv(tokens).chunk(3, dim=-1)[part] for part, tokens in enumerate((probe, x, x)))
+        q, k, v = (each.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for each in three)  # (B, heads, 1 or N, head size)
         pooled = self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # (B, 1, d)
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
@@ -267,7 +293,7 @@ class Unit(nn.Module):
             bias = F.pad(bias, (x.shape[1] - bias.shape[1], 0))
         for repeat in range(self.repeats):
             if self.stage_embedding is not None:
-                x = x + self.stage_embedding.weight[repeat]
+                x = x + rows(self.stage_embedding)[repeat]
             for op in self.ops:
                 if op == "ATTN":
                     x = x + self.attn(self.norm1(x), bias)
@@ -283,7 +309,7 @@ class Unit(nn.Module):
                         points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     if self.clamp_coordinate_grad:
                         points = _ClampedCoordinates.apply(points, feature_map.shape[-2])
-                    if kernels.usable(feature_map, points, latents):
+                    if self.adaptive_mixing.by_kernels and kernels.usable(feature_map, points, latents):
                         x = _add_to_latents(x, self.adaptive_mixing.look(latents, feature_map, points, self.padding))
                     else:
                         sampled = kernels.sample(feature_map, points, self.padding, x.dtype)

@@ -76,15 +76,22 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: s
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor; the module is left as it was.
     """
-    own = module.state_dict()
-    problems = [f"missing tensor {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected tensor {name}" for name in state_dict if name not in own]
+    check_names(module, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, source)
+    module.load_state_dict(dict(state_dict))
+
+
+def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Make sure that tensors of these names and shapes are exactly a module's.
+
+    Raises:
+        ValueError: naming every missing, unexpected and misshapen tensor.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = [f"missing tensor {name}" for name in own if name not in shapes]
+    problems += [f"unexpected tensor {name}" for name in shapes if name not in own]
     problems += [
-        f"tensor {name} has shape {tuple(state_dict[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state_dict and state_dict[name].shape != own[name].shape
+        f"tensor {name} has shape {shapes[name]}, expected {own[name]}" for name in own if own[name] != shapes.get(name, own[name])
     ]
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"{source}: {'; '.join(problems[:8])}{more}")
-    module.load_state_dict(dict(state_dict))

@@ -185,9 +185,10 @@ class Conversation:
         text = WRITERS[path.suffix.lower()](self, path.parent)
         try:
             with aside(path) as part:
-                part.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot write here ({error.strerror})") from None
+                part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a picture's name may be no text
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            shown = str(path).replace("\0", "\\0")
+            raise UserError(f"{shown}: cannot write here ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _user_message(pictures: tuple[Picture, ...], question: str) -> dict[str, Any]:

@@ -33,14 +33,15 @@ from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, Projector, make_projector
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import adapters
-from sparse_vlm.vlm.files import check_tensors, read_tensors, write_tensors
+from sparse_vlm.vlm.described import FORMAT, HELD, read
+from sparse_vlm.vlm.files import write_tensors
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
 from sparse_vlm.vlm.quantize import keep_differentiable, quantization
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
 from sparse_vlm.vlm.vocabulary import check_llm, give_rows
+from sparse_vlm.weights import check_shapes, read_tensors
 
-FORMAT = "sparse-vlm/vlm/1"
 TOWER_ADAPTER = "tower_adapter"  # PEFT's folder of the tower's
 # Where the parts' tensors stand in `VLM.model`, and the file of each. An LLM whose head is not its table of embeddings has that as well.
 TENSORS = {"projector": "model.multi_modal_projector.", "llm": "model.language_model.", "tower": "model.vision_tower.tower."}
@@ -55,7 +56,9 @@ class VLM:
         processor: the stock `LlavaProcessor`; its chat template is the LLM's own, extended to pictures.
         renderer: conversations to tokens and label masks.
         tower_name, llm_name: what tower and LLM were loaded by.
-        peft, tower_peft: PEFT's wrapper around `model` when the LLM has adapters, and around `tower` when that has; else None.
+        peft, tower_peft: PEFT's wrapper around `model` when the LLM has adapters that are not folded into its weights, and around `tower`
+            when that has; else None.
+        folded: the adapters of `llm` and `tower` that are, as they are saved.
         llm_changed, tower_changed: whether its own weights were trained and are saved with the model.
         projector_kind: `mlp`, or which of `sparse_vlm.projectors`.
         quantized: `4bit` or `8bit` when the LLM's weights are held so, else None.
@@ -68,6 +71,7 @@ class VLM:
         self.tower_name, self.llm_name = tower_name, llm_name
         self.peft: Any = None
         self.tower_peft: Any = None
+        self.folded: dict[str, adapters.Folded] = {}
         self.llm_changed = self.tower_changed = False
         self.quantized: str | None = None
         self.projector_kind = MLP
@@ -219,24 +223,15 @@ class VLM:
             UserError: no such folder or name, not a VLM, a part that cannot be found, weights that do not fit, a model to use whose
                 projector has learnt nothing, or a model to quantise whose LLM has weights of its own.
         """
-        folder = store.locate(path_or_zoo_name, kind="vlm")
-        try:
-            described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
-            if described.get("format") != FORMAT:
-                raise UserError(f"{path_or_zoo_name}: vlm.json has format {described.get('format')!r}, this version reads {FORMAT!r}")
-            tower, llm = (store.part_of(folder, described, part) for part in ("tower", "llm"))
-            shape = described["projector"]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{path_or_zoo_name}: not a VLM folder ({error})") from error
-        blank = described.get("new_projector", False)
+        folder, described = read(path_or_zoo_name)
+        tower, llm, shape, blank, held = described.tower, described.llm, described.shape, described.new_projector, described.holds
         keeps = new_tower is None or keep_projector
         if fold and (blank or not keeps):
             raise UserError(f"{path_or_zoo_name}: its projector has learnt nothing yet; `sparse-vlm train --stage align --init` teaches it")
-        held = described.get("holds", {"tower": "as named", "llm": _llm_of_files(folder)})
         if quantize is not None and held["llm"] == "tuned":
             raise UserError(f"{path_or_zoo_name}: its LLM was trained in full, and only one as it is named can be loaded in {quantize}")
-        kind = shape.get("kind", MLP) if keeps else projector
-        budget = num_tokens or (None if new_tower else described.get("num_tokens"))
+        kind = described.kind if keeps else projector
+        budget = num_tokens or (None if new_tower else described.num_tokens)
         vlm = cls.build(new_tower or tower, llm, device, dtype, num_tokens=budget, quantize=quantize, projector=kind)
         if keeps:
             vlm.new_projector = blank
@@ -251,14 +246,14 @@ class VLM:
         elif held["llm"] == "adapters":
             vlm.peft = adapters.read(vlm.model, folder, trainable=not fold)
             if fold and quantize is None:  # before the tower has its own, which would be folded with them
-                vlm.peft.merge_adapter()
+                vlm.merge_adapter()
         if new_tower is None and held["tower"] == "tuned":
             vlm.tower_changed = True
             vlm._load("tower", folder)
         elif new_tower is None and held["tower"] == "adapters":
             vlm.tower_peft = adapters.read(vlm.tower, folder / TOWER_ADAPTER, trainable=not fold)
             if fold:
-                vlm.tower_peft.merge_adapter()
+                vlm._fold_tower()
         vlm.model.eval()
         return vlm
 
@@ -271,24 +266,28 @@ class VLM:
             dtype: store projector, adapters and what was tuned so; as they are by default.
             tower: name of the tower to record instead of what it was loaded by, such as its name in the zoo.
             tensors: `own_tensors` as they are to be written, where the model itself is spread over processes.
+
+        Raises:
+            UserError: somebody else put adapters on the model, which are not this VLM's to save.
         """
         folder = Path(path)
+        self._refuse_foreign_adapters()
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.own_tensors() if tensors is None else tensors
         for part in ("projector", *["llm"] * self.llm_changed, *["tower"] * self.tower_changed):
             write_tensors(self._part(part, tensors), folder / f"{part}.safetensors", dtype)
-        if self.peft is not None:
-            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(TENSORS["tower"])}
-            adapters.write(self.peft, folder, own, self.llm_name, dtype)
-        if self.tower_peft is not None:
-            prefix = TENSORS["tower"]
+        prefix = TENSORS["tower"]
+        if (found := self._adapters("llm")) is not None:
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+            adapters.write(found, folder, own, self.llm_name, dtype)
+        if (found := self._adapters("tower")) is not None:
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            adapters.write(self.tower_peft, folder / TOWER_ADAPTER, own, self.tower_name, dtype)
+            adapters.write(found, folder / TOWER_ADAPTER, own, self.tower_name, dtype)
         described = {"format": FORMAT, "tower": tower or self.tower_name, "llm": self.llm_name, "projector": self._shape()}
         described["holds"] = {
-            "tower": _held(self.tower_changed, self.tower_peft),
+            "tower": _held(self.tower_changed, self._adapters("tower")),
             "projector": "new" if self.new_projector else "trained",
-            "llm": _held(self.llm_changed, self.peft),
+            "llm": _held(self.llm_changed, self._adapters("llm")),
         }
         ways = {described[part]: store.way_to(described[part], folder) for part in ("tower", "llm")}
         if ways := {name: way for name, way in ways.items() if way is not None}:
@@ -327,7 +326,7 @@ class VLM:
         path = folder / f"{part}.safetensors"
         state = read_tensors(path)
         own = self._part(part, self.own_tensors())
-        check_tensors(path, {name: tuple(tensor.shape) for name, tensor in own.items()}, state)
+        check_shapes(path, adapters.shapes(own), adapters.shapes(state))
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
@@ -338,6 +337,41 @@ class VLM:
     def add_tower_adapters(self, rank: int, seed: int = 0) -> None:
         """The same for the tower's units."""
         self.tower_peft = adapters.fresh(self.tower, adapters.tower_layers(self.tower), rank, seed)
+
+    def merge_adapter(self) -> None:
+        """Fold adapters into the weights of LLM and tower, where they have any; they stay at hand for saving.
+
+        The layers are plain again, so that PEFT can put an adapter of somebody else's on `model`. That one is saved by PEFT, and goes on
+        `VLM.from_pretrained(FOLDER).model`.
+
+        Raises:
+            UserError: an LLM in 4 or 8 bits, whose adapters stay beside its weights.
+        """
+        if self.peft is not None:
+            if self.quantized is not None:
+                raise UserError(f"an LLM in {self.quantized} keeps its adapters beside its weights; load it unquantised to fold them")
+            if self.tower_peft is not None:  # PEFT folds whatever it finds inside
+                self._fold_tower()
+            self.folded["llm"], self.peft = adapters.fold(self.peft), None
+        if self.tower_peft is not None:
+            self._fold_tower()
+
+    def _fold_tower(self) -> None:
+        self.folded["tower"], self.tower_peft = adapters.fold(self.tower_peft), None
+
+    def _adapters(self, part: str) -> Any:
+        """A part's adapters, apart or folded; None where there are none."""
+        apart = self.peft if part == "llm" else self.tower_peft
+        return self.folded.get(part) if apart is None else apart
+
+    def _refuse_foreign_adapters(self) -> None:
+        inner = self.model.model
+        for part, module, own in (("LLM", inner.language_model, self.peft), ("tower", inner.vision_tower, self.tower_peft)):
+            if own is None and adapters.has_any(module):
+                raise UserError(
+                    f"the {part} has adapters that are not this VLM's; save them by PEFT's own save_pretrained (they go on "
+                    "VLM.from_pretrained(FOLDER).model), or merge and unload them before"
+                )
 
     # ---- use
 
@@ -357,11 +391,14 @@ class VLM:
         Raises:
             UserError: a conversation whose placeholders and pictures do not match, or that is too long.
         """
-        texts = [self.renderer.text(conversation, answer_next=True) for conversation in conversations]
-        images = [image for conversation in conversations for image in images_of(conversation)]
-        inputs = self.processor(text=texts, images=images or None, padding=True, add_special_tokens=False, return_tensors="pt")
-        for i, (row, conversation) in enumerate(zip(inputs["input_ids"].tolist(), conversations, strict=True)):
+        if not conversations:
+            return []
+        rows = [self.renderer.tokens(self.renderer.text(conversation, answer_next=True)) for conversation in conversations]
+        for i, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
             self.renderer.check_count(row, len(images_of(conversation)), f"conversation {i}")
+        inputs = self.tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
+        if images := [image for conversation in conversations for image in images_of(conversation)]:
+            inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         self.check_length(inputs["input_ids"].shape[1] + max_new_tokens)
         if self.projector_kind != MLP:  # one that reduces tokens cannot take those of all images in one row; the canvases tell the sizes
             inputs.pop("image_sizes", None)
@@ -398,9 +435,4 @@ class VLM:
 
 
 def _held(changed: bool, peft: Any) -> str:
-    return "tuned" if changed else "as named" if peft is None else "adapters"
-
-
-def _llm_of_files(folder: Path) -> str:
-    """What a folder holds of the LLM that does not say so."""
-    return _held((folder / "llm.safetensors").is_file(), (folder / "adapter_config.json").is_file() or None)
+    return HELD[2] if changed else HELD[0] if peft is None else HELD[1]

@@ -2,7 +2,11 @@
 
 A conversation is a list of `{"role": ..., "content": [{"type": "image"} | {"type": "text", "text": ...}]}`; content may be a plain string.
 
-Notable: nothing here knows any model's markup. The template is wrapped, never rewritten: a preamble turns lists into strings and hands
+Notable: what a message says is text, whatever it says. Where it spells a control token (`<|im_end|>`, `<image>`), the spelling is broken
+before the template sees it and tokenised as the characters that it is of, so that nobody's words begin or end a turn; all other text is
+tokenised as ever. To learn from such text would be to learn from a mistake in the data, so that `render` refuses it unless told otherwise.
+
+Nothing here knows any model's markup. The template is wrapped, never rewritten: a preamble turns lists into strings and hands
 them to the LLM's own template. The label mask is derived by rendering prefixes of the conversation and is checked for every one: exactly
 what the assistant must say after a prompt as it is given later, up to the token that ends its turn, carries loss, and a template for which
 that cannot be shown is an error. It is shown on tokens, the prompt's against the conversation's, because not every tokenizer can say which
@@ -11,21 +15,25 @@ characters its tokens came from, and because a prompt whose last tokens would me
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.vlm.limits import TooMuch, bounded
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
+BREAK = "\ue000"  # of Unicode's private use; stands in a control token that is spelt in a message, so that it is none
+TEMPLATE_SECONDS = 5.0  # of computing; a conversation of a thousand turns takes less than a tenth of one
 Message = dict[str, Any]
 
 # Jinja: `messages` become strings (a picture is the image token on a line of its own), with the default system message in front. Families
@@ -99,31 +107,108 @@ class Renderer:
     def text(self, conversation: Sequence[Message], answer_next: bool = False, sample: str | None = None) -> str:
         """The conversation as the template renders it, one image token a picture; with the head of an answer if `answer_next`.
 
+        Control tokens that a message spells stand in it with `BREAK` after their first character; `tokens` knows them.
+
         Args:
             sample: what to call it in errors, if anything.
 
         Raises:
-            UserError: text that contains the image token itself, or a conversation that the template refuses.
+            UserError: a message that is no text, or a conversation that the template refuses or does not come to an end with.
         """
         where = "" if sample is None else f"{sample}: "
-        for message in conversation:
-            parts = message["content"]
-            texts = [parts] if isinstance(parts, str) else [part["text"] for part in parts if part["type"] == "text"]
-            if any(IMAGE_TOKEN in text for text in texts):
-                raise UserError(
-                    f"{where}a {message['role']} message contains the text {IMAGE_TOKEN!r}, which stands for a picture; leave it out"
-                )
+        return self._apply([self._escaped(message, where) for message in conversation], answer_next, where)
+
+    def _apply(self, conversation: list[Message], answer_next: bool, where: str) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(conversation), chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
-            )
+            with bounded(TEMPLATE_SECONDS):
+                return self.tokenizer.apply_chat_template(
+                    conversation, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
+                )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in conversation)
             raise UserError(f"{where}the LLM's chat template refuses a conversation of {roles}: {error}") from error
+        except TooMuch as error:
+            raise UserError(f"{where}the LLM's chat template does not come to an end: {error}; take another LLM, or mend it") from None
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise UserError(f"{where}the LLM's chat template fails: {type(error).__name__}: {first_line(error)}") from error
+
+    def _escaped(self, message: Message, where: str) -> Message:
+        """A message in which no control token is spelt: adjacent texts are one, because two could spell one together."""
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        escaped: list[dict[str, Any]] = []
+        for part in parts:
+            if part["type"] != "text":
+                escaped.append(part)
+            elif escaped and escaped[-1]["type"] == "text":
+                escaped[-1] = {"type": "text", "text": escaped[-1]["text"] + part["text"]}
+            else:
+                escaped.append({"type": "text", "text": part["text"]})
+        for part in escaped:
+            if part["type"] == "text":
+                _check_text(part["text"], f"{where}a {message['role']} message")
+                part["text"] = self._escape(part["text"])
+        return {**message, "content": escaped[0]["text"] if isinstance(content, str) else escaped}
+
+    def _escape(self, text: str) -> str:
+        return self._as_control.sub(lambda found: _broken(found[0]), text)
+
+    @cached_property
+    def _control(self) -> tuple[str, ...]:
+        """Control tokens, longest first: those that the tokenizer calls special, and any other of its added tokens that marks turns."""
+        tokenizer = self.tokenizer
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+        try:
+            marks = self._apply([user("a"), assistant("b"), user("c")], False, "")
+        except UserError:  # which whoever renders something will be told
+            marks = ""
+        special |= {token for token in tokenizer.get_added_vocab() if token in marks}
+        # Gemma has line breaks among its added tokens
+        return tuple(sorted((token for token in special if token.strip()), key=len, reverse=True))
+
+    @cached_property
+    def _as_control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._control)) or r"(?!)")
+
+    @cached_property
+    def _as_text(self) -> re.Pattern[str]:
+        """What `_escape` makes of them."""
+        return re.compile("|".join(re.escape(_broken(token)) for token in self._control) or r"(?!)")
+
+    @cached_property
+    def _speller(self) -> tuple[PreTrainedTokenizerBase, dict[int, list[int]]]:
+        """A tokenizer that learns broken spellings as tokens, where they separate what stands around them as the control tokens do; and
+        the characters' own ids of each."""
+        return copy.deepcopy(self.tokenizer), {}
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of rendered text with every image token repeated N times."""
-        return self.tokenizer(self.expand(text), add_special_tokens=False)["input_ids"]
+        return self._encode(self.expand(text))
+
+    def _encode(self, text: str) -> list[int]:
+        spelt = sorted({found[0] for found in self._as_text.finditer(text)}) if BREAK in text else []
+        if not spelt:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        from transformers import AddedToken
+
+        tokenizer, characters = self._speller
+        if new := [token for token in spelt if token not in tokenizer.get_added_vocab()]:
+            tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+            characters.update({tokenizer.convert_tokens_to_ids(token): self._spell(token.replace(BREAK, "")) for token in new})
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [each for token in ids for each in characters.get(token, (token,))]
+
+    def _spell(self, token: str) -> list[int]:
+        """The ids of a control token's characters, as ordinary text inside a line."""
+        control = set(self.tokenizer.convert_tokens_to_ids(list(self._control)))
+        plain = partial(self.tokenizer, add_special_tokens=False, split_special_tokens=True)
+        before = plain("\n")["input_ids"]  # SentencePiece puts a blank in front of a text
+        for pieces in ((token,), (token[0], token[1:]), tuple(token)):  # tokens that are not special are never split
+            spelt = [plain(f"\n{piece}")["input_ids"] for piece in pieces]
+            ids = [each for found in spelt for each in found[len(before) :]]
+            if all(found[: len(before)] == before for found in spelt) and not control & set(ids):
+                return ids
+        raise UserError(f"the LLM's tokenizer has no way to spell {token!r} as text; leave it out")
 
     def expand(self, text: str) -> str:
         """Every image token N times."""
@@ -147,24 +232,30 @@ class Renderer:
         conversation = [user("a"), assistant("b"), user("c"), assistant("d")]
         return self.text(conversation).startswith(self.text(conversation[:1], answer_next=True))
 
-    def render(self, conversation: Sequence[Message], sample: str = "conversation", last_only: bool = False) -> Rendered:
+    def render(
+        self, conversation: Sequence[Message], sample: str = "conversation", last_only: bool = False, to_learn: bool = True
+    ) -> Rendered:
         """Tokens and label mask of a conversation.
 
         Args:
             sample: what to call it in errors.
             last_only: of the assistant's turns only the last carries loss.
+            to_learn: refuse messages that spell control tokens; else these are text.
 
         Raises:
             UserError: the mask cannot be shown to be right: an empty answer, a template that changes the answer or what stands before it,
-                ends the assistant's turn with no special token or refuses the conversation, or a tokenizer that joins prompt and answer.
+                ends the assistant's turn with no special token or refuses the conversation, or a tokenizer that joins prompt and answer;
+                or a control token that is spelt.
         """
         turns = [turn for turn, message in enumerate(conversation) if message["role"] == "assistant"]
         whole = self.expand(self.text(conversation, sample=sample))
         prompts, ends = [], []
         for turn in turns[-1:] if last_only else turns:
             prompts.append(self.expand(self.text(conversation[:turn], answer_next=True, sample=sample)))
-            ends.append(self._end_of_answer(whole, prompts[-1], text_of(conversation[turn]), turn, sample))
-        ids, *heads = self.tokenizer([whole, *prompts], add_special_tokens=False)["input_ids"]
+            ends.append(self._end_of_answer(whole, prompts[-1], self._escape(text_of(conversation[turn])), turn, sample))
+        if to_learn:
+            self._refuse_control(conversation, {self.tokenizer.convert_ids_to_tokens(end) for end in ends}, sample)
+        ids, *heads = map(self._encode, [whole, *prompts])
         supervised = [False] * len(ids)
         for prompt, head, end in zip(prompts, heads, ends, strict=True):
             start = len(head)
@@ -181,6 +272,16 @@ class Renderer:
         pictures = sum(part["type"] == "image" for content in contents for part in content)
         self.check_count(ids, pictures, sample)
         return Rendered(tuple(ids), tuple(supervised))
+
+    def _refuse_control(self, conversation: Sequence[Message], ends: set[str], sample: str) -> None:
+        """A mark of a picture, or of a turn, in words is taken for a mistake of the data."""
+        for turn, message in enumerate(conversation):
+            found = self._as_control.search(text_of(message))
+            if found is None:
+                continue
+            whose = f"the assistant's turn {turn}" if message["role"] == "assistant" else f"a {message['role']} message"
+            why = "stands for a picture" if found[0] == IMAGE_TOKEN else "ends a turn" if found[0] in ends else "is a control token"
+            raise UserError(f"{sample}: {whose} contains the text {found[0]!r}, which {why}; leave it out")
 
     def renderings(self, conversation: Sequence[Message], sample: str = "conversation") -> list[Rendered]:
         """The conversation such that each of the assistant's turns carries loss in exactly one, after the prompt that it will be given.
@@ -216,8 +317,6 @@ class Renderer:
         end = next((token for token in self._special if rest.lstrip().startswith(token)), None)
         if end is None:
             raise UserError(f"{sample}: the chat template ends the assistant's turn {turn} with {rest[:12]!r}, no special token")
-        if end in answer:
-            raise UserError(f"{sample}: the assistant's turn {turn} contains the text {end!r}, which ends a turn; leave it out")
         return self.tokenizer.convert_tokens_to_ids(end)
 
     def end_id(self) -> int:
@@ -241,6 +340,24 @@ class Renderer:
             i = j
         run = f"(?:{re.escape(IMAGE_TOKEN)}\\s*){{{self.tokens_per_image}}}"
         return re.sub(run, f"<{self.tokens_per_image} image tokens>\n", "".join(parts))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def _broken(token: str) -> str:
+    return token[0] + BREAK + token[1:]
+
+
+def _check_text(text: Any, whose: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{whose} is no text but a {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # a byte that is no UTF-8 arrives from the command line as half a character
+        raise UserError(f"{whose} is no text at its character {error.start + 1} ({text[error.start]!a}); write it in UTF-8") from None
 
 
 def text_of(message: Message) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sparse_vlm import store
 from sparse_vlm.errors import UserError
 from sparse_vlm.llm import load_tokenizer
 from sparse_vlm.projectors import DEFAULT_TOKENS, MLP
-from sparse_vlm.tower import SparseFormerConfig
+from sparse_vlm.tower.config import read_config
+from sparse_vlm.vlm.described import read
 from sparse_vlm.vlm.prompts import Renderer, add_image_token, extend_template
 
 
@@ -23,14 +23,12 @@ def renderer_of(tower: str | Path, llm: str | Path, num_tokens: int | None = Non
     Raises:
         UserError: either cannot be found or read, or the tower was not made for that number of tokens.
     """
-    try:
-        config = SparseFormerConfig.from_dict(json.loads((store.locate(tower) / "config.json").read_text()))
-        if num_tokens is not None and projector == MLP:
+    config = read_config(store.locate(tower), str(tower))
+    if num_tokens is not None and projector == MLP:
+        try:
             config = config.at_budget(num_tokens)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{tower}: not such a tower ({error})") from error
+        except ValueError as error:
+            raise UserError(f"{tower}: not such a tower ({error})") from error
     tokens = config.visual_tokens if projector == MLP else num_tokens or DEFAULT_TOKENS
     tokenizer, llm_config, spec = load_tokenizer(llm)
     add_image_token(tokenizer)
@@ -44,10 +42,5 @@ def parts_of(vlm: str | Path) -> tuple[str, str, int | None, str]:
     Raises:
         UserError: no such folder or name, or not a VLM.
     """
-    folder = store.locate(vlm, kind="vlm")
-    try:
-        described = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
-        tower, llm = (store.part_of(folder, described, part) for part in ("tower", "llm"))
-        return tower, llm, described.get("num_tokens"), described["projector"].get("kind", MLP)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{vlm}: not a VLM folder ({error})") from error
+    _, described = read(vlm)
+    return described.tower, described.llm, described.num_tokens, described.kind

@@ -97,4 +97,4 @@ def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Messa
 
 def _candidate(vlm: VLM, conversation: Sequence[Message], answer: str, name: str) -> Rendered:
     """The conversation with an answer, which alone counts, not what the assistant said earlier."""
-    return vlm.renderer.render([*conversation, assistant(answer)], name, last_only=True)
+    return vlm.renderer.render([*conversation, assistant(answer)], name, last_only=True, to_learn=False)

@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int COLOURS = 3, TAPS = 3;
+constexpr int COLOURS = 3, TAPS = 3, MIDDLE = 1;  // as in focus.py
+constexpr float ELONGATED = 2;
 
 // Numbers (rows, columns, channels) with a border of zeros, as cells of a convolution read them.
 struct Plane {
@@ -238,18 +239,23 @@ struct Maps {
         return std::exp(coarse + (step - scale) * (fine - coarse)) * area;
     }
 
-    float left(const std::vector<Cell>& cells) const {
-        float sum = 0;
-        for (const Cell& cell : cells) sum += gain(cell);
-        return sum;
+    // the standard deviation of a scale's map
+    float spread(int scale) const {
+        long count = long(side) * side;
+        const float* at = numbers + scale * count;
+        double mean = 0, squares = 0;
+        for (long i = 0; i < count; i++) mean += at[i] / count;
+        for (long i = 0; i < count; i++) squares += (at[i] - mean) * (at[i] - mean);
+        return float(std::sqrt(squares / (count - 1)));
     }
 };
 
 // The cells of one image.
-inline std::vector<Cell> cells_of_image(const Maps& maps, float aspect, int n, int coarse, float margin) {
+inline std::vector<Cell> cells_of_image(const Maps& maps, float aspect, int n, int coarse, float evenness) {
+    aspect /= within(aspect, 1 / ELONGATED, ELONGATED);
     std::vector<Cell> grid = grid_of(n, aspect), tree;
     int splits = (n - coarse) / 3;
-    if (splits == 0) return grid;
+    if (splits == 0 || maps.spread(MIDDLE) < evenness) return grid;
     std::vector<Cell> base = grid_of(coarse, aspect);
     std::vector<float> scores;
     std::vector<int> order;
@@ -283,19 +289,19 @@ inline std::vector<Cell> cells_of_image(const Maps& maps, float aspect, int n, i
                 tree.push_back(quarter);
         }
     }
-    return maps.left(grid) * margin <= maps.left(tree) * (1 + 1e-5f) ? grid : tree;
+    return tree;
 }
 
 }  // namespace
 
 extern "C" {
 // Maps (B, S, M, M) and aspects (B) to cells (B, n, 4); `coarse` of the n are those of the grid that is split.
-void place_float32(const float* maps, const float* aspects, float margin, int batch, int n, int coarse, int side,
+void place_float32(const float* maps, const float* aspects, float evenness, int batch, int n, int coarse, int side,
                    int scales, float* out, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int b = 0; b < batch; b++) {
         Maps of{maps + long(b) * scales * side * side, side, scales};
-        std::vector<Cell> cells = cells_of_image(of, aspects[b], n, coarse, margin);
+        std::vector<Cell> cells = cells_of_image(of, aspects[b], n, coarse, evenness);
         std::memcpy(out + long(b) * n * 4, cells.data(), n * sizeof(Cell));
     }
 }
