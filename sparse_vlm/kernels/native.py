@@ -1,4 +1,4 @@
-"""Looks, the map, attention and layers of few rows on a processor, of an inference tower, in C++.
+"""Looks, the map, cells, the focus, attention and layers of few rows on a processor, of an inference tower, in C++.
 
 Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 

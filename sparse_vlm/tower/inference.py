@@ -7,9 +7,10 @@ Notable: each part below says what the part of `sparse_vlm.tower.modules` that i
 * Weights of linear layers are laid out once as products read them, instead of at every call, with an activation in the same pass.
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
 * Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
-* The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, instead of being sampled one by one.
-* Looks, the map, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one picture, calling
-  torch's many small operators takes longer than what they do, and libraries are made for more rows.
+* The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, and others by a compiled function,
+  instead of being sampled one by one.
+* Looks, the map, cells, the focus, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one
+  picture, calling torch's many small operators takes longer than what they do, and libraries are made for more rows.
 Measured, with what did not help: docs/speed.md.
 """
 

@@ -281,7 +281,7 @@ class SparseFormer(nn.Module):
         """Fold this tower for inference on a processor, in place: the same outputs within rounding (float32: 1e-4), sooner.
 
         Its weights are laid out for products of few rows, so afterwards it cannot be trained, saved, moved, converted, compiled or
-        exported. The first time on a machine takes six seconds in which its C++ compiler, if there is one, makes what
+        exported. The first time on a machine takes ten seconds in which its C++ compiler, if there is one, makes what
         `sparse_vlm.kernels.native` calls. On another device, where there is nothing to fold, it is only put in eval mode.
 
         Returns:
