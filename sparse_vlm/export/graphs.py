@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.export.exporter import OUTPUTS, TowerExporter
-from sparse_vlm.preprocess import sizes_on
+from sparse_vlm.geometry import sizes_on
 from sparse_vlm.tower import SparseFormer
 
 # protobuf, which ONNX is, holds 2 GB; above it the weights lie beside the graph
