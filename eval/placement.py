@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_rois, grid_rois_for
+from sparse_vlm.geometry import crop_rois
 from sparse_vlm.teacher import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.config import FocusConfig
-from sparse_vlm.tower.focus import MAP, SCALES, Focus, variation
+from sparse_vlm.tower.focus import MAP, SCALES, Focus, plain_grid, variation
 
 PLACEMENTS = ("grid", "random", "teacher")  # keys of `TOWER_CONTROLS`
 
@@ -28,7 +28,7 @@ class UniformGrid(nn.Module):
 
     def place(self, maps: None, aspects: Tensor, num_tokens: int) -> Tensor:
         """(B, n, 4)."""
-        return grid_rois_for(num_tokens, aspects)
+        return plain_grid(num_tokens, aspects)
 
 
 class RandomFocus(Focus):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.eval import placement, rendered_words, run, small_objects
 from sparse_vlm.eval.embedders import tower_embedder
 from sparse_vlm.eval.tasks import TASKS
-from sparse_vlm.geometry import grid_rois_for
 from sparse_vlm.preprocess import Inputs, to_uint8
 from sparse_vlm.teacher import Teacher, TeacherOutput
 from sparse_vlm.tower import FocusConfig, SparseFormer
+from sparse_vlm.tower.focus import plain_grid
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ class FakeTeacher(Teacher):
 
 @pytest.fixture
 def tower() -> SparseFormer:
-    return elastic(focus=FocusConfig(margin=math.inf))
+    return elastic(focus=FocusConfig(evenness=0.0))
 
 
 def cells(tower: SparseFormer, pixels: torch.Tensor, **more: object) -> torch.Tensor:
@@ -179,10 +178,10 @@ def cells(tower: SparseFormer, pixels: torch.Tensor, **more: object) -> torch.Te
 
 def test_control_grid_is_the_uniform_grid(tower: SparseFormer) -> None:
     pixels = torch.randn(2, 3, 56, 112)
-    assert not torch.equal(cells(tower, pixels), grid_rois_for(16, torch.full((2,), 2.0)))
+    assert not torch.equal(cells(tower, pixels), plain_grid(16, torch.full((2,), 2.0)))
     placement.replace_focus(tower, "t", "grid", None)
-    assert torch.equal(cells(tower, pixels), grid_rois_for(16, torch.full((2,), 2.0)))
-    assert torch.equal(cells(tower, pixels, num_tokens=9), grid_rois_for(9, torch.full((2,), 2.0)))
+    assert torch.equal(cells(tower, pixels), plain_grid(16, torch.full((2,), 2.0)))
+    assert torch.equal(cells(tower, pixels, num_tokens=9), plain_grid(9, torch.full((2,), 2.0)))
 
 
 def test_control_random_splits_as_often_and_the_same_way_each_time(tower: SparseFormer) -> None:
@@ -207,7 +206,7 @@ def test_control_teacher_splits_where_its_features_vary(tower: SparseFormer) -> 
 
 @pytest.mark.parametrize("control", placement.PLACEMENTS)
 def test_controls_hold_in_optimized_towers(control: str, tmp_path: Path) -> None:
-    elastic(focus=FocusConfig(margin=math.inf), fit="whole").save_pretrained(tmp_path / "t")
+    elastic(focus=FocusConfig(evenness=0.0), fit="whole").save_pretrained(tmp_path / "t")
     plain = SparseFormer.from_pretrained(tmp_path / "t")
     teacher = FakeTeacher(plain)
     embedder = tower_embedder(str(tmp_path / "t"), control, 9, dataclasses.make_dataclass("Holder", ["module"])(teacher))

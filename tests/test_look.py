@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -149,7 +148,7 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys, monkeypatch, arguments, 
 @pytest.fixture(scope="module")
 def focused() -> SparseFormer:
     """A tower of whole images that splits cells to the right, where its map is made to be high."""
-    tower = elastic(focus=FocusConfig(margin=math.inf), fit="whole")
+    tower = elastic(focus=FocusConfig(evenness=0.0), fit="whole")
 
     def right(pixels: torch.Tensor, region: torch.Tensor | None = None, extent: torch.Tensor | None = None) -> torch.Tensor:
         return torch.linspace(-4, 0, MAP).expand(len(pixels), len(SCALES), MAP, MAP)
@@ -190,7 +189,7 @@ def test_figure_of_a_focus_has_cells_map_and_patches(focused, photo, tmp_path):
 
 
 def test_even_cells_are_not_darkened(photo):
-    figure = draw(follow(elastic(focus=FocusConfig(margin=0.0), fit="whole"), photo), "title")
+    figure = draw(follow(elastic(focus=FocusConfig(evenness=100.0), fit="whole"), photo), "title")
     shown = np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_allclose(shown, np.asarray(photo) / 255, atol=1e-6)
 
