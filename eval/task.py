@@ -176,6 +176,33 @@ class VLMTask(Task):
         """
 
 
+def captions_of(photos: Sequence[Photo], file: str) -> list[list[str]]:
+    """What people wrote about each photo.
+
+    Raises:
+        UserError: a photo about which nothing is written.
+    """
+    for photo in photos:
+        if not photo.info.get("captions"):
+            raise UserError(f"{file}: photo {photo.key} has no captions in its json")
+    return [photo.info["captions"] for photo in photos]
+
+
+def classes_of(photos: Sequence[Photo], file: str) -> dict[int, str]:
+    """The name of each class by its number, in the order of the numbers.
+
+    Raises:
+        UserError: a photo without either.
+    """
+    found = {}
+    for photo, name in zip(photos, labels_of(photos, file), strict=True):
+        label = photo.info.get("label")
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise UserError(f"{file}: photo {photo.key} has no whole number as label in its json")
+        found[label] = name
+    return dict(sorted(found.items()))
+
+
 def labels_of(photos: Sequence[Photo], file: str) -> list[str]:
     """The class name of each photo.
 
@@ -183,6 +210,6 @@ def labels_of(photos: Sequence[Photo], file: str) -> list[str]:
         UserError: a photo without one.
     """
     for photo in photos:
-        if "label_name" not in photo.info:
+        if not photo.info.get("label_name"):
             raise UserError(f"{file}: photo {photo.key} has no label_name in its json")
     return [photo.info["label_name"] for photo in photos]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean, top_k_hits
-from sparse_vlm.eval.task import Data, ImageTask, Result, labels_of
+from sparse_vlm.eval.task import Data, ImageTask, Result, classes_of, labels_of
 from sparse_vlm.eval.zero_shot import class_embeddings, normalized
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import load_crop
@@ -39,9 +39,9 @@ class Zoom(ImageTask):
         photos = data.photos(file)
         photos = photos[: len(photos) // SIDE**2 * SIDE**2] or photos
         of_photo = labels_of(photos, file)
-        classes = {photo.info["label"]: photo.info["label_name"] for photo in data.everything(file)}
-        position = {label: i for i, label in enumerate(sorted(classes))}
-        names = [classes[label] for label in position]
+        classes = classes_of(data.everything(file), file)
+        position = {label: i for i, label in enumerate(classes)}
+        names = list(classes.values())
         labels = np.array([position[photo.info["label"]] for photo in photos])
         words = class_embeddings(names, features)
         found: dict[str, list[np.ndarray]] = {"whole": [], "whole, large": [], "zoomed, small": [], "zoomed": []}
