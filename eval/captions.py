@@ -18,7 +18,7 @@ import numpy as np
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, generated
 from sparse_vlm.eval.metrics import Metric, bootstrap, mean
-from sparse_vlm.eval.task import Data, Result, VLMTask
+from sparse_vlm.eval.task import Data, Result, VLMTask, captions_of
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -110,8 +110,8 @@ class Captions(VLMTask):
         photos = data.photos(file)
         if len(photos) < 2:
             raise UserError("CIDEr weighs words over several photos; raise --limit")
+        written = captions_of(photos, file)
         captions = generated(model, photos, [Question(i, PROMPT) for i in range(len(photos))], control, MAX_NEW_TOKENS, on_answers)
-        written = [photo.info["captions"] for photo in photos]
         tokens, tokenizer = tokenize([*captions, *(caption for refs in written for caption in refs)])
         hypotheses, rest = tokens[: len(photos)], iter(tokens[len(photos) :])
         references = [[next(rest) for _ in refs] for refs in written]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
+from sparse_vlm.eval.placement import PLACEMENTS, replace_focus
 from sparse_vlm.geometry import crop_rois
 from sparse_vlm.photos import Photo
 from sparse_vlm.preprocess import Inputs, Preprocessor
@@ -144,16 +145,18 @@ def serves_budgets(name: str) -> bool:
         return False  # whatever is wrong with it, loading says it
 
 
-def tower_embedder(name: str, control: str = "none", num_tokens: int | None = None) -> ModuleEmbedder:
+def tower_embedder(
+    name: str, control: str = "none", num_tokens: int | None = None, teacher: ModuleEmbedder | None = None
+) -> ModuleEmbedder:
     """A tower from a folder or the zoo.
 
     Args:
         control: a key of `TOWER_CONTROLS`; what is measured under one is named after it, too.
         num_tokens: latent tokens, for a tower that serves several budgets; it is named after them as well.
+        teacher: for the control that places cells by its features.
 
     Raises:
-        UserError: no such tower, a number of tokens that it was not made for, or one that does not look where the control is to keep it
-            from looking.
+        UserError: no such tower, a number of tokens that it was not made for, or a control that does not apply to it.
     """
     device = own_device()
     tower = SparseFormer.from_pretrained(name, native_dtype(device), num_tokens).to(device)
@@ -165,6 +168,8 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
             raise UserError(f"{name} does not look, so no-looks is the tower itself; leave that control out")
         for unit in tower.units():
             unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
+    elif control in PLACEMENTS:
+        replace_focus(tower, name, control, None if teacher is None else teacher.module)
 
     def look(inputs: Inputs, region: Tensor | None) -> Tensor:
         if region is not None and not config.zooms:
@@ -180,7 +185,7 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
         Preprocessor.of(config, "crop" if control == "crop" else None),
         config.embed_dim,
         config.visual_tokens,
-        count_macs(config).total,
+        count_macs(config if control != "grid" else replace(config, focus=None)).total,
     )
     tower.optimize_for_inference()  # once its parameters are counted, because packed ones are none
     return embedder
@@ -272,6 +277,20 @@ class Features:
                 self.on_photos(what, start + len(batch), len(photos))
             self._images[key] = torch.cat(parts).numpy()
         return self._images[key]
+
+    def generated(self, embedder: Embedder, what: str, count: int, make: Callable[[int], Image.Image]) -> np.ndarray:
+        """Embed images that are made on the way, and not kept: (count, E) float32, not normalised.
+
+        Args:
+            what: for progress.
+            make: returns the i-th image.
+        """
+        parts = []
+        for start in range(0, count, BATCH):
+            images = [make(i) for i in range(start, min(start + BATCH, count))]
+            parts.append(embedder.answer(embedder.pixels(images)))
+            self.on_photos(what, start + len(images), count)
+        return torch.cat(parts).numpy()
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(T, E) float32, not normalised."""

@@ -14,6 +14,7 @@ import numpy as np
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, generated
 from sparse_vlm.eval.metrics import bootstrap
+from sparse_vlm.eval.questions import check_records
 from sparse_vlm.eval.task import Data, Result, VLMTask
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ class MMVet(VLMTask):
         photos = data.photos(file)
         if len(photos) < 2:
             raise UserError(f"{file}: fewer than two photos; raise --limit or check --data")
-        asked = [(i, record) for i, photo in enumerate(photos) for record in photo.info.get("questions", [])]
+        asked = [
+            (i, record)
+            for i, photo in enumerate(photos)
+            for record in check_records(photo.info.get("questions") or [], "questions", f"{data.root / file}: {photo.key}")
+        ]
         questions = [Question(i, record["q"].strip()) for i, record in asked]
         answers = generated(model, photos, questions, control, self.MAX_NEW_TOKENS, on_answers)
         answered = sorted(zip([(record["index"], i, record) for i, record in asked], answers, strict=True), key=lambda pair: pair[0][0])

@@ -6,6 +6,7 @@ Notable: pictures are looked for before the model is asked anything, so that one
 from __future__ import annotations
 
 import csv
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def looked_at(data: Data, rows: Sequence[tuple[Photo, Row]], where: Path) -> tup
     photos = data.cut(list(dict.fromkeys(photo for photo, _ in rows)))
     if len(photos) < 2:
         raise UserError(f"{where}: fewer than two pictures are asked about; raise --limit or check the file")
-    if missing := [photo for photo in photos if not photo.source.is_file()]:
+    if missing := [photo for photo in photos if not os.path.isfile(photo.source)]:
         raise UserError(f"{where}: {len(missing)} of {len(photos)} pictures are not there, such as {missing[0].source}")
     numbers = {photo: number for number, photo in enumerate(photos)}
     return photos, [(numbers[photo], row) for photo, row in rows if photo in numbers]
@@ -137,7 +138,10 @@ class OfficialTask(VLMTask):
         where = data.root / self.files[0]
         entries = in_own_layout(data, where, lambda: self.entries(data))
         for entry in entries:
-            check_question(entry.question, f"{where}: question {entry.number}")
+            at = f"{where}: question {entry.number}"
+            check_question(entry.question, at)
+            with own_layout(at):  # before the model is asked anything: a truth of another type cannot be compared with
+                self.credit("", entry)
         return looked_at(data, [(entry.photo, entry) for entry in entries], where)
 
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:

@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sparse_vlm.documents import parse_json
+from sparse_vlm.documents import parse_json, whole
 from sparse_vlm.errors import UserError
+from sparse_vlm.eval.answers import check_question
 from sparse_vlm.eval.official import in_own_layout, looked_at, own_layout, photo_file
 from sparse_vlm.eval.task import Data
 from sparse_vlm.photos import Photo, read_file
+from sparse_vlm.schema import COUNT, check
 
 FILE = "eval/coco_vqa.tar"
+LAYOUT = "docs/evaluation.md shows the layout"
+_QUESTION = {"q": str, "a": str, "s": str}
+_PAIR = {"type": str, "pos": str, "neg": str, "vote?": float}
+RECORDS: dict[str, dict[str, Any]] = {  # what a question of each field must hold, as `schema.check` takes it
+    "pope": _QUESTION,
+    "qa": _QUESTION,
+    "aokvqa": {
+        "question": str,
+        "choices": [str],
+        "correct_choice_idx": COUNT,
+        "direct_answers?": [str],
+        "difficult_direct_answer?": bool,
+    },
+    "vsr": {"statement": str, "label": int, "relation": str},
+    "sugarcrepe": _PAIR,
+    "valse": _PAIR,
+    "questions": {"q": str, "a": (str, float), "index": COUNT, "category": str, "image_inferred?": bool},
+}
 Found = tuple[list[Photo], list[tuple[int, dict[str, Any]]]]
+
+
+def check_records(records: Any, field: str, where: str) -> list[dict[str, Any]]:
+    """The questions of a field, which are as they must be.
+
+    Args:
+        field: a key of `RECORDS`.
+
+    Raises:
+        UserError: one is not; the line begins with `where`, and names the part.
+    """
+    check(records, [RECORDS[field]], f"{where}: {field}", LAYOUT)
+    for number, record in enumerate(records):
+        at = f"{where}: {field}[{number}]"
+        if "choices" in record and record["correct_choice_idx"] >= len(record["choices"]):
+            raise UserError(f"{at}: correct_choice_idx is {record['correct_choice_idx']} of {len(record['choices'])} choices; {LAYOUT}")
+        if not whole(json.dumps(record, ensure_ascii=False)):
+            raise UserError(f"{at}: a text holds half of a character (a surrogate alone); write the whole one")
+        check_question(record.get("q") or record.get("question") or record.get("statement") or "", at)
+    return records
 
 
 class Questions(ABC):
@@ -61,10 +102,12 @@ class InTar(Questions):
     def read(self, data: Data) -> Found:
         """The photos that have such questions, and the questions."""
 
-        def asked(photo: Photo) -> list[dict[str, Any]]:
-            return [record for record in photo.info.get(self.field, []) if self.source is None or record["s"] == self.source]
-
         (file,) = self.files
+
+        def asked(photo: Photo) -> list[dict[str, Any]]:
+            records = check_records(photo.info.get(self.field) or [], self.field, f"{data.root / file}: {photo.key}")
+            return [record for record in records if self.source is None or record["s"] == self.source]
+
         photos = data.cut([photo for photo in data.everything(file) if asked(photo)])
         if len(photos) < 2:
             raise UserError(f"{file}: fewer than two photos with {self.source or self.field} questions; raise --limit or check --data")
@@ -72,7 +115,13 @@ class InTar(Questions):
 
 
 class Published(Questions):
-    """Questions in a benchmark's own files; the last of `files` is the folder of its pictures."""
+    """Questions in a benchmark's own files; the last of `files` is the folder of its pictures.
+
+    Attributes:
+        field: of a tar that holds the same questions, a key of `RECORDS`.
+    """
+
+    field: ClassVar[str]
 
     @abstractmethod
     def rows(self, data: Data) -> list[tuple[str, dict[str, Any]]]:
@@ -87,12 +136,14 @@ class Published(Questions):
         """The photos and their questions."""
         where, folder = data.root / self.files[0], data.root / self.files[-1]
         rows = in_own_layout(data, where, lambda: self.rows(data))
+        check_records([row for _, row in rows], self.field, str(where))
         return looked_at(data, [(photo_file(folder, name), row) for name, row in rows], where)
 
 
 class PopeFiles(Published):
     """POPE's three files about COCO photos, a json a line."""
 
+    field = "pope"
     SPLITS: ClassVar[Sequence[str]] = ("random", "popular", "adversarial")
     files = (*(f"pope/coco_pope_{split}.json" for split in SPLITS), "pope/val2014")
 
@@ -112,6 +163,7 @@ class PopeFiles(Published):
 class AOKVQAFiles(Published):
     """A-OKVQA's validation set."""
 
+    field = "aokvqa"
     files = ("aokvqa/aokvqa_v1p0_val.json", "aokvqa/val2017")
 
     def rows(self, data: Data) -> list[tuple[str, dict[str, Any]]]:

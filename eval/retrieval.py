@@ -9,10 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import image_to_text_ranks, mean, share, text_to_image_ranks
-from sparse_vlm.eval.task import Data, ImageTask, Result
+from sparse_vlm.eval.task import Data, ImageTask, Result, captions_of
 from sparse_vlm.eval.zero_shot import normalized
 
 DEPTHS = (1, 5, 10)
@@ -33,11 +32,9 @@ class Retrieval(ImageTask):
         """Rank everything against everything."""
         (file,) = self.files
         photos = data.photos(file)
-        for photo in photos:
-            if not photo.info.get("captions"):
-                raise UserError(f"{file}: photo {photo.key} has no captions in its json")
-        captions = [caption for photo in photos for caption in photo.info["captions"]]
-        owner = np.repeat(np.arange(len(photos)), [len(photo.info["captions"]) for photo in photos])
+        written = captions_of(photos, file)
+        captions = [caption for own in written for caption in own]
+        owner = np.repeat(np.arange(len(photos)), [len(own) for own in written])
         similarity = normalized(features.images(model, photos)) @ normalized(features.texts(captions)).T
         of_text, of_image = text_to_image_ranks(similarity, owner), image_to_text_ranks(similarity, owner)
         counts = np.bincount(owner)
@@ -47,7 +44,7 @@ class Retrieval(ImageTask):
             {
                 "photo": photo.key,
                 "rank": int(of_image[p]) + 1,
-                "captions": photo.info["captions"],
+                "captions": written[p],
                 "ranks": (of_text[owner == p] + 1).tolist(),
             }
             for p, photo in enumerate(photos)

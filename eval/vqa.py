@@ -17,9 +17,10 @@ import numpy as np
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, generated, scored
 from sparse_vlm.eval.metrics import grouped_share, yes_no
-from sparse_vlm.eval.questions import Questions
+from sparse_vlm.eval.questions import LAYOUT, Questions
 from sparse_vlm.eval.task import Data, Result, VLMTask
 from sparse_vlm.photos import Photo
+from sparse_vlm.schema import check
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -204,6 +205,8 @@ class AOKVQADirect(_Asking):
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
         """Ask every question that is not marked."""
         photos, found = self.questions.read(data)
+        for i, record in found:
+            check(record, {"direct_answers": [str], "difficult_direct_answer": bool}, f"{self.files[0]}: {photos[i].key}", LAYOUT)
         records = [(i, record) for i, record in found if not record["difficult_direct_answer"]]
         if not records:
             raise UserError(f"{self.files[0]}: every question is marked as difficult to answer without choices; raise --limit")
@@ -228,6 +231,9 @@ class Counting(_Asking):
     def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
         """Ask every question."""
         photos, records = self.questions.read(data)
+        for i, record in records:
+            if not record["a"].strip().isdecimal():
+                raise UserError(f"{self.files[0]}: {photos[i].key}: the answer is {record['a']!r}, expected a number")
         questions = [asking(i, record["q"]) for i, record in records]
         answers = generated(model, photos, questions, control, self.MAX_NEW_TOKENS, on_answers)
         counts = [first_number(answer) for answer in answers]

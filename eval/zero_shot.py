@@ -11,7 +11,7 @@ import numpy as np
 
 from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean, top_k_hits
-from sparse_vlm.eval.task import Data, ImageTask, Result, labels_of
+from sparse_vlm.eval.task import Data, ImageTask, Result, classes_of, labels_of
 
 PROMPTS = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of the {}.")
 
@@ -46,9 +46,9 @@ class ZeroShot(ImageTask):
         photos = data.photos(file)
         of_photo = labels_of(photos, file)
         # with a limit, the classes are still those of the entire set
-        numbered = {photo.info["label"]: photo.info["label_name"] for photo in data.everything(file)}
-        names = [numbered[label] for label in sorted(numbered)]
-        position = {label: i for i, label in enumerate(sorted(numbered))}
+        classes = classes_of(data.everything(file), file)
+        names = list(classes.values())
+        position = {label: i for i, label in enumerate(classes)}
         labels = np.array([position[photo.info["label"]] for photo in photos])
         scores = normalized(features.images(model, photos)) @ class_embeddings(names, features).T
         best = np.argsort(-scores, axis=1)[:, :5]

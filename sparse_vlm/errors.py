@@ -34,8 +34,11 @@ LONGEST = 600  # characters that a translated message has at most
 class UserError(ValueError):
     """Something is wrong with what the user gave us. The message is one line: what, where, and what to do.
 
-    The command line prints it and exits with code 2.
+    The command line prints it and exits with code 2. Names and texts in it that hold line breaks or control characters are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def printable(text: str) -> str:
@@ -89,6 +92,17 @@ def about(what: str | os.PathLike[str], *also: type[Exception]) -> Iterator[None
         if found is None:
             raise
         raise found from error
+
+
+@contextlib.contextmanager
+def naming(what: str | os.PathLike[str]) -> Iterator[None]:
+    """A `UserError` that is raised within names `what` as well, where it does not yet."""
+    try:
+        yield
+    except UserError as error:
+        if printable(os.fspath(what)) in str(error):
+            raise
+        raise type(error)(f"{os.fspath(what)}: {error}") from error
 
 
 def _named(error: BaseException, known: set[tuple[str, str]]) -> bool:

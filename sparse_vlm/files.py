@@ -21,6 +21,8 @@ LOCK = ".lock"
 _held: set[Path] = set()  # by this process
 _ASIDE = re.compile(r"\.(\d+)@([^@/]*)\.(?:tmp|[A-Za-z0-9_]*)$")  # at the end of a name: process and host that are writing
 
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what it writes to before it takes the name that it was given
+
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
@@ -135,7 +137,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         raise
     _held.add(folder)
     try:
-        sweep(folder)
+        sweep(folder, alone=True)
         write_text(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
         yield
     except BaseException:
@@ -177,12 +179,18 @@ def aside_prefix(name: str) -> str:
     return f".{name}{_own_mark()}."
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files and folders in a folder whose process, of this host, is no more."""
+def sweep(folder: Path, alone: bool = False) -> None:
+    """Remove the temporary files and folders in a folder whose process, of this host, is no more.
+
+    Args:
+        alone: nobody else writes there, so that what safetensors was writing, whose name tells of no process, goes as well.
+    """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             mark = _ASIDE.search(path.name)
-            if mark is None or mark[2] != socket.gethostname() or _is_alive(int(mark[1])):
+            if mark is not None and (mark[2] != socket.gethostname() or _is_alive(int(mark[1]))):
+                continue
+            if mark is None and not (alone and _SAFETENSORS.fullmatch(path.name)):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -320,3 +320,29 @@ def encode_rois(rois: Tensor, dim: int) -> Tensor:
         frequencies = encoding_frequencies(dim, rois.device)
         phase = (rois.float() * math.pi).unsqueeze(-1) * frequencies
         return torch.cat([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def sizes_on(canvases: Tensor, fit: str = "whole") -> Tensor | None:
+    """The sizes of whole images on canvases that came without them: up to the last row and column that are not zero throughout.
+
+    For hosts that hand on pixels alone.
+
+    No pixel of an image is zero once it is normalised, where a channel's mean times 255 is no whole number, as of CLIP's and ImageNet's
+    means and of 0.5. A canvas of zeros counts as full.
+
+    Args:
+        canvases: (B, 3, H, W), normalised.
+        fit: of the model; with `crop` images fill their input.
+
+    Returns:
+        (B, 2) int64, height and width; None with `crop`.
+    """
+    if fit == "crop":
+        return None
+    some = (canvases != 0).any(1)  # (B, H, W)
+    sides = []
+    for across, side in ((2, some.shape[1]), (1, some.shape[2])):
+        place = torch.arange(1, side + 1, device=some.device)
+        last = (some.any(across) * place).amax(1)
+        sides.append(torch.where(last == 0, side, last))
+    return torch.stack(sides, dim=1)

@@ -161,32 +161,6 @@ def _canvas_side(longest: int, size: int) -> int:
     return min(size, -(-(longest + CANVAS_MARGIN) // CANVAS_STEP) * CANVAS_STEP)
 
 
-def sizes_on(canvases: Tensor, fit: Fit = "whole") -> Tensor | None:
-    """The sizes of whole images on canvases that came without them: up to the last row and column that are not zero throughout.
-
-    For hosts that hand on pixels alone.
-
-    No pixel of an image is zero once it is normalised, where a channel's mean times 255 is no whole number, as of CLIP's and ImageNet's
-    means and of 0.5. A canvas of zeros counts as full.
-
-    Args:
-        canvases: (B, 3, H, W), normalised.
-        fit: of the model; with `crop` images fill their input.
-
-    Returns:
-        (B, 2) int64, height and width; None with `crop`.
-    """
-    if fit == "crop":
-        return None
-    some = (canvases != 0).any(1)  # (B, H, W)
-    sides = []
-    for across, side in ((2, some.shape[1]), (1, some.shape[2])):
-        place = torch.arange(1, side + 1, device=some.device)
-        last = (some.any(across) * place).amax(1)
-        sides.append(torch.where(last == 0, side, last))
-    return torch.stack(sides, dim=1)
-
-
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Shortest side to `size` pixels, then the centre square."""
     return _square(Draft(image, image.size, (0, 0, *image.size)), size)

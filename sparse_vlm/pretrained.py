@@ -71,10 +71,11 @@ def load_whole(auto: Any, source: str | Path, **options: Any) -> Any:
         UserError: a configuration that the weights cannot be of, or tensors that are missing, left over, of another shape or not finite.
     """
     folder = Path(source)
-    if folder.is_dir() and "gguf_file" not in options:
+    if folder.is_dir():
         from transformers import AutoConfig
 
-        check_size(folder, from_pretrained(AutoConfig, folder), auto)
+        packed = {key: options[key] for key in ("gguf_file",) if key in options}
+        check_size(folder, from_pretrained(AutoConfig, folder, **packed), auto)
     model, report = from_pretrained(auto, source, output_loading_info=True, **options)
     check_report(str(source), report)
     check_finite(str(source), model.named_parameters())
@@ -128,10 +129,12 @@ def refuse_code(folder: Path) -> None:
     """
     for name in CONFIGS:
         try:
-            said = json.loads((folder / name).read_text(encoding="utf-8"))
+            key = _asks_for_code(json.loads((folder / name).read_text(encoding="utf-8")))
         except (OSError, ValueError):  # what is there and is no json, transformers says
             continue
-        if key := _asks_for_code(said):
+        except RecursionError:
+            raise UserError(f"{folder / name}: nested too deep for a configuration") from None
+        if key:
             raise UserError(
                 f"{folder / name}: asks for code of its own ({key}), which is never run; take a model of a kind that transformers knows, "
                 f"and if it does know this one, delete {key} there"

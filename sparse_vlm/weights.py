@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_vlm.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST = 1e18  # of a weight: squares of larger ones, as a norm sums them, leave float32
 SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json", ".model"}  # of what git-lfs keeps, and models are made of
 
 
@@ -65,10 +66,10 @@ def check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]], found: Map
 
 
 def check_finite(where: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Make sure that weights are numbers: with one that is not, a model says anything, and says it without an error.
+    """Make sure that weights are numbers to compute with: with one that is not, a model says anything, and says it without an error.
 
     Raises:
-        UserError: naming the first tensor that holds a NaN or an infinity.
+        UserError: naming the first tensor that holds a NaN, an infinity, or a number beyond `LARGEST`.
     """
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
@@ -80,6 +81,8 @@ def check_finite(where: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise UserError(
                 f"{where}: tensor {name} holds numbers that are not finite (NaN or infinity); the file is damaged, fetch it again"
             )
+        if max(-low.item(), high.item()) > LARGEST:
+            raise UserError(f"{where}: tensor {name} holds numbers beyond {LARGEST:g}; the file is damaged, fetch it again")
 
 
 def refuse_pointer(path: Path) -> None:

@@ -114,16 +114,14 @@ def test_a_cell_is_read_from_the_level_nearest_to_its_size() -> None:
 def test_nothing_beyond_an_image_matters(looks: bool) -> None:
     tower = focused(looks=looks)
     image = torch.randn(1, 3, 72, 100)
-    canvas = torch.full((2, 3, 112, 128), float("nan")) if not looks else torch.randn(2, 3, 112, 128)
+    canvas = 100 * torch.randn(2, 3, 112, 128)
     canvas[0, :, :72, :100] = image[0]
     canvas[1] = torch.randn(3, 112, 128)
     with torch.no_grad():
         alone = tower(image)
         together = tower(canvas, image_sizes=torch.tensor([[72, 100], [112, 128]]))
     assert torch.allclose(alone.rois[0], together.rois[0], atol=1e-5)
-    if not looks:  # a convolution reads over the border of its image
-        assert torch.allclose(alone.last_hidden_state[0], together.last_hidden_state[0], atol=1e-4)
-    assert together.last_hidden_state.isfinite().all()
+    assert torch.allclose(alone.last_hidden_state[0], together.last_hidden_state[0], atol=1e-4)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -180,7 +178,8 @@ def test_what_the_teacher_says_of_a_view_lies_in_its_box() -> None:
     put = put_patches(patches, box, background).unflatten(1, (4, 4))[0]
     assert torch.allclose(put[2:], background.expand(2, 4, 3)) and torch.allclose(put[:2, :2], background.expand(2, 2, 3))
     assert torch.allclose(put[0, 2], patches[0].unflatten(0, (4, 4))[:2, :2].mean((0, 1)), atol=0.5)
-    assert torch.allclose(put_patches(patches, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), background), patches, atol=1e-5)
+    even = torch.ones(1, 16, 3)
+    assert torch.allclose(put_patches(even, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), background), even)
 
 
 def test_a_tower_that_places_cells_compiles_whole() -> None:

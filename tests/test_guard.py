@@ -89,10 +89,26 @@ def test_runs_are_kept_replaced_and_added(tmp_path):
     assert "another" in read(path)["machines"], "one kind of machine leaves those of others alone"
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", '{"format": "another", "machines": {}}', '{"format": "sparse-vlm/ratios-baseline/1"}'])
-def test_another_file_is_one_line(tmp_path, text):
+def kept_of(numbers: object) -> str:
+    return json.dumps({"format": "sparse-vlm/ratios-baseline/1", "machines": {"one": {"runs": [{"a by b": numbers}]}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("not json", "not JSON"),
+        ("[]", "must be an object"),
+        ('{"format": "another", "machines": {}}', "format 'another'"),
+        ('{"format": "sparse-vlm/ratios-baseline/1"}', "holds no machines"),
+        (kept_of([0.9, 1.0]), "a by b has 2 numbers"),
+        (kept_of([0.9, 0, 1.0]), r"must be a number above 0"),
+        (kept_of([0.9, 10**400, 1.0]), r"must be a number above 0"),
+        (kept_of("x").replace('"x"', "[" * 100_000), "nested too deep"),
+    ],
+)
+def test_another_file_is_one_line(tmp_path, text, what):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match="x.json: no ratios that were kept"):
+    with pytest.raises(UserError, match=f"x.json: .*{what}"):
         read(tmp_path / "x.json")
 
 

@@ -178,7 +178,7 @@ def test_file_that_is_spoilt_is_one_line(llm, file, content):
     (llm / file).write_bytes(content)
     if file == "tokenizer_config.json":
         (llm / "chat_template.jinja").unlink(missing_ok=True)
-    refused(llm, "not a language model that transformers can load|no chat template|its weights|chat template is no text")
+    refused(llm, "not a language model that transformers can load|no chat template|its weights|chat template is no text|nested too deep")
 
 
 @pytest.mark.parametrize(

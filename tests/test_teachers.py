@@ -308,7 +308,7 @@ def test_missing_weights_are_not_passed_over(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "clip" / "model.safetensors")
     weights.pop("vision_model.encoder.layers.1.mlp.fc1.weight")
     save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TeacherError, match=r"lack 1 tensors, .*layers\.1\.mlp\.fc1\.weight"):
+    with pytest.raises(TeacherError, match=r"lack 1 tensor, .*layers\.1\.mlp\.fc1\.weight"):
         load_teacher(name)
 
 

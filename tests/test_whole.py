@@ -15,8 +15,9 @@ from tiny_vlm import ask, photo, save_llm, save_tower, save_whole_tower, stir, w
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 from sparse_vlm import VLM, SparseFormer
+from sparse_vlm.geometry import sizes_on
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Inputs, Preprocessor, lay_out, preprocess, resize_and_crop, sizes_on
+from sparse_vlm.preprocess import Inputs, Preprocessor, lay_out, preprocess, resize_and_crop
 
 SHAPES = [(90, 60), (40, 96), (200, 30), (1, 2000), (8, 8), (300, 300), (1000, 100)]  # (width, height)
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}  # canvases of other sizes round coordinates otherwise

@@ -51,6 +51,7 @@ from sparse_vlm.train.run import (
     arguments,
     carry_out,
     claimed,
+    curve_of,
     finished,
     latest_checkpoint,
     made,
@@ -97,7 +98,6 @@ class BootstrapTrainer(Trainer):
     unreadable: set[int]
     budgets: tuple[int, int] | None = None
     uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # what is evaluated now and then is not compiled for it
-    measured: tuple[int, dict[str, float]] | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's groups."""
@@ -137,8 +137,9 @@ class BootstrapTrainer(Trainer):
 
         Every process measures all photos, so that the mean is the same whatever their number.
         """
-        if self.measured is not None and self.measured[0] == self.state.global_step:
-            return self.measured[1]
+        for entry in self.state.log_history:  # also what a run had measured before it was killed
+            if entry["step"] == self.state.global_step and f"{metric_key_prefix}_cosine" in entry:
+                return {key: value for key, value in entry.items() if key.startswith(metric_key_prefix)}
         model: Distillation = self.accelerator.unwrap_model(self.model)
         own = _copies(model.tower)
         _copy_into(model.tower, self.average)
@@ -157,7 +158,6 @@ class BootstrapTrainer(Trainer):
             _copy_into(model.tower, own)
         metrics = {f"{metric_key_prefix}_{key}": value / count for key, value in sums.items()}
         self.log(metrics)
-        self.measured = self.state.global_step, metrics
         return metrics
 
 
@@ -377,7 +377,7 @@ def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history
     from matplotlib import pyplot as plt
 
     taught = {"teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence}
-    document = {"settings": settings, **taught, "unreadable": unreadable, "files": made(out), "history": history}
+    document = {"settings": settings, **taught, "unreadable": unreadable, "files": made(out), "history": curve_of(history)}
     batch = settings["batch_size"]
     train = [(h["step"] * batch, h["loss"]) for h in history if "loss" in h]
     held_out = [(h["step"] * batch, h["eval_cosine"], h["eval_token_cosine"]) for h in history if "eval_cosine" in h]

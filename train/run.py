@@ -259,8 +259,11 @@ def latest_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
     """
     marked = marked_checkpoints(folder)
     newest = _step(marked[0]) if marked else 0
-    for cut_off in (path for path in _checkpoints(folder) if not (path / "complete").exists() and _step(path) > newest):
-        print(f"{printable(str(cut_off))} was not written to its end and is left out", file=sys.stderr)
+    for cut_off in (path for path in _checkpoints(folder) if not (path / "complete").exists()):
+        if _step(cut_off) > newest:
+            print(f"{printable(str(cut_off))} was not written to its end and is left out", file=sys.stderr)
+        if rank() == 0:  # what lies in it would be taken for a part of the next checkpoint of that step
+            shutil.rmtree(cut_off, ignore_errors=True)
     for checkpoint in marked:
         damage = _damage(checkpoint)
         if not damage:
@@ -344,6 +347,11 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     if rank() == 0:
         print(printable(f"{out}: this run is complete, and nothing is left to be done"), file=sys.stderr)
     return True
+
+
+def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the Trainer has logged of a run, without its last word, which is of the process that ended it and not of the run."""
+    return [entry for entry in history if "train_runtime" not in entry]
 
 
 def made(out: Path) -> dict[str, list[int]]:

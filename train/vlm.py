@@ -44,6 +44,7 @@ from sparse_vlm.train.run import (
     arguments,
     carry_out,
     claimed,
+    curve_of,
     finished,
     latest_checkpoint,
     made,
@@ -247,4 +248,4 @@ def write_history(out: Path, settings: dict[str, Any], history: list[dict[str, A
         figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
     # last: it says that the run is complete
-    write_text(out / HISTORY, json.dumps({"settings": settings, "files": made(out), "history": history}, indent=1) + "\n")
+    write_text(out / HISTORY, json.dumps({"settings": settings, "files": made(out), "history": curve_of(history)}, indent=1) + "\n")

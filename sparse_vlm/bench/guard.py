@@ -27,9 +27,11 @@ from sparse_vlm.bench.ratios import COMPARISONS, Comparison, Ratio, as_table, ra
 from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_text
+from sparse_vlm.schema import SIZE, check, read_json
 from sparse_vlm.train.rows import as_program
 
 FORMAT = "sparse-vlm/ratios-baseline/1"
+AGAIN = "name a file that --renew wrote"
 MARGIN = 0.05  # that medians of two runs of the same code may differ by
 # rounds of each model, and the seconds after which it takes no more than it must: all of it takes less than three minutes
 ROUNDS, LIMIT_S = 7, 4.0
@@ -110,12 +112,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {"format": FORMAT, "machines": {}}
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["format"] != FORMAT or not isinstance(kept["machines"], dict):
-            raise ValueError(f"format {kept['format']!r}, this version reads {FORMAT!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--baseline {path}: no ratios that were kept ({error})") from error
+    kept = read_json(path, AGAIN)
+    check(kept, {"format": str, "machines": {str: {"runs": [{str: [SIZE]}]}}}, f"--baseline {path}", AGAIN)
+    if kept["format"] != FORMAT:
+        raise UserError(f"--baseline {path}: format {kept['format']!r}, this version reads {FORMAT!r}; {AGAIN}")
+    for machine in kept["machines"].values():
+        for name, numbers in (pair for run in machine["runs"] for pair in run.items()):
+            if len(numbers) != 3:
+                raise UserError(f"--baseline {path}: {name} has {len(numbers)} numbers instead of two quartiles and a median; {AGAIN}")
     return kept
 
 

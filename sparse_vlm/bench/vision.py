@@ -137,7 +137,8 @@ class Vision:
     def see(self, inputs: Tensor | Inputs, compiled: bool = False) -> Tensor:
         """(B, 3, S, S), alone or with sizes, to (B, M, d), of a pruner (B, N, d)."""
         look = self._compiled() if compiled else self.look
-        return look(inputs) if isinstance(inputs, Tensor) else look(*inputs)
+        pixels, sizes = (inputs, None) if isinstance(inputs, Tensor) else inputs
+        return look(pixels) if sizes is None else look(pixels, sizes)
 
     def optimize(self) -> None:
         """Fold the model for inference where it is a tower of ours; for good."""
@@ -283,7 +284,7 @@ def _vision(name: str, tower: _Tower, kind: str, count: int | None, chosen: bool
         if not isinstance(module, SparseFormer):
             raise UserError(f"--model {name}: only a rival or a tower can be pruned, because a teacher keeps its attention to itself")
         pruner = PRUNERS[kind](module, tokens).eval()
-        look, work = (lambda pixels, sizes=None: pruner(pixels)), work + pruner.work()
+        look, work = pruner, work + pruner.work()
     vision = Vision(
         title,
         name,

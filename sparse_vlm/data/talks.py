@@ -176,7 +176,9 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
             if conversations:
                 talks.append(Talk(printable(f"{photo.source.name}:{photo.key}"), (photo,), tuple(conversations)))
     if not talks:
-        raise UserError("no photo has captions, questions or labels that this stage uses; give tars whose json files hold them")
+        names = list(dict.fromkeys(photo.source.name for photo in photos))
+        where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UserError(f"{where}: no photo has captions, questions or labels that this stage uses; give tars whose json files hold them")
     return talks
 
 

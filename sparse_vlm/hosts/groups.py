@@ -15,7 +15,7 @@ def square_grid(tower: SparseFormer, batch: int) -> Tensor | None:
     None where they always begin so.
     """
     config = tower.config
-    if config.fit == "crop" and config.focus is None or config.budgets is None:
+    if (config.fit == "crop" and config.focus is None) or config.budgets is None:
         return None
     return grid_rois(config.num_latent_tokens).to(tower.initial_roi.weight.device).expand(batch, -1, -1)
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from sparse_vlm.devices import own_device
 from sparse_vlm.errors import UserError
-from sparse_vlm.preprocess import Preprocessor, sizes_on
+from sparse_vlm.geometry import sizes_on
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.store import locate
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 

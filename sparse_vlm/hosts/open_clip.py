@@ -3,7 +3,7 @@
 Shape legend: B batch, n latent tokens, d width, E embedding, h x w pixels.
 
 Notable: a tower that sees whole images takes canvases that are zero beyond their images, as `OpenClipVisual.preprocess` makes them; what
-open_clip's own transform makes by `preprocess_cfg` is the whole image squashed to a square. Needs what the tower needs. open_clip looks a
+open_clip's own transform makes by `preprocess_cfg` is the whole image squashed to a square. Needs torch alone to encode. open_clip looks a
 tower's attributes up by name, so this module has the names of its `VisionTransformer` (open_clip/transformer.py, version 3): `image_size`,
 `output_dim`, `output_tokens`, `preprocess_cfg`, `lock`, `set_grad_checkpointing`, `no_weight_decay`. Whatever encodes, trains or saves a
 model of open_clip goes on as before.
@@ -12,16 +12,18 @@ model of open_clip goes on as before.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import sizes_on
 from sparse_vlm.hosts.groups import layer_groups, undecayed
-from sparse_vlm.preprocess import Preprocessor, sizes_on
 from sparse_vlm.tower import SparseFormer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class OpenClipVisual(nn.Module):
@@ -53,6 +55,8 @@ class OpenClipVisual(nn.Module):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """An image to (3, S, S) normalised pixels, in the place of open_clip's own transform: exactly what the tower was trained on."""
+        from sparse_vlm.preprocess import Preprocessor
+
         return Preprocessor.of(self.tower.config)(image, square=True).pixels[0]
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:

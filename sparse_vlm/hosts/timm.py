@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from sparse_vlm import store
 from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import sizes_on
 from sparse_vlm.hosts.groups import square_grid, undecayed
-from sparse_vlm.preprocess import sizes_on
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 from sparse_vlm.tower.config import PUBLISHED
 from sparse_vlm.tower.modules import Unit

@@ -25,10 +25,10 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import AutoBackbone, AutoModel
 
+from sparse_vlm.geometry import sizes_on
 from sparse_vlm.hosts.groups import square_grid
 from sparse_vlm.hosts.transformers_config import SparseFormerHostConfig, processor_counts
 from sparse_vlm.hosts.transformers_image import SparseFormerImageProcessor
-from sparse_vlm.preprocess import sizes_on
 from sparse_vlm.tower import SparseFormer
 
 __all__ = ["SparseFormerBackbone", "SparseFormerHostConfig", "SparseFormerHostModel", "SparseFormerImageProcessor", "processor_counts"]

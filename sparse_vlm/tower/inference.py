@@ -65,7 +65,7 @@ def optimize(tower: SparseFormer) -> None:
         prepared, glance = CompiledUnit, CompiledGlance
         if tower.feat_extractor is not None:
             tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
-        if tower.focus is not None and native.Focus.takes(tower.focus):
+        if type(tower.focus) is Focus and native.Focus.takes(tower.focus):  # what derives from it predicts otherwise
             tower.focus = CompiledFocus(tower.focus)
     if tower.glance is not None:
         tower.glance = glance(tower.glance)

@@ -26,7 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from sparse_vlm import store
 from sparse_vlm.devices import native_dtype
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, naming
 from sparse_vlm.files import write_text
 from sparse_vlm.llm import load_llm
 from sparse_vlm.preprocess import Preprocessor
@@ -145,7 +145,9 @@ class VLM:
             tokenizer.pad_token = tokenizer.eos_token
 
         template = extend_template(tokenizer.chat_template, language.spec.system)
-        renderer = Renderer(tokenizer, template, tokens)
+        with naming(str(llm)):
+            renderer = Renderer(tokenizer, template, tokens)
+            end_id = renderer.end_id()  # asks the template
         llava_config = LlavaConfig(
             vision_config=host.config,
             text_config=text_model.config,
@@ -167,7 +169,7 @@ class VLM:
         model.lm_head = text_model.get_output_embeddings()
 
         generation = text_model.generation_config
-        ends = {renderer.end_id(), tokenizer.eos_token_id}
+        ends = {end_id, tokenizer.eos_token_id}
         ends |= set(generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id])
         generation.eos_token_id = sorted(end for end in ends if end is not None)
         generation.pad_token_id = tokenizer.pad_token_id

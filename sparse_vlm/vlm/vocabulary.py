@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.pretrained import as_user_error
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, add_image_token
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def check_llm(model: PreTrainedModel, name: str) -> None:
     """Make sure that the LLM reads text alone and that its logits are its last states times a matrix; the stock LLaVA has room for no more.
 
     Raises:
-        UserError: a model with modalities of its own, a bias, or logits that are scaled or capped.
+        UserError: a model with modalities of its own, a bias, logits that are scaled or capped, or one that cannot be run.
     """
     if model.config.get_text_config() is not model.config:
         raise UserError(f"{name}: a {model.config.model_type} model has other modalities than text of its own; take a text-only one")
@@ -56,8 +57,11 @@ def check_llm(model: PreTrainedModel, name: str) -> None:
     if getattr(head, "bias", None) is not None:
         raise UserError(f"{name}: its output layer has a bias, which LlavaForConditionalGeneration has no place for; take another LLM")
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    plain = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    with as_user_error(name, "a language model that can be run"):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        plain = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not bool(torch.isfinite(own).all() & torch.isfinite(plain).all()):
+        raise UserError(f"{name}: its logits are not finite; its weights are damaged, or are not of this configuration")
     if not torch.allclose(own, plain, rtol=0, atol=0.01 * float(plain.abs().max())):
         raise UserError(
             f"{name}: its logits are scaled or capped after the output layer (up to {float(plain.abs().max()):.3g} become "

@@ -1,0 +1,116 @@
+"""What the campaigns begin with: pictures, towers, language models and teachers small enough that reading them takes no time."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # what the tests have of the same kind
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230), "yellow": (230, 220, 40)}
+EVIL = "from pathlib import Path\n\nPath(__file__).with_name('CANARY').touch()\n\n\nclass Evil:\n    pass\n"
+
+
+def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
+    """A picture of noise, RGB."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file to a tar."""
+    from sparse_vlm.remote import add_member
+
+    add_member(archive, name, data)
+
+
+def write_photos(path: Path, count: int = 4, info: Callable[[int], dict[str, Any]] = lambda i: {}) -> None:
+    """A webdataset tar of plain pictures with what is known of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            name = list(COLOURS)[i % 4]
+            stream = io.BytesIO()
+            Image.new("RGB", (24, 20), COLOURS[name]).save(stream, "PNG")
+            known = {"label": i % 4, "label_name": name, "captions": [f"a {name} wall", f"a wall in {name}."]}
+            add(archive, f"{i:03d}.png", stream.getvalue())
+            add(archive, f"{i:03d}.json", json.dumps(known | info(i)).encode())
+
+
+def asked(i: int) -> dict[str, Any]:
+    """Questions about a photo, as the tars of docs/evaluation.md hold them."""
+    own, other = list(COLOURS)[i % 4], list(COLOURS)[(i + 1) % 4]
+    pair = {"type": "swap", "pos": f"a {own} wall. ", "neg": f"a {other} wall"}
+    return {
+        "pope": [{"q": f"Is there a {n} wall?", "a": a, "s": "pope_coco_random"} for n, a in ((own, "yes"), (other, "no"))],
+        "qa": [{"q": f"Does {own} exist?", "a": "Yes.", "s": "gvt_mci"}, {"q": "How many walls?", "a": "1", "s": "gvt_oc"}],
+        "aokvqa": [
+            {
+                "question": "What colour?",
+                "choices": list(COLOURS),
+                "correct_choice_idx": i % 4,
+                "direct_answers": [own] * 10,
+                "difficult_direct_answer": False,
+            }
+        ],
+        "sugarcrepe": [pair],
+        "valse": [pair | {"vote": 2}],
+        "vsr": [{"statement": f"The {own} wall is left.", "label": 1, "relation": "left of"}],
+    }
+
+
+def write_noise(folder: Path, count: int) -> None:
+    """Pictures of noise, a few of which a bootstrap holds out."""
+    from sparse_vlm.photos import Photo
+    from sparse_vlm.train.lessons import held_out
+
+    folder.mkdir()
+    names = [f"{i:04d}.png" for i in range(1000)]
+    kept = set(held_out([Photo(name, folder, 0, 0) for name in names]))
+    names = [names[i] for i in sorted(kept)[:4]] + [name for i, name in enumerate(names) if i not in kept][: count - 4]
+    for i, name in enumerate(names):
+        noise((28, 28), i).save(folder / name)
+
+
+def save_tower(folder: Path) -> None:
+    """`tower`: of random weights."""
+    import tiny_vlm
+
+    tiny_vlm.save_tower(folder / "tower")
+
+
+def save_llm(folder: Path) -> None:
+    """`llm`: a LLaMA of two layers, with a file that must never be run."""
+    import tiny_vlm
+
+    tiny_vlm.save_llm(folder / "llm")
+    (folder / "llm" / "evil.py").write_text(EVIL)
+
+
+def save_teacher(folder: Path) -> str:
+    """`teacher`: an open_clip folder with a ViT of two blocks and random weights; its name."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    sizes = {"image_size": 28, "layers": 2, "width": 64, "head_width": 64, "patch_size": 14}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    config = {
+        "model_cfg": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": sizes, "text_cfg": text},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3},
+    }
+    target = folder / "teacher"
+    target.mkdir(parents=True)
+    (target / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{target}", load_weights=False)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, target / "open_clip_model.safetensors")
+    return f"local-dir:{target}"
