@@ -160,16 +160,18 @@ def image_pyramid(image: Tensor, levels: int, sides: Tensor | None = None) -> Te
     Returns:
         (B, C, H, W + ceil(W / 2)) in the dtype of `image`, or `image` itself.
     """
+    if sides is not None:
+        image = _copy_last(_copy_last(image, -1, sides[:, 0]), -2, sides[:, 1])  # what is read beside a last pixel, by rounding
     if levels == 0:
         return image
     height, width = image.shape[-2:]
     column, level, used = [], image, 0
     for _ in range(levels):
+        level = F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False)
         if sides is not None:
             # the mean of a last column and its copy is that column, which is what it is halved to on a canvas that ends there
-            level = _copy_last(_copy_last(level, -1, sides[:, 0]), -2, sides[:, 1])
             sides = (sides + 1) // 2
-        level = F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False)
+            level = _copy_last(_copy_last(level, -1, sides[:, 0]), -2, sides[:, 1])
         column.append(F.pad(level, (0, -(-width // 2) - level.shape[-1], 0, 0)))
         used += level.shape[-2]
     # H / 2 + H / 4 + ... is less than H, but for the rounding up of small images
