@@ -107,7 +107,7 @@ def check_outputs(report: run.Report, folder: Path, titles: list[str]) -> None:
     for row in document["results"]:
         for metric in row["metrics"].values():
             assert metric["low"] <= metric["value"] + 1e-9 and metric["value"] <= metric["high"] + 1e-9
-    assert [column.header for column in as_tables(report)[0].columns][2:] == titles
+    assert [str(column.header) for column in as_tables(report)[0].columns][2:] == titles
     markdown = as_markdown(report)
     assert f"| task | metric | {' | '.join(titles)} |" in markdown
     assert all(f"* {name}: {task.protocol}." in markdown for name, task in report.tasks.items())

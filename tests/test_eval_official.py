@@ -380,7 +380,7 @@ def test_two_models_are_compared_on_the_same_photos(vqav2: Path, monkeypatch: py
     assert found["mute", "blind", "none"]["value"] == pytest.approx(-0.3 / 5)
     assert found["mute", "blind", "no-image"]["high"] == 0, "neither is ever worth more than the other but in one photo"
     assert "| task | metric | blind − sees | mute − sees | blind, no-image − sees |" in as_markdown(report)
-    assert [column.header for column in as_tables(report)[1].columns][2] == "blind − sees"
+    assert [str(column.header) for column in as_tables(report)[1].columns][2] == "blind − sees"
     single = measure(monkeypatch, {"sees": models["sees"]}, "vqav2", vqav2)
     assert as_json(single)["paired"] == [] and len(as_tables(single)) == 1
 
