@@ -146,7 +146,7 @@ def test_the_objective_averages_the_teachers_patches_over_the_budgets_cells() ->
     from sparse_vlm.distill.objective import Distillation, Statistics
 
     tower = elastic()
-    model = Distillation(tower, Statistics(torch.zeros(32), torch.zeros(64), torch.eye(32)), dense_weight=1.0)
+    model = Distillation(tower, Statistics(torch.zeros(32), torch.zeros(64), torch.eye(32), torch.tensor(1.0)), dense_weight=1.0)
     pixels = torch.randint(0, 255, (2, 3, 56, 56), dtype=torch.uint8)
     embeds, patches = torch.randn(2, 32), torch.randn(2, 16, 64)
     with torch.no_grad():

@@ -23,7 +23,7 @@ def test_whitening_makes_all_directions_count_alike() -> None:
     sizes = torch.tensor([loud] * 16 + [faint] * 16)
     turned, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
     embeds = torch.randn(4000, 32, generator=generator) * sizes @ turned + 5.0
-    known = Statistics.of(embeds, torch.zeros(64))
+    known = Statistics.of(embeds, torch.zeros(64), torch.tensor(1.0))
     variances = ((embeds - known.embed_mean) @ known.whitening).var(0)
     floor = 0.05 * (loud**2 + faint**2) / 2  # what fainter directions count as having
     assert variances.sort().values == pytest.approx([faint**2 / floor] * 16 + [1.0] * 16, rel=0.25)
