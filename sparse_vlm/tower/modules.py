@@ -50,7 +50,7 @@ def plain(module: nn.Module) -> bool:
     It is not so of a layer that PEFT, bitsandbytes, FSDP or a parametrization stands for or hooks of which say something else.
     """
     return type(module) in (nn.Linear, nn.Conv2d, nn.Embedding) and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        module._forward_hooks or module._forward_pre_hooks or vars(module).get("forward") is not None
     )
 
 
