@@ -38,7 +38,7 @@ def test_whitening_makes_all_directions_count_alike() -> None:
             image_mean=(0.5,) * 3, image_std=(0.25,) * 3, cls_before_unit=0,
         )  # fmt: skip
 
-        def forward(self, pixels: torch.Tensor, num_tokens: int | None) -> SparseFormerOutput:
+        def forward(self, pixels: torch.Tensor, num_tokens: int | None, image_sizes: None) -> SparseFormerOutput:
             return SparseFormerOutput(torch.ones(64, 50, 64), said, torch.zeros(64, 49, 4))
 
     pixels, tokens = torch.zeros(64, 3, 56, 56, dtype=torch.uint8), torch.ones(64, 49, 64)
