@@ -17,7 +17,7 @@ from PIL import Image
 from sparse_vlm.documents import whole
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import load_crop
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -78,23 +78,23 @@ def generated(
         return model.generate(conversations, max_new_tokens=max_new_tokens)
 
     # padding is wasted work: alike lengths go together
-    size = model.tower.config.image_size
-    return _ask_each_once(ask, photos, size, questions, control, on_answers, GENERATED_AT_ONCE, lambda key: len(key[1].split()))
+    load = Preprocessor.of(model.tower.config).load
+    return _ask_each_once(ask, photos, load, questions, control, on_answers, GENERATED_AT_ONCE, lambda key: len(key[1].split()))
 
 
 def scored(model: VLM, photos: Sequence[Photo], questions: Sequence[Question], control: str, on_answers: OnAnswers) -> list[list[Score]]:
     """How likely every choice of every question is."""
     # the model reads a photo once for all questions about it that stand side by side
-    size = model.tower.config.image_size
+    load = Preprocessor.of(model.tower.config).load
     return _ask_each_once(
-        model.score, photos, size, questions, control, on_answers, SCORED_AT_ONCE, lambda key: -1 if key[0] is None else key[0]
+        model.score, photos, load, questions, control, on_answers, SCORED_AT_ONCE, lambda key: -1 if key[0] is None else key[0]
     )
 
 
 def _ask_each_once(
     ask: Callable[[list[Any], list[list[str]]], list[Answer]],
     photos: Sequence[Photo],
-    size: int,
+    load: Callable[[Photo], Image.Image],
     questions: Sequence[Question],
     control: str,
     on_answers: OnAnswers,
@@ -104,7 +104,7 @@ def _ask_each_once(
     """Answers in the order of the questions; a key is (shown photo, question, choices).
 
     Args:
-        size: of the pictures that the model's tower sees, in pixels; photos are decoded no larger than that needs.
+        load: what the model's tower sees of a photo, decoded no larger than that needs.
     """
     if control == "wrong-image" and len(photos) < 2:
         raise ValueError("no other photo to show")
@@ -112,12 +112,12 @@ def _ask_each_once(
         check_question(question.text, f"{photos[question.photo].key}: the question {question.text[:60]!r}")
     keys: list[Key] = [(shown_photo(question.photo, len(photos), control), question.text, question.choices) for question in questions]
     order = sorted(dict.fromkeys(keys), key=sort_by)
-    load = lru_cache(maxsize=at_once)(lambda index: load_crop(photos[index], size))
+    shown = lru_cache(maxsize=at_once)(lambda index: load(photos[index]))
     found: dict[Key, Answer] = {}
     on_answers(0, len(order))
     for start in range(0, len(order), at_once):
         batch = order[start : start + at_once]
-        conversations = [conversation(None if index is None else load(index), text) for index, text, _ in batch]
+        conversations = [conversation(None if index is None else shown(index), text) for index, text, _ in batch]
         found.update(zip(batch, ask(conversations, [list(choices) for _, _, choices in batch]), strict=True))
         on_answers(len(found), len(order))
     return [found[key] for key in keys]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
+from sparse_vlm.eval.placement import PLACEMENTS, replace_focus
 from sparse_vlm.geometry import crop_rois
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Triple, load_crops, preprocess
+from sparse_vlm.preprocess import Inputs, Preprocessor
 from sparse_vlm.store import locate
 from sparse_vlm.teacher import load_teacher, split_tag
 from sparse_vlm.text import TextEncoder
@@ -44,7 +46,7 @@ class Embedder(Protocol):
         tokens: tokens it emits for one picture.
         macs: multiply-accumulates for one picture.
         parameters: number of weights.
-        size: side of the pictures that it was trained on, in pixels (S).
+        size: side of the squares that it was trained on, or of the largest canvas, in pixels (S).
     """
 
     name: str
@@ -57,11 +59,11 @@ class Embedder(Protocol):
     parameters: int
     size: int
 
-    def pixels(self, images: Sequence[Image.Image], size: int | None = None) -> Tensor:
-        """What the model is given: (B, 3, S, S), normalised; S is the model's unless given."""
+    def pixels(self, images: Sequence[Image.Image | Photo], size: int | None = None) -> Inputs:
+        """What the model is given of images, or of their files; S is the model's unless given."""
         ...
 
-    def answer(self, pixels: Tensor, region: Tensor | None = None) -> Tensor:
+    def answer(self, inputs: Inputs, region: Tensor | None = None) -> Tensor:
         """(B, E) float32 on the CPU, not normalised.
 
         Args:
@@ -85,8 +87,8 @@ class ModuleEmbedder:
     """An `Embedder` around a module.
 
     Args:
-        forward: from normalised pixels (B, 3, S, S) and a region of each, (B, 4) or None, to embeddings (B, E).
-        size, mean, std: the preprocessing it was trained with.
+        forward: from `Inputs` and a region of each, (B, 4) or None, to embeddings (B, E).
+        preprocessor: the preprocessing it was trained with.
     """
 
     def __init__(
@@ -95,10 +97,8 @@ class ModuleEmbedder:
         model: str,
         kind: str,
         module: nn.Module,
-        forward: Callable[[Tensor, Tensor | None], Tensor],
-        size: int,
-        mean: Triple,
-        std: Triple,
+        forward: Callable[[Inputs, Tensor | None], Tensor],
+        preprocessor: Preprocessor,
         width: int,
         tokens: int,
         macs: int,
@@ -108,23 +108,24 @@ class ModuleEmbedder:
         self.dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
         self.parameters = sum(p.numel() for p in module.parameters())
         self.module, self.forward = module, forward
-        self.size, self.mean, self.std = size, mean, std
+        self.preprocessor, self.size = preprocessor, preprocessor.size
 
-    def pixels(self, images: Sequence[Image.Image], size: int | None = None) -> Tensor:
-        """(B, 3, S, S), normalised, where and as the module computes."""
+    def pixels(self, images: Sequence[Image.Image | Photo], size: int | None = None) -> Inputs:
+        """What the module is given, where and as it computes."""
         weight = next(self.module.parameters())
-        return preprocess(images, size or self.size, self.mean, self.std).to(weight.device, weight.dtype)
+        prepare = self.preprocessor if size is None else replace(self.preprocessor, size=size)
+        return prepare(images).to(weight.device, weight.dtype)
 
     @torch.inference_mode()
-    def answer(self, pixels: Tensor, region: Tensor | None = None) -> Tensor:
+    def answer(self, inputs: Inputs, region: Tensor | None = None) -> Tensor:
         """(B, E) float32 on the CPU, not normalised.
 
         Raises:
             UserError: a tower that cannot begin in a region.
         """
         if region is not None:
-            region = region.to(pixels.device)
-        return self.forward(pixels, region).float().cpu()
+            region = region.to(inputs.pixels.device)
+        return self.forward(inputs, region).float().cpu()
 
 
 def budget_name(name: str, num_tokens: int | None) -> str:
@@ -144,30 +145,36 @@ def serves_budgets(name: str) -> bool:
         return False  # whatever is wrong with it, loading says it
 
 
-def tower_embedder(name: str, control: str = "none", num_tokens: int | None = None) -> ModuleEmbedder:
+def tower_embedder(
+    name: str, control: str = "none", num_tokens: int | None = None, teacher: ModuleEmbedder | None = None
+) -> ModuleEmbedder:
     """A tower from a folder or the zoo.
 
     Args:
         control: a key of `TOWER_CONTROLS`; what is measured under one is named after it, too.
         num_tokens: latent tokens, for a tower that serves several budgets; it is named after them as well.
+        teacher: for the control that places cells by its features.
 
     Raises:
-        UserError: no such tower, a number of tokens that it was not made for, or one that does not look where the control is to keep it
-            from looking.
+        UserError: no such tower, a number of tokens that it was not made for, or a control that does not apply to it.
     """
     device = own_device()
     tower = SparseFormer.from_pretrained(name, native_dtype(device), num_tokens).to(device)
     config, model, name = tower.config, name, budget_name(name, num_tokens)
+    if control == "crop" and config.fit == "crop":
+        raise UserError(f"{name} sees centre squares as it is; leave the control crop out")
     if control == "no-looks":
         if not any("SAMPLING_M" in unit.ops for unit in config.units):
             raise UserError(f"{name} does not look, so no-looks is the tower itself; leave that control out")
         for unit in tower.units():
             unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
+    elif control in PLACEMENTS:
+        replace_focus(tower, name, control, None if teacher is None else teacher.module)
 
-    def look(pixels: Tensor, region: Tensor | None) -> Tensor:
+    def look(inputs: Inputs, region: Tensor | None) -> Tensor:
         if region is not None and not config.zooms:
             raise UserError(f"{name} cannot begin in a region of a picture; measure zoom on a tower that can, as of the recipe elastic")
-        return tower(pixels, region=region).image_embeds
+        return tower(inputs.pixels, region=region, image_sizes=inputs.image_sizes).image_embeds
 
     embedder = ModuleEmbedder(
         name if control == "none" else f"{name}, {control}",
@@ -175,12 +182,10 @@ def tower_embedder(name: str, control: str = "none", num_tokens: int | None = No
         "tower",
         tower,
         look,
-        config.image_size,
-        config.image_mean,
-        config.image_std,
+        Preprocessor.of(config, "crop" if control == "crop" else None),
         config.embed_dim,
         config.visual_tokens,
-        count_macs(config).total,
+        count_macs(config if control != "grid" else replace(config, focus=None)).total,
     )
     tower.optimize_for_inference()  # once its parameters are counted, because packed ones are none
     return embedder
@@ -200,10 +205,8 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
         name,
         "teacher",
         teacher,
-        lambda pixels, region: teacher(pixels if region is None else _cut_out(pixels, region, spec.image_size)).embeds,
-        spec.image_size,
-        spec.image_mean,
-        spec.image_std,
+        lambda inputs, region: teacher(inputs.pixels if region is None else _cut_out(inputs.pixels, region, spec.image_size)).embeds,
+        Preprocessor.of(spec),
         spec.embed_dim,
         spec.grid**2 + spec.has_cls,
         vit_macs(spec),
@@ -270,10 +273,24 @@ class Features:
             self.on_photos(what, 0, len(photos))
             for start in range(0, len(photos), BATCH):
                 batch = photos[start : start + BATCH]
-                parts.append(embedder.answer(embedder.pixels(load_crops(batch, embedder.size))))
+                parts.append(embedder.answer(embedder.pixels(batch)))
                 self.on_photos(what, start + len(batch), len(photos))
             self._images[key] = torch.cat(parts).numpy()
         return self._images[key]
+
+    def generated(self, embedder: Embedder, what: str, count: int, make: Callable[[int], Image.Image]) -> np.ndarray:
+        """Embed images that are made on the way, and not kept: (count, E) float32, not normalised.
+
+        Args:
+            what: for progress.
+            make: returns the i-th image.
+        """
+        parts = []
+        for start in range(0, count, BATCH):
+            images = [make(i) for i in range(start, min(start + BATCH, count))]
+            parts.append(embedder.answer(embedder.pixels(images)))
+            self.on_photos(what, start + len(images), count)
+        return torch.cat(parts).numpy()
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(T, E) float32, not normalised."""

@@ -212,13 +212,13 @@ def _run_image_tasks(
     chosen = {name: list(budgets) or [None] for name in towers}
     if budgets and (serving := [name for name in towers if serves_budgets(name)]):
         chosen |= {name: [None] for name in towers if name not in serving}
+    reference = None if teacher is None else teacher_embedder(teacher)
     embedders: list[Embedder] = []
     for name in names:
         if is_teacher(name):
             embedders += [] if name == teacher else [teacher_embedder(name)]
         else:
-            embedders += [tower_embedder(name, control, count) for count in chosen[name] for control in controls]
-    reference = None if teacher is None else teacher_embedder(teacher)
+            embedders += [tower_embedder(name, control, count, reference) for count in chosen[name] for control in controls]
     if reference is not None:
         embedders.append(reference)
     words = text_side(text, teacher) if any(task.needs_text for task in tasks.values()) else None
@@ -232,7 +232,7 @@ def _run_image_tasks(
         report.models[e.name] = {"kind": e.kind, "model": e.model, **cost}
     for name, task in tasks.items():
         for embedder in embedders:
-            if task.needs_teacher and embedder is reference:
+            if task.needs_teacher and embedder is reference and not task.includes_teacher:
                 continue
             on_progress(f"{name}: {embedder.name}", 0, 1)
             keep(name, Column(embedder.name), task.run(embedder, reference, features, data))
@@ -243,7 +243,8 @@ def _check_widths(embedders: list[Embedder], teacher: Embedder | None, text: Tex
     for embedder in embedders:
         if text is not None and embedder.width != text.width:
             raise UserError(f"{embedder.name} embeds into {embedder.width} dimensions, the text side {text.name} into {text.width}")
-        if teacher is not None and any(task.needs_teacher for task in tasks.values()) and embedder.width != teacher.width:
+        compared = any(task.needs_teacher and (embedder.kind == "tower" or not task.includes_teacher) for task in tasks.values())
+        if teacher is not None and compared and embedder.width != teacher.width:
             raise UserError(f"{embedder.name} embeds into {embedder.width} dimensions, the teacher {teacher.name} into {teacher.width}")
 
 

@@ -29,6 +29,10 @@ CONTROLS = {
 TOWER_CONTROLS = {
     "none": "the tower as it is",
     "no-looks": "the same weights with nothing added by any look",
+    "grid": "the same weights on a uniform grid of cells",
+    "random": "the same weights on cells that are split at random",
+    "teacher": "the same weights on cells that are split where the teacher's own features vary",
+    "crop": "the same weights on the centre square of each photo, where the tower sees it whole",
 }
 
 
@@ -111,15 +115,14 @@ class Data:
             self._sets[file] = [known_about(photo) for photo in PhotoSet(path)]
         return self._sets[file]
 
-    def photos(self, file: str) -> list[Photo]:
-        """The photos of one tar that are looked at: all, or `limit` of them."""
-        return self.cut(self.everything(file))
+    def photos(self, file: str, most: int | None = None) -> list[Photo]:
+        """The photos of one tar that are looked at: all, `limit` or `most` of them."""
+        return self.cut(self.everything(file), most)
 
-    def cut(self, photos: list[Photo]) -> list[Photo]:
-        """At most `limit` of these photos, spread evenly."""
-        if self.limit is None or self.limit >= len(photos):
-            return photos
-        return [photos[i * len(photos) // self.limit] for i in range(self.limit)]
+    def cut(self, photos: list[Photo], most: int | None = None) -> list[Photo]:
+        """At most `limit` (and `most`) of these photos, spread evenly."""
+        count = min(limit for limit in (self.limit, most, len(photos)) if limit is not None)
+        return [photos[i * len(photos) // count] for i in range(count)]
 
 
 class Task(ABC):
@@ -148,11 +151,13 @@ class ImageTask(Task):
 
     Attributes:
         needs_text: whether it compares photos with words.
-        needs_teacher: whether it measures agreement with the teacher; such a task is not run on the teacher.
+        needs_teacher: whether it compares towers with the teacher.
+        includes_teacher: whether a task that does is run on the teacher as well, and on ViTs of any embedding width.
     """
 
     needs_text: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    includes_teacher: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, model: Embedder, teacher: Embedder | None, features: Features, data: Data) -> Result:

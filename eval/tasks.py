@@ -10,8 +10,10 @@ from sparse_vlm.eval.multiple_choice import MMBench, ScienceQA
 from sparse_vlm.eval.pairs import LikelierCaption, NearerSentence
 from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
 from sparse_vlm.eval.questions import AOKVQAFiles, InTar, PopeFiles
+from sparse_vlm.eval.rendered_words import RenderedWords
 from sparse_vlm.eval.retrieval import Retrieval
 from sparse_vlm.eval.short_answers import GQA, TextVQA, VQAv2
+from sparse_vlm.eval.small_objects import SmallObjects
 from sparse_vlm.eval.task import Task
 from sparse_vlm.eval.vqa import AOKVQA, VSR, AOKVQADirect, Counting, Existence, Pope, PopeInWords
 from sparse_vlm.eval.zero_shot import ZeroShot
@@ -26,6 +28,8 @@ TASKS: dict[str, Task] = {
     "knn": NearestNeighbours(),
     "probe": LinearProbe(),
     "zoom": Zoom(),
+    "small-objects": SmallObjects(),
+    "rendered-words": RenderedWords(),
     "sugarcrepe": NearerSentence("sugarcrepe"),
     "valse": NearerSentence("valse"),
     "captions": Captions(),

@@ -29,12 +29,12 @@ class Zoom(ImageTask):
     files = ("eval/imagenet1k_one_per_class.tar",)
     protocol: ClassVar[str] = (
         f"{SIDE} x {SIDE} photos in one picture, each to be named (zero-shot, all classes of the set) from: the whole picture scaled to "
-        "the model's input; its region of that small picture; its region of the picture at full resolution. A tower starts its tokens in "
-        "the region, the teacher is shown the region cut out and scaled"
+        "the model's input; the whole picture at full resolution; its region of the small picture; its region at full resolution. A tower "
+        "starts its tokens in the region, the teacher is shown the region cut out and scaled"
     )
 
     def run(self, model: Embedder, teacher: Embedder | None, features: Features, data: Data) -> Result:
-        """Name every photo three times; those that do not fill a last collage are left out."""
+        """Name every photo four times; those that do not fill a last collage are left out."""
         (file,) = self.files
         photos = data.photos(file)
         photos = photos[: len(photos) // SIDE**2 * SIDE**2] or photos
@@ -44,7 +44,7 @@ class Zoom(ImageTask):
         names = list(classes.values())
         labels = np.array([position[photo.info["label"]] for photo in photos])
         words = class_embeddings(names, features)
-        found: dict[str, list[np.ndarray]] = {"whole": [], "zoomed, small": [], "zoomed": []}
+        found: dict[str, list[np.ndarray]] = {"whole": [], "whole, large": [], "zoomed, small": [], "zoomed": []}
         for start in range(0, len(photos), SIDE**2):
             tiles = photos[start : start + SIDE**2]
             for name, embeds in self._look(model, tiles).items():
@@ -69,9 +69,15 @@ class Zoom(ImageTask):
             collage.paste(load_crop(tile, size), (column * size, row * size))
             regions.append((column / SIDE, row / SIDE, (column + 1) / SIDE, (row + 1) / SIDE))
         small, large = model.pixels([collage]), model.pixels([collage], SIDE * size)
-        found = {"whole": [model.answer(small).expand(len(tiles), -1)], "zoomed, small": [], "zoomed": []}
+        # all of it as a region, so that a teacher is shown it scaled to its input
+        everywhere = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+        found = {
+            name: [model.answer(picture, everywhere).expand(len(tiles), -1)]
+            for name, picture in (("whole", small), ("whole, large", large))
+        }
+        found |= {"zoomed, small": [], "zoomed": []}
         for start in range(0, len(tiles), AT_ONCE):
             region = torch.tensor(regions[start : start + AT_ONCE])
             for name, picture in (("zoomed, small", small), ("zoomed", large)):
-                found[name].append(model.answer(picture.expand(len(region), -1, -1, -1), region))
+                found[name].append(model.answer(picture.repeat(len(region)), region))
         return {name: torch.cat(parts).numpy() for name, parts in found.items()}

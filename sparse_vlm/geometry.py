@@ -42,6 +42,26 @@ def grid_rois(num_tokens: int, aspect: float = 1.0) -> Tensor:
     return torch.tensor(boxes, dtype=torch.float32, device="cpu")
 
 
+def grid_rois_for(num_tokens: int, aspects: Tensor) -> Tensor:
+    """`grid_rois` of several images, each of its own aspect, without a step that depends on values.
+
+    Args:
+        aspects: (B,) width by height.
+
+    Returns:
+        (B, N, 4) float32, on the device of `aspects`.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}; a tower needs at least one token")
+    rows = (num_tokens / aspects.float()).sqrt().round().clamp(1, num_tokens).long().unsqueeze(-1)  # (B, 1)
+    token = torch.arange(num_tokens, device=aspects.device)
+    row = ((token + 1) * rows - 1) // num_tokens  # (B, N): row i holds the tokens from N * i // rows on
+    first = (num_tokens * row) // rows
+    columns = (num_tokens * (row + 1)) // rows - first
+    column = token - first
+    return torch.stack([column / columns, row / rows, (column + 1) / columns, (row + 1) / rows], dim=-1)
+
+
 def released_rois(num_tokens: int) -> Tensor:
     """Initial RoIs of the published models: a floor(sqrt(N)) grid of half-size boxes that covers the image; the rest see all of it.
 
@@ -111,37 +131,116 @@ def sample_bilinear(feature_map: Tensor, points: Tensor, padding: Padding = "bor
     return values.permute(0, 2, 3, 1).to(feature_map.dtype)
 
 
-def crop_samples(rois: Tensor, height: int, width: int, size: int) -> int:
-    """Samples a side that each pixel of a crop is the mean of, so that the largest of the RoIs skips nothing.
+def points_on_canvas(points: Tensor, extent: Tensor, height: int, width: int, padding: Padding = "border") -> Tensor:
+    """Points of images as points of their canvas.
 
     Args:
-        rois: (..., 4) relative to a picture of height x width pixels.
-        size: pixels a side of a crop.
+        points: (B, N, P, 2), relative to the image.
+        extent: (B, 2), the share of width and height of the canvas that holds each image, at its top left.
+        height, width: cells of the map that is read at the points.
+        padding: what lies outside of an image; with `border`, points there go to its last cells, as `sample_bilinear` moves them to the
+            canvas's.
     """
-    sides = (rois[..., 2:] - rois[..., :2]).detach().abs() * rois.new_tensor([width, height])
-    return max(1, math.ceil(sides.max().item() / size - 1e-3))
+    extent = extent[:, None, None]
+    points = points * extent
+    return points if padding == "zeros" else torch.minimum(points, extent - 0.5 / extent.new_tensor([width, height]))
 
 
-def crop_rois(picture: Tensor, rois: Tensor, size: int, samples: int | None = None) -> Tensor:
-    """Scale what lies in each RoI to `size` x `size` pixels.
+def image_pyramid(image: Tensor, levels: int, sides: Tensor | None = None) -> Tensor:
+    """An image and its halves, quarters and so on, side by side in one tensor, so that one call samples from any of them.
 
-    Where a RoI holds more pixels than that, each pixel of the result is the mean of several samples, so that detail is averaged and not
-    skipped. A RoI that lies on pixel borders and is `size` pixels wide is returned as it is. Differentiable in the RoIs.
+    Level 0 lies at the top left; level k >= 1 begins at column W and at row `pyramid_row(H, k)`. Each is the mean of 2 x 2 pixels of
+    the level before.
 
     Args:
-        picture: (B, 3, H, W).
-        rois: (B, N, 4) relative to the picture.
-        samples: `crop_samples` of these RoIs, where it was counted before.
+        image: (B, C, H, W).
+        levels: how often it is halved; 0 returns the image.
+        sides: (B, 2), width and height in pixels of each image, which lies at the top left of its canvas; what is beyond takes no part.
 
     Returns:
-        (B, N, 3, size, size) in the dtype of `picture`.
+        (B, C, H, W + ceil(W / 2)) in the dtype of `image`, or `image` itself.
     """
-    samples = samples or crop_samples(rois, *picture.shape[-2:], size)
-    steps = (torch.arange(size * samples, device=rois.device, dtype=torch.float32) + 0.5) / (size * samples) - 0.5
+    if sides is not None:
+        image = _copy_last(_copy_last(image, -1, sides[:, 0]), -2, sides[:, 1])  # what is read beside a last pixel, by rounding
+    if levels == 0:
+        return image
+    height, width = image.shape[-2:]
+    column, level, used = [], image, 0
+    for _ in range(levels):
+        level = F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False)
+        if sides is not None:
+            # the mean of a last column and its copy is that column, which is what it is halved to on a canvas that ends there
+            sides = (sides + 1) // 2
+            level = _copy_last(_copy_last(level, -1, sides[:, 0]), -2, sides[:, 1])
+        column.append(F.pad(level, (0, -(-width // 2) - level.shape[-1], 0, 0)))
+        used += level.shape[-2]
+    # H / 2 + H / 4 + ... is less than H, but for the rounding up of small images
+    beside = torch.cat(column, dim=-2)
+    tall = max(height, used)
+    return torch.cat([F.pad(image, (0, 0, 0, tall - height)), F.pad(beside, (0, 0, 0, tall - used))], dim=-1)
+
+
+def _copy_last(image: Tensor, dim: int, sides: Tensor) -> Tensor:
+    """Copy the last column (`dim` -1) or row (-2) of each image onto the one beyond, where its canvas has one; `sides` are (B,)."""
+    shape = list(image.shape)
+    shape[dim] = 1
+    last = (sides - 1).view(-1, 1, 1, 1).expand(shape)
+    beyond = sides.clamp_max(image.shape[dim] - 1).view(-1, 1, 1, 1).expand(shape)
+    return image.scatter(dim, beyond, image.gather(dim, last))
+
+
+def crop_level(height: float, width: float, size: int) -> int:
+    """The level of the pyramid from which `crop_rois` reads a RoI of so many pixels."""
+    return max(0, math.floor(math.log2(height * width) / 2 - math.log2(size) + 0.5))
+
+
+def crop_rois(image: Tensor, rois: Tensor, size: int, extent: Tensor | None = None) -> Tensor:
+    """Scale what lies in each RoI to `size` x `size` pixels.
+
+    Each RoI is read from the level of the image's pyramid at which it holds nearest to `size` pixels a side (between 0.7 and 1.4 times
+    as many), bilinearly and once a pixel, so the cost does not depend on the sizes of image and RoIs. A RoI that lies on pixel borders
+    and is `size` pixels wide is returned as it is. Differentiable in the RoIs. Compare mip maps (Williams, 1983).
+
+    Args:
+        image: (B, C, H, W).
+        rois: (B, N, 4) relative to the part of the canvas that `extent` gives.
+        extent: (B, 2) float32, the share of width and height that holds each image, at the top left of its canvas; all of it by default.
+            Nothing beyond it is read.
+
+    Returns:
+        (B, N, C, size, size) in the dtype of `image`.
+    """
+    height, width = image.shape[-2:]
+    levels = crop_level(height, width, size)  # of the whole image; a RoI may be larger, and then reads the last one
+    # in pixels of level 0, (x, y)
+    whole = rois.new_tensor([width, height], dtype=torch.float32).expand(image.shape[0], 2)
+    if extent is not None:
+        whole = (whole * extent).round()
+    atlas = image_pyramid(image, levels, None if extent is None else whole.long())
+    whole = whole[:, None]  # (B, 1, 2)
+    low, high = rois[..., :2].float() * whole, rois[..., 2:].float() * whole
+    sides = (high - low).detach().abs().clamp_min(1e-3)
+    # geometric mean: a crop of an elongated RoI is a little too fine one way and too coarse the other
+    level = (sides.log2().mean(-1, keepdim=True) - math.log2(size) + 0.5).floor().clamp(0, levels)  # (B, N, 1)
+    shrunk = torch.exp2(-level)
+    steps = (torch.arange(size, device=rois.device, dtype=torch.float32) + 0.5) / size
     offsets = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).view(1, 1, -1, 2)
-    values = sample_bilinear(picture, points_in_rois(rois.float(), offsets)).mT  # (B, N, 3, points)
-    crops = values.unflatten(-1, (size, samples, size, samples))
-    return crops.mean((-3, -1)) if samples > 1 else crops[..., :, 0, :, 0]
+    points = (low.unsqueeze(-2) + (high - low).unsqueeze(-2) * offsets) * shrunk.unsqueeze(-2)  # (B, N, size^2, 2)
+    points = torch.minimum(points.clamp_min(0.5), (whole * shrunk - 0.5).clamp_min(0.5).unsqueeze(-2))
+    # where the level lies in the atlas
+    starts = torch.tensor([0.0, *(pyramid_row(height, k) for k in range(1, levels + 1))], device=rois.device)
+    corner = torch.stack([(level[..., 0] > 0) * float(width), starts[level[..., 0].long()]], dim=-1)  # (B, N, 2)
+    points = (points + corner.unsqueeze(-2)) / rois.new_tensor([atlas.shape[-1], atlas.shape[-2]], dtype=torch.float32)
+    return sample_bilinear(atlas, points).mT.unflatten(-1, (size, size))
+
+
+def pyramid_row(height: int, level: int) -> int:
+    """The row at which level >= 1 of a pyramid begins."""
+    row = 0
+    for _ in range(level - 1):
+        height = -(-height // 2)
+        row += height
+    return row
 
 
 def span_weights(low: Tensor, high: Tensor, cells: int, parts: int, samples: int) -> Tensor:
@@ -221,3 +320,29 @@ def encode_rois(rois: Tensor, dim: int) -> Tensor:
         frequencies = encoding_frequencies(dim, rois.device)
         phase = (rois.float() * math.pi).unsqueeze(-1) * frequencies
         return torch.cat([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def sizes_on(canvases: Tensor, fit: str = "whole") -> Tensor | None:
+    """The sizes of whole images on canvases that came without them: up to the last row and column that are not zero throughout.
+
+    For hosts that hand on pixels alone.
+
+    No pixel of an image is zero once it is normalised, where a channel's mean times 255 is no whole number, as of CLIP's and ImageNet's
+    means and of 0.5. A canvas of zeros counts as full.
+
+    Args:
+        canvases: (B, 3, H, W), normalised.
+        fit: of the model; with `crop` images fill their input.
+
+    Returns:
+        (B, 2) int64, height and width; None with `crop`.
+    """
+    if fit == "crop":
+        return None
+    some = (canvases != 0).any(1)  # (B, H, W)
+    sides = []
+    for across, side in ((2, some.shape[1]), (1, some.shape[2])):
+        place = torch.arange(1, side + 1, device=some.device)
+        last = (some.any(across) * place).amax(1)
+        sides.append(torch.where(last == 0, side, last))
+    return torch.stack(sides, dim=1)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_vlm.errors import UserError
 from sparse_vlm.recipes import Recipe
 from sparse_vlm.teacher import Teacher, TeacherError
 from sparse_vlm.tower import SparseFormer
@@ -128,6 +129,36 @@ def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
     if tower.glance is not None:
         _add_looks_as_zero_branches(tower)
     return rows
+
+
+@torch.no_grad()
+def begin_from(tower: SparseFormer, rows: list[Row], other: SparseFormer, name: str) -> list[Row]:
+    """Give a student that was inherited the weights of another tower, to learn on from there; what that one lacks stays as it is.
+
+    Args:
+        rows: the mapping that `inherit` carried out.
+        other: with no tensor that the student lacks.
+        name: of the other tower, for messages and the mapping.
+
+    Returns:
+        The mapping, in which what the student has from the other tower is not new any more.
+
+    Raises:
+        UserError: the other tower has a tensor that the student lacks, or one of another shape.
+    """
+    own, given = tower.state_dict(), other.state_dict()
+    for tensor, value in given.items():
+        if tensor not in own:
+            raise UserError(
+                f"--init {name}: its tensor {tensor} has no place in this recipe's student; take the recipe that it was made by"
+            )
+        if own[tensor].shape != value.shape:
+            shapes = f"{tuple(value.shape)}, and the student's {tuple(own[tensor].shape)}"
+            raise UserError(f"--init {name}: its tensor {tensor} is {shapes}; take the recipe and the numbers that it was made by")
+        own[tensor].copy_(value)
+    trained = {target for target, parameter in tower.named_parameters() if parameter.requires_grad}
+    begun = [Row(tensor, tensor, "tuned" if tensor in trained else "frozen", f"from {name}") for tensor in given]
+    return begun + [row for row in rows if row.fate == "new" and row.target not in given]
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

@@ -82,13 +82,13 @@ class Photo:
         """
         return decode_image(*self._named())
 
-    def draft(self, at_least: int) -> Draft:
+    def draft(self, at_least: int, longest: bool = False) -> Draft:
         """The picture for whoever makes it smaller; the arguments are `draft_image`'s.
 
         Raises:
             PhotoError: as `load`.
         """
-        return draft_image(*self._named(), at_least)
+        return draft_image(*self._named(), at_least, longest)
 
     def _named(self) -> tuple[bytes, str]:
         """The encoded bytes, and what to call the photo in messages."""
@@ -124,19 +124,20 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return image if type(image) is Image.Image else image.copy()  # one that holds no file
 
 
-def draft_image(data: bytes, name: str, at_least: int) -> Draft:
+def draft_image(data: bytes, name: str, at_least: int, longest: bool = False) -> Draft:
     """Decode a picture for whoever makes it smaller: a JPEG at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size that suffices.
 
     Args:
         at_least: pixels that the shortest side must have, unless it has fewer in full.
+        longest: the longest side must have them instead.
 
     Raises:
         PhotoError: as `decode_image`.
     """
-    return _decode(data, name, at_least)
+    return _decode(data, name, at_least, longest)
 
 
-def _decode(data: bytes, name: str, at_least: int | None) -> Draft:
+def _decode(data: bytes, name: str, at_least: int | None, longest: bool = False) -> Draft:
     if data.startswith(LFS):
         raise PhotoError(f"{name}: {NOT_FETCHED}")
     if data[:2] in (b"P1", b"P2", b"P3"):  # Pillow's reader of numbers in text takes minutes for some megabytes of comments
@@ -153,6 +154,8 @@ def _decode(data: bytes, name: str, at_least: int | None) -> Draft:
             scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 1
             if scans * width * height > MAX_SCANNED:
                 raise PhotoError(f"{name}: a JPEG of {width} x {height} pixels in {scans:,} scans; save it anew")
+            if at_least and longest:
+                at_least = -(-at_least * min(width, height) // max(width, height))
             drafted = at_least and image.draft(None, (at_least, at_least))
             image.load()
     except UnidentifiedImageError:
@@ -293,6 +296,11 @@ def _upright(orientation: int, decoded: tuple[int, int], size: tuple[int, int], 
     left = over_x if orientation in (2, 3, 6, 7) else 0  # what was at the right is at the left
     top = over_y if orientation in (3, 4, 7, 8) else 0
     return (width, height), (left, top, left + right, top + bottom)
+
+
+def photo_of(path: Path) -> Photo:
+    """The photo in a file of its own; whether there is one shows when it is read."""
+    return Photo(path.name, path, 0, file_size(path))
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -13,7 +13,9 @@ from typing import Literal
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.teacher import TeacherSpec
-from sparse_vlm.tower import GlanceConfig, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormerConfig, UnitConfig
+
+FINER = 2  # sides of a canvas for whole images, in sides of the teacher's: the smallest cells are an eighth of the coarse ones
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Recipe:
         lr: peak learning rate, as a share of a tensor's root mean square a step.
         new_boost: how many times faster new tensors learn than inherited ones.
         lr_rois: absolute peak rate of all that moves points and RoIs.
+        lr_focus: absolute peak rate of the network that places cells.
         dense_weight: weight of the token-by-token term of the objective.
         relation_weight: weight of the term that compares the pictures of a batch with each other.
         whitened: share of the embedding's term that is measured after whitening by the teacher's embeddings.
         mixed: share of the views that are each mixed with another of its batch; for a teacher that answers at every step.
+        small: share of the views that are shown small, somewhere on a plain background (`distill.shrink`); for students of several budgets.
         ema: decay of the averaged weights that become the student.
     """
 
@@ -59,11 +63,13 @@ class Recipe:
     lr: float = 2e-3
     new_boost: float = 2.0
     lr_rois: float = 2e-5
+    lr_focus: float = 2e-3
     weight_decay: float = 0.05
     dense_weight: float = 0.5
     relation_weight: float = 0.0
     whitened: float = 0.0
     mixed: float = 0.0
+    small: float = 0.0
     ema: float = 0.995
 
     def config(self, spec: TeacherSpec) -> SparseFormerConfig:
@@ -89,7 +95,7 @@ class Recipe:
             embed_dim=spec.embed_dim,
             head=spec.head,
             head_bias=spec.head_bias,
-            image_size=self.resolution or spec.image_size,
+            image_size=self.resolution or spec.image_size * (FINER if student.fit == "whole" else 1),
             image_mean=spec.image_mean,
             image_std=spec.image_std,
             ln_eps=spec.ln_eps,
@@ -140,6 +146,11 @@ def _elastic(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     picture, and the mean of the teacher's positions there."""
     config = _warm_start(pooled=False)(spec, recipe)
     return replace(config, budgets=(9, 64), glance=GlanceConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
+
+
+def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
+    """Elastic, on whole images, with small cells where there is much to see."""
+    return replace(_elastic(spec, recipe), focus=FocusConfig(), fit="whole")
 
 
 def _whole(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
@@ -221,6 +232,15 @@ RECIPES: dict[str, Recipe] = {
         lr=1.4e-3,
         dense_weight=1.0,
         whitened=0.5,
+    ),
+    "adaptive": Recipe(
+        summary="as elastic, on whole images, with small cells where the teacher's features vary",
+        student=_adaptive,
+        blocks=_each_block,
+        lr=1.4e-3,
+        dense_weight=1.0,
+        whitened=0.5,
+        small=0.25,
     ),
     "tiny-pool": Recipe(
         summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",

@@ -27,7 +27,7 @@ from sparse_vlm.files import aside_prefix, sweep, write_text
 from sparse_vlm.store import Entry, FileSpec
 
 MAX_FILE_BYTES = 60_000_000
-MAX_ZOO_BYTES = 120_000_000
+MAX_ZOO_BYTES = 170_000_000
 WEIGHT_SUFFIXES = (".safetensors",)
 OTHER_SUFFIXES = (".json", ".txt", ".md")
 TRAINED_KINDS = ("tower", "text", "vlm")

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from sparse_vlm.geometry import crop_rois
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.photos import Photo
+from sparse_vlm.preprocess import Inputs, Preprocessor
 
 COLOURS = {"Red": (220, 30, 30), "Green": (30, 200, 40), "Blue": (40, 40, 230), "Yellow": (230, 220, 40), "Grey": (128, 128, 128)}
 NAMES = list(COLOURS)
@@ -77,11 +78,12 @@ class FakeEmbedder:
         self.name, self.model, self.blindness = name, name, blindness
         self.seen = 0
 
-    def pixels(self, images: Sequence[Image.Image], size: int | None = None) -> torch.Tensor:
+    def pixels(self, images: Sequence[Image.Image | Photo], size: int | None = None) -> Inputs:
         self.seen += len(images)
-        return preprocess(images, size or self.size, (0.0,) * 3, (1 / 255,) * 3)
+        return Preprocessor(size or self.size, (0.0,) * 3, (1 / 255,) * 3)(images)
 
-    def answer(self, pixels: torch.Tensor, region: torch.Tensor | None = None) -> torch.Tensor:
+    def answer(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
+        pixels = inputs.pixels
         if region is not None:
             pixels = crop_rois(pixels, region.unsqueeze(1), self.size).squeeze(1)
         rows = []
@@ -119,7 +121,7 @@ class FakeVLM:
 
     class tower:
         class config:
-            image_size = 32
+            image_size, image_mean, image_std = 32, (0.5,) * 3, (0.5,) * 3
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None]] = []

@@ -212,11 +212,11 @@ def tower(**changes: object) -> SparseFormer:
     return made
 
 
-def passed(model: SparseFormer, path: str) -> list[Tensor]:
+def passed(model: SparseFormer, path: str, image_sizes: Tensor | None = None) -> list[Tensor]:
     """Embeddings and all gradients of a model, its looks computed so."""
     torch.manual_seed(1)
     with kernels.using(path):
-        embeds = model(torch.randn(2, 3, 24, 24)).image_embeds
+        embeds = model(torch.randn(2, 3, 24, 24), image_sizes=image_sizes).image_embeds
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         grads = torch.autograd.grad(embeds.float().square().sum(), trained, allow_unused=True, materialize_grads=True)
     return [embeds.detach(), *grads]
@@ -243,6 +243,15 @@ def test_a_tower_is_the_same_by_the_kernels(family):
     model = tower(**FAMILIES[family])
     for plain, found in zip(passed(model, "plain"), passed(model, "kernels"), strict=True):
         assert (found - plain).norm() <= 1e-4 * plain.norm() + 1e-7
+
+
+@pytest.mark.parametrize("family", ["tiny", "v1"])
+def test_a_tower_is_the_same_on_images_that_fill_a_part_of_their_canvas(family):
+    model, sizes = tower(**FAMILIES[family]), torch.tensor([[24, 9], [13, 20]])
+    filled, plain = passed(model, "plain"), passed(model, "plain", sizes)
+    assert (filled[0] - plain[0]).norm() > 1e-3 * plain[0].norm()
+    for one, found in zip(plain, passed(model, "kernels", sizes), strict=True):
+        assert (found - one).norm() <= 1e-4 * one.norm() + 1e-7
 
 
 def test_the_kernels_are_what_a_tower_runs(monkeypatch):

@@ -26,6 +26,7 @@ from sparse_vlm.bench.turns import WARM_UP, Piece, take_turns
 from sparse_vlm.bench.vision import BOX, REDUCTIONS, RIVALS, Rival, count_weights, load_visions, projector_work
 from sparse_vlm.cli.bench import bench
 from sparse_vlm.errors import UserError
+from sparse_vlm.files import LOCK
 from sparse_vlm.recipes import get_recipe
 from sparse_vlm.teacher import TeacherSpec
 from sparse_vlm.tower import SparseFormer
@@ -67,7 +68,7 @@ def test_a_tower_moves_each_of_its_matrices_once_and_what_they_read_and_write() 
     assert (linear(3, 5, 7) * 2).bytes(batch=4, itemsize=2) == 2 * (70 + 4 * 72)
 
 
-@pytest.mark.parametrize("name", ["vit", "sparseformer-b"])
+@pytest.mark.parametrize("name", ["vit", "sparseformer-b", "adaptive-s"])
 def test_macs_are_those_that_torch_counts(name: str) -> None:
     config = RIVALS[name].config
     with torch.device("meta"):
@@ -175,7 +176,7 @@ def test_a_model_is_measured_at_each_number_of_tokens_it_can_serve() -> None:
 
 
 def test_the_box_holds_what_there_is() -> None:
-    assert {name.partition("+")[0] for name in BOX} == {"tiny", *RIVALS} - {"vit"}
+    assert {name.partition("+")[0] for name in BOX} == {"tiny", *RIVALS} - {"vit", "adaptive-s", "uniform-s"}
     assert {name.partition("+")[2] for name in BOX} == {"", *REDUCTIONS}
 
 
@@ -453,7 +454,7 @@ def test_the_command_leaves_document_tables_and_plots(command: Any, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert written["state"] == "finished" and written["machine"]["threads"] == 1 and written["pictures"][0]["pixels"] == [600, 400]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "cost.llm.float32.1.png", "table.md"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "cost.llm.float32.1.png", "table.md", LOCK}
     assert "every measurement" in done.stdout and "bound by" in done.stdout and "serving, estimated" in done.stdout
     assert "1000/1000" in done.stderr and "Kineto" not in done.stderr
 

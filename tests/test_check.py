@@ -187,7 +187,7 @@ def test_what_is_read_is_what_the_model_reads(tmp_path):
     with pytest.raises(UserError, match="made for 4 tokens alone"):
         renderer_of(tower, llm, num_tokens=9)
     shutil.rmtree(tmp_path / "vlm")
-    with pytest.raises(UserError, match="not such a tower"):
+    with pytest.raises(UserError, match="vlm: not a tower folder"):
         (tmp_path / "vlm").mkdir()
         renderer_of(str(tmp_path / "vlm"), llm)
 

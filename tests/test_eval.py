@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEmbedder]:
     made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0), "teacher": FakeEmbedder("teacher")}
-    monkeypatch.setattr(run, "tower_embedder", lambda name, control, count: made[name])
+    monkeypatch.setattr(run, "tower_embedder", lambda name, control, count, teacher: made[name])
     monkeypatch.setattr(run, "teacher_embedder", made.__getitem__)
     monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
     return made

@@ -323,7 +323,7 @@ def sentences(tmp_path: Path) -> Path:
 
 def test_towers_choose_the_nearer_sentence(sentences: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0)}
-    monkeypatch.setattr(run, "tower_embedder", lambda name, control, count: made[name])
+    monkeypatch.setattr(run, "tower_embedder", lambda name, control, count, teacher: made[name])
     monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
     report = run.evaluate(["good", "blind"], ["sugarcrepe", "valse"], sentences, text="words")
     for task in ("sugarcrepe", "valse"):

@@ -26,8 +26,8 @@ from sparse_vlm.export.card import licence
 from sparse_vlm.export.formats import FORMATS
 from sparse_vlm.export.run import export
 from sparse_vlm.export.source import find
-from sparse_vlm.preprocess import preprocess
-from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.preprocess import Preprocessor, preprocess
+from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.vlm import VLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +42,12 @@ TOWERS: dict[str, SparseFormerConfig] = {
     "crop": dataclasses.replace(
         tower_config(),
         **{"token_init": "glance", "glance": GlanceConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 9), "cls_before_unit": 0},
+    ),
+    "focus": dataclasses.replace(
+        tower_config(),
+        **{"token_init": "glance", "glance": GlanceConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 25), "cls_before_unit": 0},
+        # no image keeps its grid, and a canvas is larger than a photo's thumbnail
+        **{"num_latent_tokens": 19, "fit": "whole", "image_size": 64, "focus": FocusConfig(32, (16, 16, 16, 16), evenness=0.0)},
     ),
     "pool": dataclasses.replace(
         tower_config(), **{"token_init": "glance", "glance": GlanceConfig(8, 4), "image_size": 48, "head": "avg", "cls_before_unit": None}
@@ -139,10 +145,58 @@ def test_torch_export_says_what_the_tower_says(exported):
     assert names_no_machine(out)
 
 
+@pytest.mark.parametrize("name", ["onnx", "torch-export"])
+def test_a_graph_places_cells_on_images_of_any_shape(name, exported):
+    """Whole images lie at the top left of a canvas, and their sizes are the second input; what is beyond them is not read."""
+    model, out, described = exported("focus", name)
+    assert max(one["difference"] for one in described["compared"]) < 1e-4
+    tower = SparseFormer.from_pretrained(model)
+    inputs = Preprocessor.of(tower.config)(
+        [load_image(path).crop((0, 0, *box)) for path, box in zip(PHOTOS, BOXES, strict=True)], square=True
+    )
+    places = tower.first_cells(*inputs)
+    assert len({tuple(areas.round(decimals=5).unique().tolist()) for areas in (places[..., 2:] - places[..., :2]).prod(-1)}) > 1
+    for pixels, image_sizes in ((part[:count] for part in inputs) for count in (1, 3)):
+        with torch.no_grad():
+            wanted = tower.visual_tokens(pixels, image_sizes), tower(pixels, image_sizes=image_sizes).image_embeds
+        noisy = pixels.clone()
+        for canvas, (height, width) in zip(noisy, image_sizes.tolist(), strict=True):
+            canvas[:, height:], canvas[:, :, width:] = 3.0, 3.0
+        for given in (pixels, noisy):
+            for one, other in zip(wanted, run_graph(out, name)(given, image_sizes), strict=True):
+                torch.testing.assert_close(other, one, atol=1e-4, rtol=0)
+
+
+BOXES = [(300, 300), (300, 60), (40, 300)]
+
+
+def run_graph(folder: Path, name: str) -> Callable[..., list[torch.Tensor]]:
+    if name == "torch-export":
+        return torch.export.load(folder / "model.pt2").module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [given.name for given in session.get_inputs()] == ["pixel_values", "image_sizes"]
+    return lambda pixels, image_sizes: [
+        torch.from_numpy(out) for out in session.run(None, {"pixel_values": pixels.numpy(), "image_sizes": image_sizes.numpy()})
+    ]
+
+
 def test_number_of_tokens_that_the_tower_was_not_made_for_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="10 tokens: this tower was made for 2 to 9"):
         export(save(tmp_path / "tower", TOWERS["crop"]), "torch-export", tmp_path / "none", tokens=10)
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
+def test_readme_of_onnx_of_whole_images_runs_without_torch_and_without_us(exported):
+    model, out, _ = exported("focus", "onnx")
+    printed = run_readme(out, ["torch", "sparse_vlm", "transformers"], "\nprint(visual_tokens.tolist())")
+    shapes, values = printed.splitlines()
+    tower = SparseFormer.from_pretrained(model)
+    with torch.no_grad():
+        expected = tower.visual_tokens(*Preprocessor.of(tower.config)(load_image(PHOTOS[0]), square=True))
+    assert shapes == "(1, 19, 64) (1, 16)"
+    torch.testing.assert_close(torch.tensor(json.loads(values)), expected, atol=1e-3, rtol=0)
 
 
 def test_readme_of_onnx_runs_without_torch_and_without_us(exported):
@@ -296,7 +350,12 @@ def test_out_is_replaced_only_when_it_is_an_export_and_that_is_asked_for(tmp_pat
     ("model", "name", "options", "line"),
     [
         ("tinny", "onnx", {}, "tinny: no such folder and no such model; .*did you mean tiny"),
-        ("tiny-text", "onnx", {}, "tiny-text: is the text side .*; what can be exported is a tower or a VLM, as tiny or tiny-chat"),
+        (
+            "tiny-text",
+            "onnx",
+            {},
+            "tiny-text: is the text side .*; what can be exported is a tower or a VLM, as tiny or tiny-adaptive or tiny-chat",
+        ),
         ("tiny", "onyx", {}, "--format onyx: no such format; there are transformers, onnx, torch-export; did you mean onnx"),
         (
             "tiny-chat",

@@ -53,7 +53,7 @@ def test_only_what_the_machine_multiplies_in_is_measured(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(guarding, "native_dtype", lambda dtype=dtype: dtype)
         guarding.measured()
-    assert asked == [(3, ["float32"], (1, 8)), (3, ["float32", "bfloat16"], (1, 8))]
+    assert asked == [(4, ["float32"], (1, 8)), (4, ["float32", "bfloat16"], (1, 8))]
 
 
 def test_what_fell_back_is_measured_again():

@@ -17,7 +17,7 @@ from sparse_vlm import SparseFormer, SparseFormerConfig, kernels, load_image
 from sparse_vlm.bench.vision import RIVALS
 from sparse_vlm.preprocess import preprocess
 from sparse_vlm.tower import GlanceConfig, UnitConfig, packed
-from sparse_vlm.tower.config import PUBLISHED
+from sparse_vlm.tower.config import PUBLISHED, FocusConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = sorted((ROOT / "examples").glob("*.jpg"))
@@ -167,6 +167,63 @@ def test_other_glances_and_heads_say_the_same(changes: dict[str, object], size: 
     assert differences(tower, optimized(tower), torch.randn(2, 3, *size)) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def focused(tiny: SparseFormer) -> SparseFormer:
+    """Tiny with a focus whose weights are random, which chooses other cells for each photo."""
+    torch.manual_seed(0)
+    tower = SparseFormer(dataclasses.replace(tiny.config, focus=FocusConfig(evenness=0.0))).eval()  # no photo keeps its grid
+    tower.load_state_dict(tiny.state_dict(), strict=False)
+    for parameter in tower.focus.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim < 2 else 1.4 * parameter[0].numel() ** -0.5)
+    return tower
+
+
+SIZES = torch.tensor([[224, 101], [57, 224], [160, 160], [224, 224]])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"num_tokens": 20},
+        {"region": torch.tensor([[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.9, 0.7], [0.0, 0.5, 0.5, 1.0]])},
+        {"image_sizes": SIZES},
+        {"image_sizes": SIZES, "region": (0.25, 0.25, 0.75, 0.75), "num_tokens": 36},
+    ],
+    ids=["whole", "fewer", "regions", "canvases", "regions of canvases"],
+)
+def test_a_tower_with_a_focus_says_the_same(focused: SparseFormer, photos: torch.Tensor, asked: dict[str, object]) -> None:
+    pixels = photos[torch.arange(4) % len(photos)]
+    begun: list[torch.Tensor] = []
+    hook = focused.glance.register_forward_pre_hook(lambda _, given: begun.append(given[1]))
+    with torch.inference_mode():
+        focused(pixels, **asked)
+    hook.remove()
+    areas = (begun[0][..., 2:] - begun[0][..., :2]).prod(-1)
+    assert areas.max() > 3.9 * areas.min() and not torch.allclose(begun[0][0], begun[0][1]), "no cells of their own"
+    assert differences(focused, optimized(focused), pixels, **asked) < 1e-4
+
+
+def test_cells_by_hand_and_canvases_without_a_focus_say_the_same(tiny: SparseFormer, focused: SparseFormer, photos: torch.Tensor) -> None:
+    low = torch.rand(2, 25, 2, generator=torch.Generator().manual_seed(0)) * 0.8
+    cells = torch.cat([low, low + 0.2], dim=-1)
+    for tower in (tiny, focused):
+        fast = optimized(tower)
+        assert differences(tower, fast, photos[:2], cells=cells, num_tokens=25) < 1e-4
+        assert differences(tower, fast, photos[:2], image_sizes=SIZES[:2]) < 1e-4
+        assert differences(tower, fast, photos[:2]) < 1e-4
+
+
+def test_a_focus_in_bfloat16_chooses_by_maps_that_are_as_near_as_the_plain_ones(focused: SparseFormer, photos: torch.Tensor) -> None:
+    halved = copy.deepcopy(focused).bfloat16()
+    with torch.inference_mode():
+        exact, plain = focused.focus(photos), halved.focus(photos.bfloat16())
+        fast = halved.optimize_for_inference().focus(photos.bfloat16())
+    assert (fast - exact).abs().mean() < max(1.2 * (plain - exact).abs().mean(), 1e-4)
+    with torch.inference_mode():
+        assert halved(photos.bfloat16()).image_embeds.isfinite().all()
+
+
 def test_a_vit_says_the_same() -> None:
     config = RIVALS["clip-b32"].config
     config = dataclasses.replace(config, units=config.units[:2])
@@ -174,7 +231,7 @@ def test_a_vit_says_the_same() -> None:
     assert differences(tower, optimized(tower), torch.randn(2, 3, 224, 224)) < 1e-4
 
 
-def test_cells_are_cut_out_of_the_picture(tiny: SparseFormer, photos: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_are_cut_out_of_the_picture(tiny: SparseFormer, photos: torch.Tensor, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     fast = optimized(tiny)
 
     def sampled(*_: object) -> None:
@@ -184,8 +241,12 @@ def test_cells_are_cut_out_of_the_picture(tiny: SparseFormer, photos: torch.Tens
     with torch.inference_mode():
         fast(photos)
         fast(photos, num_tokens=36)
-        with pytest.raises(AssertionError, match="one by one"):
+        if way == "plain":
+            with pytest.raises(AssertionError, match="one by one"):
+                fast(photos, region=(0.0, 0.0, 0.5, 0.5))
+        else:
             fast(photos, region=(0.0, 0.0, 0.5, 0.5))
+            fast(photos, image_sizes=SIZES[: len(photos)])
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_tower(tiny: SparseFormer, photos: torch.Tensor) -> None:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_budgets import elastic
 
 from sparse_vlm.cli import main
 from sparse_vlm.errors import UserError
 from sparse_vlm.geometry import grid_rois, points_in_rois, standardize_offsets
 from sparse_vlm.look import crop_box, draw, follow, rois_of_points, save_figure, token_colours
 from sparse_vlm.preprocess import resize_and_crop
-from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.focus import MAP, SCALES
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,70 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys, monkeypatch, arguments, 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1 and message in captured.err
+
+
+# ---- towers with a focus
+
+
+@pytest.fixture(scope="module")
+def focused() -> SparseFormer:
+    """A tower of whole images that splits cells to the right, where its map is made to be high."""
+    tower = elastic(focus=FocusConfig(evenness=0.0), fit="whole")
+
+    def right(pixels: torch.Tensor, region: torch.Tensor | None = None, extent: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.linspace(-4, 0, MAP).expand(len(pixels), len(SCALES), MAP, MAP)
+
+    tower.focus.forward = right
+    return tower
+
+
+def test_follow_has_cells_map_and_patches_of_the_whole_photo(focused, photo):
+    gaze = follow(focused, photo)
+    assert gaze.crop == (0, 0, *photo.size)
+    area = (gaze.start[:, 2:] - gaze.start[:, :2]).prod(-1)
+    assert area.sum() == pytest.approx(1) and area.min() < 0.5 * area.max()
+    centres = (gaze.start[:, 0] + gaze.start[:, 2]) / 2
+    assert centres[area == area.min()].min() > 0.5, "small cells are where the map is high"
+    np.testing.assert_allclose(gaze.variation[0], np.exp(np.linspace(-4, 0, MAP)), rtol=1e-5)
+    assert gaze.patches.shape == (16, 3, 14, 14)
+    # the mean of a cell's patch is that of the photo there
+    pixels = np.asarray(photo, dtype=float) / 255
+    x0, y0, x1, y1 = (gaze.start[0].numpy() * [140, 70, 140, 70]).round().astype(int)
+    assert gaze.patches[0].mean().item() == pytest.approx(pixels[y0:y1, x0:x1].mean(), abs=0.03)
+
+
+def test_figure_of_a_focus_has_cells_map_and_patches(focused, photo, tmp_path):
+    figure = draw(follow(focused, photo), "title")
+    titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
+    assert titles == [
+        "16 tokens, each with its cell",
+        "Prediction: where there is much to see",
+        "What each token begins with: 14 x 14 pixels",
+    ]
+    cells, _, patches = figure.axes[:3]
+    assert len(cells.patches) == 16 and len(patches.images) == 1 + 16
+    shown = np.asarray(cells.images[0].get_array())
+    assert shown[:, :5].mean() < 0.7 * shown[:, -5:].mean(), "large cells are darker"
+    save_figure(figure, tmp_path / "look.webp")
+    assert Image.open(tmp_path / "look.webp").format == "WEBP"
+
+
+def test_even_cells_are_not_darkened(photo):
+    figure = draw(follow(elastic(focus=FocusConfig(evenness=100.0), fit="whole"), photo), "title")
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_allclose(shown, np.asarray(photo) / 255, atol=1e-6)
+
+
+def test_movement_is_shown_only_where_something_moved(photo):
+    figure = draw(follow(elastic(), photo), "title")  # no looks, no RoI adjusting
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["Start: 16 tokens, each with its region"]
+
+
+def test_command_of_a_focus_takes_tokens(tmp_path, photo, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    elastic(focus=FocusConfig(), fit="whole").save_pretrained("tower")
+    photo.save("photo.png")
+    assert command(monkeypatch, "photo.png", "--model", "tower", "--tokens", "9", "--json", "--output", "look.webp") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["crop"] == [0, 0, 140, 70] and np.shape(report["steps"][0]["rois"]) == (9, 4)
+    assert (tmp_path / "look.webp").is_file()

@@ -103,6 +103,14 @@ def test_points(compiled: None, dtype: torch.dtype, batch: int, n: int, points: 
     assert off_by(native.Points(before, weight, bias)(latents, rois), wanted) < 1e-5
 
 
+def key_biases(batch: int, n: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Biases of keys, as `attend` takes them, and as a mask: none, of all keys, and of all but the first."""
+    yield None, None
+    for count in {n, max(1, n - 1)}:
+        bias = 3 * torch.randn(batch, count)
+        yield bias, F.pad(bias, (n - count, 0))[:, None, None].double()
+
+
 @dtypes
 @pytest.mark.parametrize("padding", ["border", "zeros"])
 @pytest.mark.parametrize(
@@ -211,8 +219,9 @@ def test_attention(compiled: None, dtype: torch.dtype, n: int, heads: int, size:
     qkv = torch.randn(3, n, 3 * heads * size).to(dtype)
     qkv[1, :, :4] *= 20  # one token gets nearly all of the weight
     q, k, v = qkv.double().unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    wanted = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
-    assert off_by(native.attend(qkv, heads), wanted) < 5 * DTYPES[dtype]  # large scores have large roundings
+    for bias, mask in key_biases(3, n):
+        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(-2)
+        assert off_by(native.attend(qkv, heads, bias), wanted) < 5 * DTYPES[dtype]  # large scores have large roundings
     qkv[0, 0, 0] = torch.nan
     found = native.attend(qkv, heads)
     assert found[0, 0, 0].isnan() and not found[1:].isnan().any()
@@ -228,10 +237,12 @@ def test_attention_with_its_norm(compiled: None, dtype: torch.dtype, batch: int,
     qkv, proj = linear(3 * width, width, dtype), linear(width, width, dtype)
     normal = normalised(x, before)
     made = F.linear(normal, *(part.double() for part in qkv)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(*made, scale=1.0).transpose(1, 2).flatten(-2)
-    wanted = x.double() + F.linear(attended, *(part.double() for part in proj))
-    found = native.Attention(before, native.Linear(*qkv), native.Linear(*proj), heads)(x)
-    assert found.dtype == dtype and off_by(found, wanted) < 5 * DTYPES[dtype]
+    attention = native.Attention(before, native.Linear(*qkv), native.Linear(*proj), heads)
+    for bias, mask in key_biases(batch, n):
+        attended = F.scaled_dot_product_attention(*made, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(-2)
+        wanted = x.double() + F.linear(attended, *(part.double() for part in proj))
+        found = attention(x, bias)
+        assert found.dtype == dtype and off_by(found, wanted) < 5 * DTYPES[dtype]
 
 
 @dtypes

@@ -23,7 +23,7 @@ def test_whitening_makes_all_directions_count_alike() -> None:
     sizes = torch.tensor([loud] * 16 + [faint] * 16)
     turned, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
     embeds = torch.randn(4000, 32, generator=generator) * sizes @ turned + 5.0
-    known = Statistics.of(embeds, torch.zeros(64))
+    known = Statistics.of(embeds, torch.zeros(64), torch.tensor(1.0))
     variances = ((embeds - known.embed_mean) @ known.whitening).var(0)
     floor = 0.05 * (loud**2 + faint**2) / 2  # what fainter directions count as having
     assert variances.sort().values == pytest.approx([faint**2 / floor] * 16 + [1.0] * 16, rel=0.25)
@@ -38,7 +38,7 @@ def test_whitening_makes_all_directions_count_alike() -> None:
             image_mean=(0.5,) * 3, image_std=(0.25,) * 3, cls_before_unit=0,
         )  # fmt: skip
 
-        def forward(self, pixels: torch.Tensor, num_tokens: int | None) -> SparseFormerOutput:
+        def forward(self, pixels: torch.Tensor, num_tokens: int | None, image_sizes: None) -> SparseFormerOutput:
             return SparseFormerOutput(torch.ones(64, 50, 64), said, torch.zeros(64, 49, 4))
 
     pixels, tokens = torch.zeros(64, 3, 56, 56, dtype=torch.uint8), torch.ones(64, 49, 64)

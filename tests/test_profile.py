@@ -15,9 +15,9 @@ from sparse_vlm.bench.ratios import Comparison, Ratio, ratios
 from sparse_vlm.bench.ratios import as_table as ratio_table
 from sparse_vlm.bench.vision import RIVALS, Rival
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower import modules as tower_modules
-from sparse_vlm.tower.cost import count_operations
+from sparse_vlm.tower.cost import count_macs, count_operations
 from sparse_vlm.tower.inference import CompiledUnit
 
 ALL = SparseFormerConfig(
@@ -26,11 +26,12 @@ ALL = SparseFormerConfig(
         UnitConfig(128, ("ATTN", "MLP")),
     ),
     num_latent_tokens=9, embed_dim=32, image_size=56, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, conv_dim=16, cls_before_unit=0,
-    token_init="glance", glance=GlanceConfig(14, 4, norm_pre=True, kind="crop"),
+    token_init="glance", glance=GlanceConfig(14, 4, norm_pre=True, kind="crop"), budgets=(4, 16),
+    focus=FocusConfig(size=32, channels=(16, 16, 16, 16)),
 )  # fmt: skip
 OPERATIONS = {
-    "early convolution", "glance", "points", "sampling", "parameter generation", "mixing", "output projection", "position injection",
-    "RoI adjusting", "attention", "MLP", "transition", "head",
+    "early convolution", "focus", "glance", "points", "sampling", "parameter generation", "mixing", "output projection",
+    "position injection", "RoI adjusting", "attention", "MLP", "transition", "head",
 }  # fmt: skip
 
 
@@ -47,6 +48,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_are_counted_where_they_are_timed() -> None:
     assert set(count_operations(ALL)) == OPERATIONS
+
+
+@pytest.mark.parametrize("count", [25, 36, 49, 64])
+def test_a_focus_takes_three_percent_of_its_tower_at_most(count: int) -> None:
+    macs = count_macs(RIVALS["adaptive-s"].config.at_budget(count), 224, 224)
+    assert 0.01 < macs.focus / macs.total < 0.03
+    assert count_macs(RIVALS["uniform-s"].config).focus == 0
 
 
 @pytest.mark.parametrize("optimized", [False, True])
@@ -133,7 +141,7 @@ def test_a_ratio_is_of_rounds_that_both_took_part_in(small: None) -> None:
         ratios([Comparison("all", "plain", 1.0)], ["float32"], [1], rounds=2)
     with pytest.raises(UserError, match="--form folded: known are plain, optimized"):
         comparing.main(form=["folded"])
-    with pytest.raises(UserError, match="--beside clip-z: known are clip-b32, clip-b16, vit-s14"):
+    with pytest.raises(UserError, match="--beside clip-z: known are clip-b32, clip-b16, vit-s14, uniform-s"):
         comparing.main(beside=["clip-z"])
     data = comparing.document([Ratio("a", "b", 0.5, "float32", 1, 2, 1.0, 2.0, 0.5, 0.4, 0.6, 3)])
     assert data["ratios"][0]["holds"] is True and data["machine"]["cores"] >= 1

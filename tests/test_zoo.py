@@ -92,7 +92,7 @@ def test_added_model_is_located_and_refreshed(copy, trained, home):
         (
             lambda folder: [(folder / f"{name}.safetensors").write_bytes(bytes(50_000_000)) for name in "abc"],
             {},
-            "with it the zoo would be above 120 MB",
+            "with it the zoo would be above 170 MB",
         ),
         (lambda folder: None, {"kind": "llm"}, "kind 'llm' cannot be added"),
         (lambda folder: None, {"needs": ["nothing"]}, "needs nothing, which the zoo does not have"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparse_vlm.tower import SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.vlm import VLM
 
 CHATML = (
@@ -76,6 +77,47 @@ def save_tower(folder: Path, tokens: int = 5) -> str:
     torch.manual_seed(1)
     SparseFormer(tower_config(tokens)).save_pretrained(folder)
     return str(folder)
+
+
+def whole_config(looks: bool = True) -> SparseFormerConfig:
+    """A tower that sees whole images on canvases of 96 pixels, and places its 7 cells by content."""
+    first = (*["SAMPLING_M"] * looks, "ATTN", "MLP")
+    return SparseFormerConfig(
+        units=(UnitConfig(64, first), UnitConfig(64, ("ATTN", "MLP"))),
+        num_latent_tokens=7,
+        embed_dim=16,
+        image_mean=(0.4, 0.5, 0.6),
+        image_std=(0.2, 0.3, 0.25),
+        image_size=96,
+        fit="whole",
+        conv_dim=8,
+        num_points=4,
+        generator_dim=8,
+        cls_before_unit=0,
+        token_init="glance",
+        glance=GlanceConfig(16, 2, 1, norm_pre=True, kind="crop"),
+        budgets=(4, 9),
+        focus=FocusConfig(32, (4, 8, 8, 16)),
+    )
+
+
+def save_whole_tower(folder: Path, looks: bool = True) -> str:
+    """One of `whole_config`, of random weights large enough that tokens differ."""
+    torch.manual_seed(1)
+    tower = SparseFormer(whole_config(looks))
+    torch.nn.init.normal_(tower.glance.patch_embed.weight, std=0.1)
+    torch.nn.init.normal_(tower.glance.pos_embed)
+    torch.nn.init.normal_(tower.focus.head.weight, std=1.0)
+    tower.save_pretrained(folder)
+    return str(folder)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise of several scales, so that every part of it differs."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    fine = rng.integers(-30, 31, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8))
 
 
 def picture(color: str, size: tuple[int, int] = (48, 40)) -> Image.Image:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +31,7 @@ from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
 from sparse_vlm.distill.resident import ResidentPhotos
+from sparse_vlm.distill.shrink import shrink
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
@@ -64,7 +66,7 @@ SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minut
 def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
     """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
     new = {row.target for row in mapping if row.fate == "new"}
-    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay)
+    return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay, recipe.lr_focus)
 
 
 def compile_parts(tower: SparseFormer, ask: LiveTeacher | None) -> None:
@@ -91,6 +93,8 @@ class BootstrapTrainer(Trainer):
     bf16: bool
     ask: LiveTeacher | None = None
     show: Show
+    small: float = 0.0
+    side: int = 0  # of the canvas for views that are shown small
     unreadable: set[int]
     budgets: tuple[int, int] | None = None
     uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # what is evaluated now and then is not compiled for it
@@ -107,10 +111,20 @@ class BootstrapTrainer(Trainer):
             if "unreadable" in inputs:
                 self.unreadable |= {index for index in inputs["unreadable"].tolist() if index >= 0}
             shown = self.show(inputs, self.state.global_step)
-            embeds, tokens = self.ask(shown.get("seen", shown["pixels"]))
-            inputs = {"pixels": shown["pixels"], "embeds": embeds, "tokens": tokens}
+            embeds, tokens = self.ask(shown.pop("seen", shown["pixels"]))
+            inputs = {**shown, "embeds": embeds, "tokens": tokens}
+        if self.small:
+            inputs = self.with_small_views(inputs)
         out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
+
+    def with_small_views(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Some of the batch's views shown small; the step's number, the seed and the rank decide which."""
+        pixels = inputs["pixels"]
+        sizes = inputs.get("image_sizes", torch.tensor(pixels.shape[-2:]).repeat(len(pixels), 1).to(pixels.device))
+        number = int(np.random.SeedSequence((self.args.seed, rank(), self.state.global_step)).generate_state(1)[0])
+        shown, sizes, boxes = shrink(pixels, sizes, self.small, self.side, torch.Generator().manual_seed(number))
+        return {**inputs, "pixels": shown, "image_sizes": sizes, "boxes": boxes}
 
     def budget(self, step: int) -> int | None:
         """Latent tokens of a step, for a student of several budgets: its own number in one step of two, else any."""
@@ -138,7 +152,7 @@ class BootstrapTrainer(Trainer):
                     out = model(**batch)
                 size = len(batch["pixels"])
                 count += size
-                for key in ("loss", "cosine", "token_cosine"):
+                for key in out.keys() & {"loss", "cosine", "token_cosine", "focus"}:
                     sums[key] = sums.get(key, 0.0) + out[key].item() * size
         finally:
             _copy_into(model.tower, own)
@@ -179,6 +193,7 @@ def bootstrap(
     deepspeed: dict[str, Any] | None = None,
     resident: ResidentPhotos | None = None,
     compiled: bool = False,
+    begun: str = "",
 ) -> bool:
     """Train `tower` (already inherited) and write the student to `out`.
 
@@ -188,6 +203,7 @@ def bootstrap(
         deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism by default.
         resident: the photos of `views`, where the device keeps them; for a teacher that answers at every step.
         compiled: compile teacher and student.
+        begun: the digest of the weights that the student begins from, where they are another tower's.
 
     Returns:
         True when the run is complete; False when it was interrupted and saved.
@@ -195,7 +211,7 @@ def bootstrap(
     Raises:
         UserError: `out` holds a run of other settings, or photos are too few.
     """
-    settings = settings_of(recipe_name, recipe, teacher, views, seed, deepspeed, resident is not None)
+    settings = settings_of(recipe_name, recipe, teacher, views, seed, deepspeed, resident is not None, begun)
     if finished(out, settings):
         return True
     with claimed(out, settings):
@@ -210,6 +226,7 @@ def settings_of(
     seed: int = 0,
     deepspeed: dict[str, Any] | None = None,
     resident: bool = False,
+    begun: str = "",
 ) -> dict[str, Any]:
     """What makes a run this run, in JSON; the arguments are `bootstrap`'s."""
     return {
@@ -220,6 +237,7 @@ def settings_of(
         "groups": "sizes to a quarter of an octave",  # runs of before had a group a tensor: their optimizers' states are others
         **({"deepspeed": deepspeed} if deepspeed else {}),
         **({"resident": True} if resident else {}),
+        **({"begun": begun} if begun else {}),
     }
 
 
@@ -241,6 +259,10 @@ def _train(
     device = own.type
     bf16 = native_dtype(own) == torch.bfloat16
     steps = -(-recipe.views // recipe.batch_size)
+    if tower.config.fit == "whole" and recipe.mixed:
+        raise UserError("--set mixed: views at their own aspects cannot be mixed; leave it at 0 for a recipe of whole images")
+    if recipe.small and tower.config.budgets is None:
+        raise UserError("--set small: a student of one budget has no cells for what is small; take a recipe of several budgets")
     size, count = tower.config.image_size, len(views.photos)
     kept = held_out(views.photos)
     spare = {*kept, *views.unreadable}
@@ -299,8 +321,9 @@ def _train(
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
         trainer.ask, trainer.unreadable = ask, set()
-        trainer.show = Show(size, views.size, resident, recipe.mixed, seed)
+        trainer.show = Show(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, seed)
         trainer.budgets = tower.config.budgets
+        trainer.small, trainer.side = recipe.small, views.size
         if compiled:
             trainer.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         checkpoint = latest_checkpoint(out / "checkpoints", steps)

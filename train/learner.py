@@ -1,8 +1,8 @@
 """What the Trainer trains: token trees and pictures in, the loss out; and the Trainer itself.
 
-Shape legend: N tokens a picture, d width of the tower, D width of the LLM, S side of a picture in pixels.
-Pictures come as the tower's cached tokens (N, d), as pixels (3, S, S) where the tower learns, or as embeddings (N, D) that stand in a
-picture's place (`train.reading`).
+Shape legend: N tokens a picture, d width of the tower, D width of the LLM, h x w pixels of an image, H x W of a batch's canvas.
+Images come as the tower's cached tokens (N, d), as pixels (3, h, w) where the tower learns, or as embeddings (N, D) that stand in an
+image's place (`train.reading`).
 
 Notable: a batch without pictures runs projector and tower all the same, on zeros whose output counts nothing: several processes wait for
 each other at every module whose weights they share, and for every gradient.
@@ -23,7 +23,7 @@ from sparse_vlm.data.pictures import blank, broken
 from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import load_crop, preprocess
+from sparse_vlm.preprocess import Inputs, Preprocessor
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.parts import FLASH, SDPA, Group
@@ -33,7 +33,7 @@ from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, pack, target_log_p
 
 
 class LivePictures:
-    """Pixels of photos, for a tower that learns: (3, S, S). Stands where a `TokenBank` would.
+    """Pixels of photos, for a tower that learns: (3, h, w). Stands where a `TokenBank` would.
 
     Args:
         config: of the tower.
@@ -43,7 +43,8 @@ class LivePictures:
     """
 
     def __init__(self, config: SparseFormerConfig, photos: Sequence[Photo], owner: bool = True, threads: int = 1) -> None:
-        self.config, self.photos, self.owner, self.threads = config, photos, owner, threads
+        self.preprocessor = Preprocessor.of(config)
+        self.photos, self.owner, self.threads = photos, owner, threads
         self._read: set[int] = set()
         self._blank: frozenset[int] = frozenset()
 
@@ -63,10 +64,9 @@ class LivePictures:
         self._blank = frozenset(photos)
 
     def __getitem__(self, index: int) -> Tensor:
-        """(3, S, S), normalised."""
-        size, mean = self.config.image_size, self.config.image_mean
-        picture = blank(size, mean) if index in self._blank else load_crop(self.photos[index], size)
-        return preprocess([picture], size, mean, self.config.image_std)[0]
+        """(3, h, w), normalised."""
+        prepare = self.preprocessor
+        return prepare.pixels(blank(prepare.size, prepare.mean) if index in self._blank else prepare.load(self.photos[index]))
 
 
 class Learner(nn.Module):
@@ -85,11 +85,13 @@ class Learner(nn.Module):
         # what a batch without pictures shows
         self.nothing = (1, 3, side, side) if self.live else (1, vlm.tower.config.visual_tokens, vlm.tower.config.width)
 
-    def forward(self, trees: TreeBatch, pictures: Tensor | None, chains: bool = False, count: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, trees: TreeBatch, pictures: Tensor | Inputs | None, chains: bool = False, count: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Negative log-likelihood of the targets.
 
         Args:
-            pictures: (pictures, N, d) of the tower, (pictures, 3, S, S) where it learns, or (pictures, N, D); None without pictures.
+            pictures: (pictures, N, d) of the tower, `Inputs` of it where it learns, or (pictures, N, D); None without pictures.
             chains: whether every tree is one conversation, which needs no mask of its own.
             count: targets to divide the sum by; those of these trees, for a mean, unless given.
         """
@@ -97,13 +99,14 @@ class Learner(nn.Module):
         said = target_log_probs(self.model, trees, shown, plain_causal=self._attend(chains))
         loss = -said.sum() / (len(said) if count is None else count)
         if pictures is None and self.project:
-            loss = loss + 0.0 * self.features(torch.zeros(self.nothing, device=said.device)).sum()
+            nothing = torch.zeros(self.nothing, device=said.device)
+            loss = loss + 0.0 * self.features(Inputs(nothing, None) if self.live else nothing).sum()
         return {"loss": loss}
 
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor | Inputs) -> Tensor:
         """Pictures to tokens in the LLM's width: (pictures, N, D)."""
         if self.live:
-            pictures = self.model.model.vision_tower.tower.visual_tokens(pictures)
+            pictures = self.model.model.vision_tower.tower.visual_tokens(*pictures)
         return self.model.model.multi_modal_projector(pictures.float())
 
     def _attend(self, chains: bool) -> bool:
@@ -136,9 +139,9 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Sample, Tensor | None]:
+    def __getitem__(self, index: int) -> tuple[Sample, list[Tensor]]:
         sample = self.samples[index]
-        return sample, torch.stack([self.bank[photo] for photo in sample.photos]) if sample.photos else None
+        return sample, [self.bank[photo] for photo in sample.photos]
 
 
 class Gather:
@@ -146,21 +149,27 @@ class Gather:
 
     def __init__(self, vlm: VLM) -> None:
         self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id
+        self.preprocessor = Preprocessor.of(vlm.tower.config)
         self.attention = vlm.model.model.language_model.config._attn_implementation
 
-    def __call__(self, items: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Any]:
-        """A batch."""
+    def __call__(self, items: Sequence[tuple[Sample, Sequence[Tensor] | None]]) -> dict[str, Any]:
+        """A batch; images that come as pixels share a canvas."""
         for sample, found in items:
-            self.renderer.check_count(sample.tree.ids, 0 if found is None else len(found), sample.name)
+            self.renderer.check_count(sample.tree.ids, len(found) if found is not None else 0, sample.name)
         trees = [sample.tree for sample, _ in items]
-        pictures = [shown for _, shown in items if shown is not None]
+        pictures = [shown for _, found in items if found is not None for shown in found]
         chains = all(map(is_chain, trees))
         return {
             "trees": pack(trees) if chains and self.attention == FLASH else collate(trees, self.pad_id),
-            "pictures": torch.cat(pictures) if pictures else None,
+            "pictures": self._together(pictures),
             "chains": chains,
             "names": [sample.name for sample, _ in items],
         }
+
+    def _together(self, pictures: Sequence[Tensor]) -> Tensor | Inputs | None:
+        if not pictures:
+            return None
+        return self.preprocessor.batch(pictures) if pictures[0].ndim == 3 else torch.stack(list(pictures))
 
 
 class LearnerTrainer(Trainer):

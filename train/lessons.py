@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,12 +27,13 @@ HELD_OUT_ONE_IN = 100
 AT_MOST = 512  # photos to evaluate on, where the teacher is asked for them at the start of every run
 KNOWN_FROM = 1024
 ASKED_AT_ONCE = 8
+CANVAS_STEP = 32  # pixels: sides of canvases are multiples of it, so that what is compiled serves many batches
 
 Lesson = dict[str, Tensor]
 
 
 class CachedViews(Dataset):
-    """Views at the student's size with the teacher's answers: `pixels` (3, S, S) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
+    """Views as the student takes them with the teacher's answers: `pixels` (3, h, w) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
 
     def __init__(self, cache: TeacherCache, rows: Sequence[int], size: int) -> None:
         self.cache, self.rows, self.size = cache, rows, size
@@ -42,11 +44,11 @@ class CachedViews(Dataset):
     def __getitem__(self, index: int) -> Lesson:
         row = self.rows[index]
         embeds, tokens = self.cache.answers(row)
-        return {"pixels": self.cache.pixels(row, self.size), "embeds": embeds, "tokens": tokens}
+        return {"pixels": _taken(self.cache, row, self.size), "embeds": embeds, "tokens": tokens}
 
 
 class LiveViews(Dataset):
-    """Views alone: `pixels` at the student's size, and `seen` at the teacher's where that is another.
+    """Views alone: `pixels` as the student takes them, and `seen` as the teacher does where that is something else.
 
     In the place of a photo that cannot be read stands the next one that can, and `unreadable` () says which it was; -1 for none.
     """
@@ -62,14 +64,19 @@ class LiveViews(Dataset):
         for step in range(len(self.rows)):
             row = self.rows[(index + step) % len(self.rows)]
             try:
-                lesson = {"pixels": self.views.pixels(row, self.size)}
-                if self.size != self.views.size:
+                lesson = {"pixels": _taken(self.views, row, self.size)}
+                if self.size != self.views.size or self.views.fit == "whole":
                     lesson["seen"] = self.views.pixels(row)
             except PhotoError:
                 bad = row % len(self.views.photos) if bad < 0 else bad
                 continue
             return lesson | {"unreadable": torch.tensor(bad)}
         raise UserError(f"none of the {len(self.views.photos)} photos can be read")
+
+
+def _taken(views: ViewSet, row: int, size: int) -> Tensor:
+    """A view as a student takes it: whole, its longer side at most `size` pixels, or as a square of that size."""
+    return views.whole(row, size) if views.fit == "whole" else views.pixels(row, size)
 
 
 class ResidentViews(Dataset):
@@ -107,7 +114,7 @@ class Show:
             step: decides, with the seed, what is mixed.
         """
         if self.photos is None:
-            shown = {name: brought[name] for name in ("pixels", "seen") if name in brought}
+            shown = {name: brought[name] for name in ("pixels", "seen", "image_sizes") if name in brought}
         else:
             sizes = {"pixels": self.size} | ({"seen": self.seen} if self.seen != self.size else {})
             which = brought["photo"], brought["box"], brought["flipped"]
@@ -119,8 +126,17 @@ class Show:
 
 
 def gather(lessons: Sequence[Lesson]) -> Lesson:
-    """A batch."""
-    return {key: torch.stack([lesson[key] for lesson in lessons]) for key in lessons[0]}
+    """A batch; views of several sizes share a canvas, and `image_sizes` (B, 2) gives the height and width of each."""
+    batch = {key: torch.stack([lesson[key] for lesson in lessons]) for key in lessons[0] if key != "pixels"}
+    if "pixels" not in lessons[0]:
+        return batch
+    pixels = [lesson["pixels"] for lesson in lessons]
+    sizes = torch.tensor([view.shape[-2:] for view in pixels])
+    if bool((sizes == sizes[0]).all()):
+        return batch | {"pixels": torch.stack(pixels)}
+    height, width = (-(-int(side) // CANVAS_STEP) * CANVAS_STEP for side in sizes.amax(0))
+    canvas = [F.pad(view, (0, width - view.shape[-1], 0, height - view.shape[-2])) for view in pixels]
+    return batch | {"pixels": torch.stack(canvas), "image_sizes": sizes}
 
 
 def held_out(photos: Sequence[Photo]) -> list[int]:
@@ -151,9 +167,10 @@ def live_statistics(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) ->
     """Over about `KNOWN_FROM` photos, as evaluation sees them, or all where they are fewer."""
     step = max(1, len(indices) // KNOWN_FROM)
     shown = LiveViews(views, indices[::step], views.size)
-    embeds, patches = [], []
+    embeds, patches, squares = [], [], []
     for start in range(0, len(shown), ASKED_AT_ONCE):
         said = ask(gather([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])["pixels"])
         embeds.append(said[0].cpu())
         patches.append(said[1].mean(1).sum(0))
-    return Statistics.of(torch.cat(embeds), torch.stack(patches).sum(0).cpu() / len(shown))
+        squares.append(said[1].square().sum(-1).mean(1).sum())
+    return Statistics.of(torch.cat(embeds), torch.stack(patches).sum(0).cpu() / len(shown), torch.stack(squares).sum().cpu() / len(shown))

@@ -27,6 +27,7 @@ from sparse_vlm.data.samples import Sample
 from sparse_vlm.devices import few_tokens, own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import write_json
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.projectors import make_projector
 from sparse_vlm.train.learner import Gather, Learner
 from sparse_vlm.train.parts import choose_attention, computes_in_bfloat16, prepare
@@ -116,9 +117,9 @@ def attended(vlm: VLM) -> Iterator[Attended]:
     photo = Image.new("RGB", (64, 48), "tan")
     short = [user("What is it?", 1)]
     long = [user("Hello"), assistant("Hello."), user("What is there to be seen in the picture?", 1)]
-    pixels = vlm.processor.image_processor([photo])["pixel_values"].to(vlm.model.device)
-    tokens = vlm.tower.visual_tokens(pixels).detach()
-    yield _used("tower", lambda: vlm.tower.visual_tokens(pixels))
+    inputs = Preprocessor.of(vlm.tower.config)(photo).to(vlm.model.device)
+    tokens = vlm.tower.visual_tokens(*inputs).detach()
+    yield _used("tower", lambda: vlm.tower.visual_tokens(*inputs))
     yield _used(f"projector, {vlm.projector_kind}", lambda: vlm.projector(tokens.to(vlm.projector.linear_1.weight.dtype)))
     if vlm.projector_kind != "resampler":
         width, square = tokens.shape[2], math.isqrt(tokens.shape[1]) ** 2

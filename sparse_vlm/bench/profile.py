@@ -31,12 +31,14 @@ from sparse_vlm.kernels import native
 from sparse_vlm.tower import SparseFormer, inference
 from sparse_vlm.tower import modules as tower_modules
 from sparse_vlm.tower.cost import Work, count_operations
+from sparse_vlm.tower.focus import Focus
 from sparse_vlm.train.rows import as_program
 
 REST = "the rest"
 # Operations by the last names of the module that carries them out, the longest that fits.
 BY_MODULE = {
     "feat_extractor": "early convolution",
+    "focus": "focus",
     "glance": "glance",
     "glance.norm_pre": "norms",
     "roi_offset_module": "points",
@@ -65,6 +67,8 @@ PLAIN = {
 }
 BY_FUNCTION = [
     *((home, name, operation) for home, (name, operation) in product((tower_modules, inference), PLAIN.items()) if hasattr(home, name)),
+    (Focus, "place", "focus"),
+    (inference.CompiledFocus, "place", "focus"),
     (native, "mix", "mixing"),  # sampling as well
     (native, "adjust", "RoI adjusting"),
     (native.Points, "__call__", "points"),
@@ -132,7 +136,7 @@ def _operation(name: str, module: nn.Module, tower: SparseFormer) -> str | None:
     """What a module's own time counts as; None where it counts as that of the module that holds it."""
     if module is tower:
         return REST
-    if name.startswith("pool.") or name.endswith("attn.proj"):
+    if name.startswith(("focus.", "pool.")) or name.endswith("attn.proj"):
         return None
     if isinstance(module, nn.Sequential) and name.count(".") == 1:
         return "transition"

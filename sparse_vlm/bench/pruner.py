@@ -40,10 +40,10 @@ class ClsPruner(nn.Module):
         self.tower, self.tokens = tower, tokens
         self.block = attending[-2]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, h, w) to (B, N, d)."""
+    def forward(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """(B, 3, h, w), and the sizes of whole images (B, 2), to (B, N, d)."""
         before = None
-        for index, (x, _) in enumerate(self.tower.run_units(pixels)):
+        for index, (x, _) in enumerate(self.tower.run_units(pixels, image_sizes=image_sizes)):
             if index == self.block - 1:
                 before = x
         assert before is not None, "a block stands before the second to last"

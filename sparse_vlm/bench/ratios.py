@@ -45,6 +45,7 @@ COMPARISONS = (
     Comparison("sparseformer-b", "clip-b32", 1.0),
     Comparison("sparseformer-b", "clip-b16", 0.25),
     Comparison("tiny", "vit-s14", 0.2),
+    Comparison("adaptive-s", "uniform-s", 1.08),
 )
 # what a plain ViT of 49 tokens takes beside one of more: of tiny, which keeps all its teacher's blocks and looks as well, the least
 PLAIN = (Comparison("clip-b32", "clip-b16", 0.25), Comparison("vit-s32", "vit-s14", 0.2))

@@ -31,7 +31,7 @@ from sparse_vlm.bench.vision import Vision, count_weights, load_visions, project
 from sparse_vlm.devices import compiling
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import decode_image, load_image
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import Inputs
 from sparse_vlm.tower.cost import Work
 
 FORMAT = "sparse-vlm/bench/1"
@@ -212,13 +212,13 @@ class Bench:
                 decode_image(data, name)
 
         yield Piece("decode_image", [(decode, 1 / len(self.pictures))])
-        for size, vision in {vision.size: vision for vision in self.visions}.items():
+        for prepared, vision in {vision.prepared: vision for vision in self.visions}.items():
 
             def prepare(_: Any, vision: Vision = vision) -> None:
                 for *_ignored, image in self.pictures:
-                    preprocess(image, vision.size, vision.mean, vision.std)
+                    vision.pixels(image)
 
-            yield Piece("preprocess", [(prepare, 1 / len(self.pictures))], model=str(size))
+            yield Piece("preprocess", [(prepare, 1 / len(self.pictures))], model=prepared)
 
     def _by_tower(self) -> list[Vision]:
         """One of those that share a tower."""
@@ -226,10 +226,10 @@ class Bench:
 
     def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[Piece]:
         for vision in self._by_tower():
-            pixels = self._pixels(vision, batch).to(self.device, dtype)
+            pixels = vision.pixels([self.pictures[i % len(self.pictures)][2] for i in range(batch)]).to(self.device, dtype)
             for compiled in (False, True) if self.settings.compile else (False,):
 
-                def look(_: Any, vision: Vision = vision, pixels: torch.Tensor = pixels, compiled: bool = compiled) -> torch.Tensor:
+                def look(_: Any, vision: Vision = vision, pixels: Inputs = pixels, compiled: bool = compiled) -> torch.Tensor:
                     with compiling(vision.name):
                         return vision.see(pixels, compiled)
 
@@ -303,7 +303,7 @@ class Bench:
             @torch.inference_mode()
             def read(_: Any, vision: Vision = vision, projector: torch.nn.Module = projectors[vision.name]) -> torch.Tensor:
                 encoded = [self.pictures[i % len(self.pictures)] for i in range(batch)]
-                pixels = preprocess([decode_image(data, name) for name, data, _image in encoded], vision.size, vision.mean, vision.std)
+                pixels = vision.pixels([decode_image(data, name) for name, data, _image in encoded])
                 seen = projector(vision.see(pixels.to(self.device, language.dtype)))
                 return torch.cat([seen, text], dim=1)
 
@@ -315,9 +315,6 @@ class Bench:
             yield piece
 
     # ---- how
-
-    def _pixels(self, vision: Vision, batch: int) -> torch.Tensor:
-        return preprocess([self.pictures[i % len(self.pictures)][2] for i in range(batch)], vision.size, vision.mean, vision.std)
 
     def _numbers(self) -> list[int]:
         """Each number of tokens a picture that some model has."""

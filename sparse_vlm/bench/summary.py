@@ -84,12 +84,17 @@ class Measured:
         return self.rows.get((stage, model, None if llm is None else llm["name"], dtype, batch, compiled, tokens))
 
 
+def prepared_as(size: int, fit: str) -> str:
+    """What the preprocessing of so many pixels is filed under."""
+    return str(size) if fit == "crop" else f"{size}, {fit}"
+
+
 def pieces_of(found: Measured, llm: Row, model: Row, batch: int, compiled: bool) -> dict[str, Row | None]:
     """The measurements that a batch of requests consists of, by stage; `ttft` is there where it was measured in one go."""
     dtype, name = llm["dtype"], model["name"]
     return {
         "decode_image": found.of("decode_image"),
-        "preprocess": found.of("preprocess", str(model["image_size"])),
+        "preprocess": found.of("preprocess", prepared_as(model["image_size"], model.get("fit", "crop"))),
         "tower": found.of("tower", model["tower"], None, dtype, batch, compiled),
         "projector": found.of("projector", name, llm, dtype, batch),
         "prefill": found.of("prefill", None, llm, dtype, batch, tokens=model["tokens"]),

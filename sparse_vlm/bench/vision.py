@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sparse_vlm.bench.pruner import PRUNERS
+from sparse_vlm.bench.summary import prepared_as
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import serves_budgets
-from sparse_vlm.geometry import crop_samples
-from sparse_vlm.preprocess import Triple
+from sparse_vlm.preprocess import Inputs, Preprocessor
 from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
 from sparse_vlm.recipes import get_recipe
 from sparse_vlm.store import locate
@@ -68,8 +69,15 @@ RIVALS: dict[str, Rival] = {
     "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
     "sparseformer-l": Rival("SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")),
 }
+PUBLISHED = tuple(RIVALS)
+# students of ViT-S/14 for whole images, which differ in where their tokens begin alone
+ADAPTIVE = get_recipe("adaptive").config(RIVALS["vit-s14"].vit)
+RIVALS |= {
+    "adaptive-s": Rival("49 tokens with ViT-S/14's blocks, on cells that a focus places", ADAPTIVE),
+    "uniform-s": Rival("the same on an even grid", replace(ADAPTIVE, focus=None)),
+}
 REDUCTIONS = (*PROJECTORS, *PRUNERS)
-BOX = ("tiny", *RIVALS, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
+BOX = ("tiny", *PUBLISHED, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
 
 
 @dataclass
@@ -82,13 +90,12 @@ class Vision:
         tower: what times of the tower alone are filed under; models that differ in their projector share it.
         weights: `trained` or `random`.
         module: which holds all weights, those of towers alike shared between models.
-        look: normalised pixels (B, 3, S, S) to tokens (B, M, d), or already (B, N, d) of a pruner.
+        look: normalised pixels (B, 3, S, S), and the sizes of whole images (B, 2), to tokens (B, M, d), or already (B, N, d) of a pruner.
         reduction: `mlp`, or the kind of projector or pruner that makes tokens fewer.
         tokens_in, tokens: M and N.
         width: d.
-        size: side of its pictures in pixels (S).
-        mean, std: what its pixels are normalised with.
-        work: what `look` does for a picture.
+        preprocessor: what its pixels are made by.
+        work: what `look` does for a picture; of one that sees whole images, for a picture that fills its canvas.
         compiled: `look` compiled, once it was asked for.
     """
 
@@ -98,39 +105,48 @@ class Vision:
     summary: str
     weights: str
     module: nn.Module
-    look: Callable[[Tensor], Tensor]
+    look: Callable[..., Tensor]
     reduction: str
     tokens_in: int
     tokens: int
     width: int
-    size: int
-    mean: Triple
-    std: Triple
+    preprocessor: Preprocessor
     work: Work
-    compiled: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    compiled: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     @property
     def prunes(self) -> bool:
         """Whether tokens become fewer before the projector."""
         return self.reduction in PRUNERS
 
+    @property
+    def size(self) -> int:
+        """Side of its pictures in pixels (S)."""
+        return self.preprocessor.size
+
+    @property
+    def prepared(self) -> str:
+        """What preprocessing is filed under; models that are given the same pixels share it."""
+        return prepared_as(self.size, self.preprocessor.fit)
+
+    def pixels(self, images: Image.Image | Sequence[Image.Image]) -> Inputs:
+        """What it is given: squares of S x S also of whole images, which is the most that they cost."""
+        return self.preprocessor(images, square=True)
+
     @torch.inference_mode()
-    def see(self, pixels: Tensor, compiled: bool = False) -> Tensor:
-        """(B, 3, S, S) to (B, M, d), of a pruner (B, N, d)."""
+    def see(self, inputs: Tensor | Inputs, compiled: bool = False) -> Tensor:
+        """(B, 3, S, S), alone or with sizes, to (B, M, d), of a pruner (B, N, d)."""
         look = self._compiled() if compiled else self.look
-        return look(pixels)
+        pixels, sizes = (inputs, None) if isinstance(inputs, Tensor) else inputs
+        return look(pixels) if sizes is None else look(pixels, sizes)
 
     def optimize(self) -> None:
         """Fold the model for inference where it is a tower of ours; for good."""
         if isinstance(self.module, SparseFormer):
             self.module.optimize_for_inference()
 
-    def _compiled(self) -> Callable[[Tensor], Tensor]:
+    def _compiled(self) -> Callable[..., Tensor]:
         if "look" not in self.compiled:
-            if isinstance(self.module, SparseFormer) and (glance := self.module.glance) is not None:
-                # nothing in a compiled graph can depend on values
-                rois = self.module.initial_rois()
-                glance.samples = crop_samples(rois, self.size, self.size, glance.config.patch_size)
             self.compiled["look"] = torch.compile(self.look, fullgraph=True, dynamic=False)
         return self.compiled["look"]
 
@@ -159,6 +175,7 @@ class Vision:
             "tokens": self.tokens,
             "width": self.width,
             "image_size": self.size,
+            "fit": self.preprocessor.fit,
             "parameters": sum(p.numel() for p in self.module.parameters()),
             "macs": self.work.macs,
         }
@@ -172,12 +189,10 @@ class _Tower:
     summary: str
     weights: str
     module: nn.Module
-    look: Callable[[Tensor], Tensor]
+    look: Callable[..., Tensor]
     tokens: int
     width: int
-    size: int
-    mean: Triple
-    std: Triple
+    preprocessor: Preprocessor
     work: Work
 
 
@@ -222,8 +237,8 @@ def _load_tower(name: str, tokens: int | None) -> _Tower:
     if is_teacher(name):
         teacher = load_teacher(name).float()
         spec = teacher.spec
-        counts = spec.grid**2, spec.width, spec.image_size, spec.image_mean, spec.image_std
-        return _Tower(name, "a ViT by its own library", "trained", teacher, lambda pixels: teacher(pixels).patches, *counts, vit_work(spec))
+        counts = spec.grid**2, spec.width, Preprocessor.of(spec), vit_work(spec)
+        return _Tower(name, "a ViT by its own library", "trained", teacher, lambda pixels, sizes=None: teacher(pixels).patches, *counts)
     rival = RIVALS.get(name)
     if rival is None:
         _known(name)
@@ -235,8 +250,8 @@ def _load_tower(name: str, tokens: int | None) -> _Tower:
     own = sum((taken for part, taken in work.items() if part != "head"), Work())
     plain = rival is not None and rival.vit is not None
 
-    def look(pixels: Tensor) -> Tensor:
-        for x, _ in tower.run_units(pixels):
+    def look(pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        for x, _ in tower.run_units(pixels, image_sizes=image_sizes):
             tokens = x
         return tower.norm(tokens)[:, -config.visual_tokens :]
 
@@ -248,9 +263,7 @@ def _load_tower(name: str, tokens: int | None) -> _Tower:
         look,
         config.visual_tokens,
         config.width,
-        config.image_size,
-        config.image_mean,
-        config.image_std,
+        Preprocessor.of(config),
         vit_work(rival.vit) if plain else own,
     )
 
@@ -284,9 +297,7 @@ def _vision(name: str, tower: _Tower, kind: str, count: int | None, chosen: bool
         tower.tokens,
         tokens,
         tower.width,
-        tower.size,
-        tower.mean,
-        tower.std,
+        tower.preprocessor,
         work,
     )
     with torch.device("meta"):

@@ -30,6 +30,10 @@ def bootstrap(
         list[str] | None,
         typer.Option("--set", help="Change a number of the recipe, as lr=1e-3, looks=2 or views_per_photo=4; may be repeated."),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Tower that the student begins as, a folder or a name of the zoo, instead of the teacher's weights alone."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of views, order and new weights.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     deepspeed: Annotated[
@@ -67,9 +71,10 @@ def bootstrap(
     from sparse_vlm.distill.resident import ResidentPhotos
     from sparse_vlm.distill.views import ViewSet
     from sparse_vlm.errors import UserError
-    from sparse_vlm.inherit import inherit
+    from sparse_vlm.inherit import begin_from, inherit
     from sparse_vlm.photos import PhotoSet
     from sparse_vlm.recipes import changed, get_recipe
+    from sparse_vlm.store import locate, sha256
     from sparse_vlm.teacher import load_teacher
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.tower.cost import count_macs, vit_macs
@@ -100,7 +105,9 @@ def bootstrap(
     torch.manual_seed(seed)
     source = load_teacher(teacher)
     tower = SparseFormer(chosen.config(source.spec))
-    rows = inherit(tower, source, chosen)
+    rows, begun = inherit(tower, source, chosen), ""
+    if init:
+        rows, begun = begin_from(tower, rows, SparseFormer.from_pretrained(init), init), sha256(locate(init) / "model.safetensors")
     console.print(_mapping_table(rows))
     student_macs, teacher_macs = count_macs(tower.config).total, vit_macs(source.spec)
     console.print(
@@ -125,8 +132,8 @@ def bootstrap(
 
     if chosen.views_per_photo:
         cells = None if tower.config.budgets else tower.initial_roi.weight.detach()
-        shown = store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, owner=first)
-        if finished(out, settings_of(recipe, chosen, source, store, seed, engine, resident)):
+        shown = store = TeacherCache(cache, source, photos, chosen.views_per_photo, cells, seed, first, tower.config.fit)
+        if finished(out, settings_of(recipe, chosen, source, store, seed, engine, resident, begun)):
             return
         if store.done == len(store):
             console.print(f"teacher's answers: {len(store)} views, all cached")
@@ -135,13 +142,13 @@ def bootstrap(
                 store.fill(source, on_rows=advance, device=own_device())
         _report_unreadable(console, store)
     else:
-        shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed)
+        shown = ViewSet(photos, -(-chosen.views // len(photos)), source.spec.image_size, seed, tower.config.fit)
         console.print("teacher: answers at every step, and no view is shown twice")
     kept = None
     if resident:
         with counting(console, "decoding", "photos", len(photos)) as advance:
             kept = ResidentPhotos(shown, own_device(), advance)
-    done = run(recipe, chosen, source, shown, out, rows, tower, seed, engine, kept, compiled)
+    done = run(recipe, chosen, source, shown, out, rows, tower, seed, engine, kept, compiled, begun)
     if not chosen.views_per_photo:  # who cannot be read is known only now
         _report_unreadable(console, shown)
     if done:

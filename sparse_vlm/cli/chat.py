@@ -15,9 +15,8 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import load_image
+from sparse_vlm.photos import photo_of
 from sparse_vlm.store import locate
 
 if TYPE_CHECKING:
@@ -60,12 +59,13 @@ def chat(
     for option, number in (("--max-new-tokens", max_new_tokens), ("--threads", threads)):
         if number is not None and number < 1:
             raise UserError(f"{option} is {number}; it must be at least 1")
-    opened = [_open(path) for path in image or ()]
+    for path in image or ():  # said before the model is loaded
+        photo_of(path).draft(1)
     locate(model, kind="vlm")
 
     screen = Screen()
     with screen.busy(f"loading {model}"):
-        conversation = _load(model, opened, tokens, max_new_tokens, threads)
+        conversation = _load(model, image or [], tokens, max_new_tokens, threads)
     if question is None:
         raise typer.Exit(Session(conversation, screen).run())
     if as_json:
@@ -77,23 +77,19 @@ def chat(
         screen.cost(answer)
 
 
-def _open(path: Path) -> tuple[Path, Any, float]:
-    """The path, the decoded picture, and the milliseconds it took."""
-    started = time.perf_counter()
-    picture = load_image(path)
-    return path, picture, (time.perf_counter() - started) * 1000
-
-
-def _load(model: str, opened: list[tuple[Path, Any, float]], tokens: int | None, max_new_tokens: int, threads: int | None) -> Conversation:
+def _load(model: str, images: Sequence[Path], tokens: int | None, max_new_tokens: int, threads: int | None) -> Conversation:
     _silence_libraries()
     import torch
 
+    from sparse_vlm.preprocess import Preprocessor
     from sparse_vlm.vlm import VLM
     from sparse_vlm.vlm.chat import Conversation, Picture
 
     if threads:
         torch.set_num_threads(threads)
-    return Conversation(VLM.from_pretrained(model, num_tokens=tokens), model, [Picture(*each) for each in opened], max_new_tokens)
+    vlm = VLM.from_pretrained(model, num_tokens=tokens)
+    prepare = Preprocessor.of(vlm.tower.config)
+    return Conversation(vlm, model, [Picture.read(path, prepare) for path in images], max_new_tokens)
 
 
 def _silence_libraries() -> None:
@@ -285,11 +281,12 @@ class Session:
         self.commands[command](rest.strip())
 
     def _image(self, rest: str) -> None:
+        from sparse_vlm.preprocess import Preprocessor
         from sparse_vlm.vlm.chat import Picture
 
         if not rest:
             raise UserError("/image needs a path: /image photo.jpg")
-        picture = Picture(*_open(_path(rest)))
+        picture = Picture.read(_path(rest), Preprocessor.of(self.conversation.vlm.tower.config))
         self.conversation.add_picture(picture)
         self._describe_pictures([picture])
 
@@ -310,7 +307,7 @@ class Session:
 
     def _describe_pictures(self, pictures: list[Picture]) -> None:
         for picture in pictures:
-            width, height = picture.image.size
+            width, height = picture.size or picture.image.size
             self.screen.note(f"{picture.path.name}: {width} x {height}, {self.conversation.vlm.tokens_per_image} tokens")
         if not self.conversation.pictures:
             self.screen.note("no picture yet; /image PATH shows one")

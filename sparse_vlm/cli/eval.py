@@ -22,9 +22,9 @@ from sparse_vlm.errors import UserError, printable
 
 LINE_EVERY_S = 10.0
 TASK_NAMES = (
-    "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom, sugarcrepe, valse for towers; captions, pope, pope-words, pope-coco, "
-    "aokvqa, aokvqa-direct, aokvqa-val, aokvqa-val-direct, existence, counting, vsr, sugarcrepe-captions, "
-    "valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
+    "imagenet, cifar10, flickr8k, coco, cosine, knn, probe, zoom, small-objects, rendered-words, sugarcrepe, valse for towers; "
+    "captions, pope, pope-words, pope-coco, aokvqa, aokvqa-direct, aokvqa-val, aokvqa-val-direct, existence, counting, vsr, "
+    "sugarcrepe-captions, valse-captions, vqav2, gqa, textvqa, scienceqa, mmbench, mmvet for VLMs"
 )
 
 
@@ -35,7 +35,10 @@ def eval(
     teacher: Annotated[str | None, typer.Option(help="Measured too: local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip.")] = None,
     text: Annotated[str | None, typer.Option(help="The text side: folder or zoo name; the teacher's own unless given.")] = None,
     control: Annotated[
-        list[str] | None, typer.Option(help="VLMs: none, no-image, wrong-image, all unless given. Towers: none, no-looks.")
+        list[str] | None,
+        typer.Option(
+            help="VLMs: none, no-image, wrong-image, all unless given. Towers: none, no-looks, crop; with a focus: grid, random, teacher."
+        ),
     ] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens a picture, for models that serve several budgets; repeat it.", min=1)

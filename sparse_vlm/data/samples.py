@@ -33,7 +33,7 @@ from sparse_vlm.data.pictures import blank
 from sparse_vlm.data.talks import Talk
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.preprocess import OVERSAMPLING, load_crops, preprocess
+from sparse_vlm.preprocess import OVERSAMPLING, Preprocessor
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm.prompts import Renderer, text_of
 from sparse_vlm.vlm.tree import TokenTree, merge
@@ -233,7 +233,8 @@ class TokenBank:
 
     def __init__(self, folder: Path, tower: SparseFormer, photos: Sequence[Photo], owner: bool = True) -> None:
         self.tower, self.photos, self.owner = tower, photos, owner
-        digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())
+        self.preprocessor = Preprocessor.of(tower.config)
+        digest = hashlib.sha256(json.dumps(tower.config.to_dict(), sort_keys=True).encode())  # with the fit and the size of the canvas
         digest.update(f"drafts {OVERSAMPLING}\n".encode())  # how large JPEGs are decoded, which changes their last bits
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -284,8 +285,8 @@ class TokenBank:
             for start in range(0, len(missing), BATCH):
                 part = missing[start : start + BATCH]
                 named = on_bad and (lambda place, error, part=part: on_bad(part[place], error))
-                crops = load_crops([self.photos[index] for index in part], self.tower.config.image_size, on_bad=named)
-                images = {index: crop for index, crop in zip(part, crops, strict=True) if crop is not None}
+                loaded = self.preprocessor.load_all([self.photos[index] for index in part], on_bad=named)
+                images = {index: image for index, image in zip(part, loaded, strict=True) if image is not None}
                 if images:
                     chosen = list(images)
                     self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
@@ -302,11 +303,10 @@ class TokenBank:
     @torch.no_grad()
     def _look(self, images: Sequence[Image.Image]) -> Tensor:
         """(pictures, N, d) bfloat16."""
-        config = self.tower.config
-        pixels = preprocess(images, config.image_size, config.image_mean, config.image_std)
+        inputs = self.preprocessor(images).to(next(self.tower.parameters()).device)
         # at 49 tokens plain attention is faster than the fused kernel
         with sdpa_kernel(SDPBackend.MATH):
-            return self.tower.visual_tokens(pixels.to(next(self.tower.parameters()).device)).to("cpu", torch.bfloat16)
+            return self.tower.visual_tokens(*inputs).to("cpu", torch.bfloat16)
 
     def __getitem__(self, index: int) -> Tensor:
         """(N, d) bfloat16."""

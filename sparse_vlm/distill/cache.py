@@ -36,6 +36,7 @@ from sparse_vlm.files import aside, locked, reserve, write_text
 from sparse_vlm.geometry import roi_average_weights
 from sparse_vlm.photos import Photo, PhotoError
 from sparse_vlm.teacher import Teacher
+from sparse_vlm.tower.config import Fit
 
 DTYPES: dict[str, type] = {"embeds": np.float16, "patches": np.float16, "sums": np.uint32}  # of the arrays of a view
 
@@ -50,6 +51,7 @@ class TeacherCache(ViewSet):
         views: views of each photo that this run wants.
         rois: (N, 4), the cells over which the teacher's patch tokens are averaged; None keeps all of them, as a student of several
             budgets needs (N = G * G then).
+        fit: whether view 0 is the centre square or the whole photo.
         owner: whether this process fills the cache; others wait until the owner has filled it.
     """
 
@@ -62,15 +64,17 @@ class TeacherCache(ViewSet):
         rois: Tensor | None,
         seed: int = 0,
         owner: bool = True,
+        fit: Fit = "crop",
     ) -> None:
-        super().__init__(photos, views, teacher.spec.image_size, seed)
+        super().__init__(photos, views, teacher.spec.image_size, seed, fit)
         self.rois = rois
         cells = "patches" if rois is None else hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
         count = teacher.spec.grid**2 if rois is None else rois.shape[0]
         known = super().describe()
         # the folder is named after it
-        order = ("teacher", "photos", "contents", "seed", "crop", "rois", "size")
-        self.meta = {key: ({"teacher": teacher.fingerprint(), "rois": cells} | known)[key] for key in order}
+        order = ("teacher", "photos", "contents", "seed", "crop", "rois", "size", "fit")
+        known = {"teacher": teacher.fingerprint(), "rois": cells} | known
+        self.meta = {key: known[key] for key in order if key in known}
         self.folder = folder / _name(self.meta)
         self._all_patches = folder / _name({**self.meta, "rois": "patches"})
         self._shapes = {
@@ -251,7 +255,8 @@ class TeacherCache(ViewSet):
         if not rows:
             raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
         embeds, patches = zip(*(self.answers(row) for row in rows), strict=True)  # view 0
-        return Statistics.of(torch.stack(embeds), torch.stack(patches).mean((0, 1)))
+        tokens = torch.stack(patches)
+        return Statistics.of(torch.stack(embeds), tokens.mean((0, 1)), tokens.square().sum(-1).mean())
 
 
 def _checksums(embed: np.ndarray, patch: np.ndarray) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Shape legend: B views, S side of the square view in pixels.
 View 0 is the evaluation transform, so that the student also sees pictures as it will meet them; the others are random crops, flipped
-half of the time. Teacher and student are shown the same pixels, which lets the teacher's answers be computed once and replayed.
+half of the time. Teacher and student are shown the same part of a photo, which lets the teacher's answers be computed once and replayed;
+a student that takes whole images sees it at its own aspect, the teacher scaled to its square.
 A view of a set has a number, its row: `view * P + photo`, with P photos.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from sparse_vlm.devices import world_size
 from sparse_vlm.photos import Box, Photo
 from sparse_vlm.preprocess import resize_and_crop, to_uint8
+from sparse_vlm.tower.config import Fit
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -46,17 +48,30 @@ def choose_crop(width: int, height: int, key: str, view: int, seed: int) -> tupl
     return (left, top, left + crop_w, top + crop_h), rng.random() < 0.5
 
 
-def make_view(image: Image.Image, size: int, key: str, view: int, seed: int) -> Image.Image:
+def make_view(image: Image.Image, size: int, key: str, view: int, seed: int, fit: Fit = "crop") -> Image.Image:
     """View number `view` of the photo `key`, S x S.
 
     Args:
         image: the decoded photo, RGB.
         key: the photo's name in its set; part of the seed, so that a view does not depend on the order of the photos.
+        fit: whether view 0 is the centre square or the whole photo.
     """
-    if view == 0:
+    if view == 0 and fit == "crop":
         return resize_and_crop(image, size)
-    box, flipped = choose_crop(*image.size, key, view, seed)
-    out = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return _part(image, key, view, seed, (size, size))
+
+
+def make_whole_view(image: Image.Image, longest: int, key: str, view: int, seed: int) -> Image.Image:
+    """The same part of the photo as `make_view` with fit `whole`, at its own aspect and resolution, its longer side at most `longest`."""
+    left, top, right, bottom = (0, 0, *image.size) if view == 0 else choose_crop(*image.size, key, view, seed)[0]
+    scale = min(1.0, longest / max(right - left, bottom - top))
+    return _part(image, key, view, seed, (max(1, round(scale * (right - left))), max(1, round(scale * (bottom - top)))))
+
+
+def _part(image: Image.Image, key: str, view: int, seed: int, size: tuple[int, int]) -> Image.Image:
+    """What a view shows of a photo, at a size (width, height)."""
+    box, flipped = ((0, 0, *image.size), False) if view == 0 else choose_crop(*image.size, key, view, seed)
+    out = image.resize(size, Image.Resampling.BICUBIC, box=box)
     return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else out
 
 
@@ -86,13 +101,14 @@ class ViewSet:
         photos: in a fixed order.
         views: of each photo.
         size: of the teacher's pictures, in pixels.
+        fit: whether view 0 is the centre square or the whole photo.
 
     Attributes:
         unreadable: photos that cannot be read, as far as that is known, each with the reason.
     """
 
-    def __init__(self, photos: Sequence[Photo], views: int, size: int, seed: int = 0) -> None:
-        self.photos, self.views, self.size, self.seed = photos, views, size, seed
+    def __init__(self, photos: Sequence[Photo], views: int, size: int, seed: int = 0, fit: Fit = "crop") -> None:
+        self.photos, self.views, self.size, self.seed, self.fit = photos, views, size, seed, fit
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -106,12 +122,23 @@ class ViewSet:
         """
         view, index = divmod(row, len(self.photos))
         photo = self.photos[index]
-        return to_uint8(make_view(photo.load(), size or self.size, photo.key, view, self.seed))
+        return to_uint8(make_view(photo.load(), size or self.size, photo.key, view, self.seed, self.fit))
+
+    def whole(self, row: int, longest: int) -> Tensor:
+        """The same view at its own aspect and resolution, (3, h, w) uint8 with h and w of at most `longest`.
+
+        Raises:
+            PhotoError: the photo cannot be read.
+        """
+        view, index = divmod(row, len(self.photos))
+        photo = self.photos[index]
+        return to_uint8(make_whole_view(photo.load(), longest, photo.key, view, self.seed))
 
     def describe(self) -> dict[str, Any]:
         """What makes these views these views, for settings and caches."""
         crop = [*CROP_AREA, *CROP_ASPECT]
-        return {"photos": len(self.photos), "contents": self._contents, "seed": self.seed, "crop": crop, "size": self.size}
+        known = {"photos": len(self.photos), "contents": self._contents, "seed": self.seed, "crop": crop, "size": self.size}
+        return known if self.fit == "crop" else known | {"fit": self.fit}
 
     @functools.cached_property
     def _contents(self) -> str:

@@ -24,6 +24,11 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
     own = source.parts[0]
     config = exporter.config
     side = config.image_size
+    size = (
+        f"a picture of {side} x {side} pixels"
+        if config.fit == "crop"
+        else f"a picture, which is seen whole, at {side} pixels at most a side"
+    )
     what = own.entry.summary if own.entry else f"{KINDS[source.kind].capitalize()} made with sparse-vlm"
     lines = [
         "---",
@@ -33,7 +38,7 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
         "",
         f"{what}.",
         "",
-        f"This folder holds {exporter.holds}: {config.visual_tokens} tokens a picture of {side} x {side} pixels, weights in {dtype}. "
+        f"This folder holds {exporter.holds}: {config.visual_tokens} tokens {size}, weights in {dtype}. "
         f"`sparse-vlm export --format {name}` made it of `{source.name}`.",
         "",
         "```python",

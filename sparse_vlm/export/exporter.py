@@ -1,6 +1,6 @@
 """What an exporter is, what those of towers share, and how two answers are compared.
 
-Shape legend: B pictures, S side of the square input, N tokens, d width, E embedding.
+Shape legend: B pictures, S side of the input, N tokens, d width, E embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 
 # Of an element, absolute and relative; bfloat16 has 8 bits, and another kernel may sum in another order.
@@ -105,7 +105,7 @@ class TowerExporter(Exporter):
     Attributes:
         tower: in eval mode.
         dtype: its weights', a key of `TOLERANCE`.
-        pixels: of the pictures, (B, 3, S, S).
+        inputs: the pixels of the pictures (B, 3, S, S), and of whole ones their sizes (B, 2).
     """
 
     task = "image-feature-extraction"
@@ -115,22 +115,26 @@ class TowerExporter(Exporter):
         self.tower = SparseFormer.from_pretrained(model, getattr(torch, dtype), tokens)
         self.config = self.tower.config
         self.pictures, self.dtype = list(pictures), dtype
-        self.pixels = preprocess(self.pictures, self.config.image_size, self.config.image_mean, self.config.image_std)
+        self.inputs = [given for given in Preprocessor.of(self.config)(self.pictures, square=True) if given is not None]
         self.expected = {}
         for count in sorted({1, len(self.pictures)}):
-            out = self.tower(self.pixels[:count])
+            out = self.tower(**dict(zip(("pixels", "image_sizes"), self.first(count), strict=False)))
             self.expected[count] = (out.last_hidden_state[:, -self.config.visual_tokens :], out.image_embeds)
 
+    def first(self, count: int) -> list[Tensor]:
+        """The inputs of so many pictures."""
+        return [given[:count] for given in self.inputs]
+
     @abstractmethod
-    def load(self, folder: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-        """The export as a function of pixels (B, 3, S, S): visual tokens (B, N, d) and image embeddings (B, E)."""
+    def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
+        """The export as a function of `inputs`: visual tokens (B, N, d) and image embeddings (B, E)."""
 
     @torch.inference_mode()
     def compare(self, folder: Path) -> list[Comparison]:
         run = self.load(folder)
         found = []
         for count, expected in self.expected.items():
-            for name, one, other in zip(OUTPUTS, expected, run(self.pixels[:count]), strict=True):
+            for name, one, other in zip(OUTPUTS, expected, run(*self.first(count)), strict=True):
                 found.append(compared(name, count, one, other, TOLERANCE[self.dtype]))
         return found
 

@@ -1,10 +1,10 @@
 """Towers as graphs: ONNX and torch.export.
 
-Shape legend: B pictures, S side of the square input, N tokens, d width, E embedding.
+Shape legend: B pictures, S side of the input, N tokens, d width, E embedding.
 
-Notable: a graph has one number of tokens and one size of pictures, and takes any number of pictures. How often a cropping glance samples
-each pixel depends on the values of the RoIs, which nothing in a graph can; it is counted before. Tracers note for every node in which
-file of this machine it was written; those notes are taken out.
+Notable: a graph has one number of tokens and one size of pictures, and takes any number of pictures. One of whole
+images takes their sizes as a second input, `image_sizes`. Tracers note for every node in which file of this machine it was written; those
+notes are taken out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.export.exporter import OUTPUTS, TowerExporter
-from sparse_vlm.geometry import crop_samples
 from sparse_vlm.tower import SparseFormer
 
 # protobuf, which ONNX is, holds 2 GB; above it the weights lie beside the graph
@@ -25,7 +24,8 @@ OPSET = 20  # what torch's exporter writes itself; onnxruntime reads it from 1.1
 
 
 class TowerGraph(nn.Module):
-    """What is traced: (B, 3, S, S) normalised pixels to `visual_tokens` (B, N, d) and `image_embeds` (B, E).
+    """What is traced: (B, 3, S, S) normalised pixels, and of whole images their sizes (B, 2) as `SparseFormer.forward` takes them, to
+    `visual_tokens` (B, N, d) and `image_embeds` (B, E).
 
     Args:
         tower: not copied, and serves this size of pictures alone from then on.
@@ -34,21 +34,25 @@ class TowerGraph(nn.Module):
     def __init__(self, tower: SparseFormer) -> None:
         super().__init__()
         self.tower = tower.requires_grad_(False)
-        config = tower.config
-        if config.glance is not None:
-            tower.glance.samples = crop_samples(tower.initial_rois(), config.image_size, config.image_size, config.glance.patch_size)
         self.eval()
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `SparseFormer.visual_tokens` and `image_embeds` say."""
-        out = self.tower(pixel_values)
+        out = self.tower(pixel_values, image_sizes=image_sizes)
         return out.last_hidden_state[:, -self.tower.config.visual_tokens :], out.image_embeds
 
-    def trace_arguments(self) -> dict[str, object]:
-        """Of `torch.export.export` and `torch.onnx.export`: any number of pictures from one on."""
+    def example_inputs(self) -> dict[str, Tensor]:
+        """Two images, by the names of the inputs; torch takes an example of one for a graph of one."""
         side = self.tower.config.image_size
-        # torch takes an example of one picture for a graph of one picture
-        return {"args": (torch.zeros(2, 3, side, side),), "dynamic_shapes": {"pixel_values": {0: torch.export.Dim("batch", min=1)}}}
+        pixels = torch.zeros(2, 3, side, side)
+        if self.tower.config.fit == "crop":
+            return {"pixel_values": pixels}
+        return {"pixel_values": pixels, "image_sizes": torch.full((2, 2), side)}
+
+    def trace_arguments(self) -> dict[str, object]:
+        """Of `torch.export.export` and `torch.onnx.export`: any number of images from one on."""
+        inputs, batch = self.example_inputs(), torch.export.Dim("batch", min=1)
+        return {"args": tuple(inputs.values()), "dynamic_shapes": {name: {0: batch} for name in inputs}}
 
 
 class TorchExportTower(TowerExporter):
@@ -65,7 +69,7 @@ class TorchExportTower(TowerExporter):
                     node.meta.pop("stack_trace", None)
         torch.export.save(program, folder / "model.pt2")
 
-    def load(self, folder: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
         return torch.export.load(folder / "model.pt2").module()
 
     def example(self) -> str:
@@ -73,11 +77,12 @@ class TorchExportTower(TowerExporter):
         return f"""\
 import torch
 from sparse_vlm import load_image
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.preprocess import Preprocessor
 
 tower = torch.export.load("model.pt2").module()
-pixels = preprocess([load_image("photo.jpg")], {c.image_size}, {tuple(c.image_mean)}, {tuple(c.image_std)})
-visual_tokens, image_embeds = tower(pixels)
+prepare = Preprocessor({c.image_size}, {tuple(c.image_mean)}, {tuple(c.image_std)}, "{c.fit}")
+inputs = prepare(load_image("photo.jpg"), square=True)
+visual_tokens, image_embeds = tower({"inputs.pixels" if c.fit == "crop" else "*inputs"})
 print(visual_tokens.shape, image_embeds.shape)"""
 
 
@@ -89,34 +94,49 @@ class OnnxTower(TowerExporter):
     def write(self, folder: Path) -> None:
         graph = TowerGraph(self.tower)
         size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
-        names = {"input_names": ["pixel_values"], "output_names": list(OUTPUTS)}
+        names = {"input_names": list(graph.example_inputs()), "output_names": list(OUTPUTS)}
         program = torch.onnx.export(graph, dynamo=True, opset_version=OPSET, verbose=False, **names, **graph.trace_arguments())
         for node in program.model.graph.all_nodes():
             node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
         program.save(folder / "model.onnx", external_data=size > ONNX_BYTES)
 
-    def load(self, folder: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        return lambda pixels: [torch.from_numpy(output) for output in session.run(list(OUTPUTS), {"pixel_values": pixels.numpy()})]
+        names = [given.name for given in session.get_inputs()]
+
+        def run(*given: Tensor) -> list[Tensor]:
+            found = session.run(list(OUTPUTS), {name: one.numpy() for name, one in zip(names, given, strict=True)})
+            return [torch.from_numpy(output) for output in found]
+
+        return run
 
     def example(self) -> str:
         c = self.config
         side = c.image_size
+        whole = f"""\
+scale = min(1, {side} / max(image.size))
+image = image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+pixels = np.float32(image) / 255"""
+        square = f"""\
+image = image.resize([max({side}, int({side} * length / min(image.size))) for length in image.size], Image.Resampling.BICUBIC)
+left, top = (round((length - {side}) / 2) for length in image.size)
+pixels = np.float32(image.crop((left, top, left + {side}, top + {side}))) / 255"""
+        inputs = '"pixel_values": canvas' + ("" if c.fit == "crop" else ', "image_sizes": np.int64([pixels.shape[:2]])')
         return f"""\
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-image = image.resize([max({side}, int({side} * length / min(image.size))) for length in image.size], Image.Resampling.BICUBIC)
-left, top = (round((length - {side}) / 2) for length in image.size)
-pixels = np.float32(image.crop((left, top, left + {side}, top + {side}))) / 255
+{square if c.fit == "crop" else whole}
 pixels = (pixels - np.float32({list(c.image_mean)})) / np.float32({list(c.image_std)})
+canvas = np.zeros((1, 3, {side}, {side}), np.float32)
+canvas[0, :, : pixels.shape[0], : pixels.shape[1]] = pixels.transpose(2, 0, 1)
 session = onnxruntime.InferenceSession("model.onnx")
-visual_tokens, image_embeds = session.run(None, {{"pixel_values": pixels.transpose(2, 0, 1)[None]}})
+visual_tokens, image_embeds = session.run(None, {{{inputs}}})
 print(visual_tokens.shape, image_embeds.shape)"""

@@ -40,11 +40,11 @@ class HostedTower(TowerExporter):
         SparseFormerImageProcessor.of(self.config).save_pretrained(folder)
         _state_dtype(folder, self.dtype)
 
-    def load(self, folder: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
         model = _loaded(AutoModel, folder)
 
-        def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            out = model(pixels)
+        def run(pixels: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+            out = model(pixels)  # with sizes it would pack the tokens of all images; it tells them from the canvas
             return out.hidden_states[-1], out.pooler_output
 
         return run
@@ -53,7 +53,7 @@ class HostedTower(TowerExporter):
         pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)(self.pictures, return_tensors="pt")["pixel_values"]
         return [
             _weights(SparseFormerHostModel.wrap(self.tower), _loaded(AutoModel, folder)),
-            compared("pixel_values", len(self.pictures), self.pixels, pixels, 0.0),
+            compared("pixel_values", len(self.pictures), self.inputs[0], pixels, 0.0),
             *super().compare(folder),
         ]
 

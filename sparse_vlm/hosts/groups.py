@@ -1,11 +1,23 @@
-"""A tower's parameters in the groups by which hosts freeze and decay them; torch alone."""
+"""What hosts ask of a tower: its parameters in the groups by which they freeze and decay them, tokens in a square; torch alone."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from sparse_vlm.geometry import grid_rois
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.modules import Unit
+
+
+def square_grid(tower: SparseFormer, batch: int) -> Tensor | None:
+    """Where tokens begin for a host that makes maps of them, (B, n, 4): one grid for all images, whatever their aspect and content.
+
+    None where they always begin so.
+    """
+    config = tower.config
+    if (config.fit == "crop" and config.focus is None) or config.budgets is None:
+        return None
+    return grid_rois(config.num_latent_tokens).to(tower.initial_roi.weight.device).expand(batch, -1, -1)
 
 
 def layer_groups(tower: SparseFormer) -> list[list[nn.Parameter]]:

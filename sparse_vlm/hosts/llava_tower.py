@@ -1,6 +1,6 @@
 """What LLaVA's `build_vision_tower` gives for `sparse-vlm:tiny`: a SparseFormer with the face of its CLIPVisionTower.
 
-Shape legend: B batch, S side of the square input in pixels, n latent tokens, T tokens that LLaVA is given of a picture, d width.
+Shape legend: B batch, S side of the input in pixels, n latent tokens, T tokens that LLaVA is given of a picture, d width.
 
 Notable: needs torch, numpy, Pillow and safetensors alone, because LLaVA's world is transformers 4.37. What must be known to build the tower
 again stands in its name, which LLaVA saves in the model's configuration. LLaVA may build a model where weights are not to be made
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from sparse_vlm.devices import own_device
 from sparse_vlm.errors import UserError
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.geometry import sizes_on
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.store import locate
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 
@@ -122,6 +123,9 @@ def _wants_tuning(args: Any, name: TowerName) -> bool:
 class LlavaImageProcessor:
     """What LLaVA asks of an image processor, with `sparse_vlm.preprocess` behind it.
 
+    Whole images lie at the top left of squares that are zero beyond them, from which the tower tells their sizes: LLaVA hands on nothing
+    but the squares.
+
     Attributes:
         size, crop_size: S, in the forms that LLaVA reads.
         image_mean, image_std: of each channel, for values in 0..1.
@@ -131,9 +135,10 @@ class LlavaImageProcessor:
         side = config.image_size
         self.size, self.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
         self.image_mean, self.image_std = list(config.image_mean), list(config.image_std)
+        self.fit = config.fit
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
-        """Pictures to `pixel_values` (B, 3, S, S), normalised float32: shortest side to S, then the centre square.
+        """Images to `pixel_values` (B, 3, S, S), normalised float32: their centre squares, or all of them where the tower sees all.
 
         Raises:
             UserError: something that is no PIL picture, or tensors other than torch's.
@@ -145,7 +150,8 @@ class LlavaImageProcessor:
             raise UserError(
                 f"the image processor of {PREFIX}NAME makes torch tensors alone; give return_tensors='pt', not {return_tensors!r}"
             )
-        return {"pixel_values": preprocess(images, self.crop_size["height"], tuple(self.image_mean), tuple(self.image_std))}
+        prepare = Preprocessor(self.crop_size["height"], tuple(self.image_mean), tuple(self.image_std), self.fit)
+        return {"pixel_values": prepare(images, square=True).pixels}
 
     __call__ = preprocess
 
@@ -295,7 +301,8 @@ class SparseFormerVisionTower(nn.Module):
             return self._encode(images, weights)
 
     def _encode(self, images: Tensor, weights: Tensor) -> Tensor:
-        out = self.vision_tower(images.to(device=weights.device, dtype=weights.dtype))
+        images_here = images.to(device=weights.device, dtype=weights.dtype)
+        out = self.vision_tower(images_here, image_sizes=sizes_on(images_here, self.config.tower.fit))
         return out.last_hidden_state[:, -self.num_patches :].to(images.dtype)
 
     def _keep_rois(self) -> None:

@@ -2,22 +2,28 @@
 
 Shape legend: B batch, n latent tokens, d width, E embedding, h x w pixels.
 
-Notable: needs torch alone. open_clip looks a tower's attributes up by name, so this module has the names of its `VisionTransformer`
-(open_clip/transformer.py, version 3): `image_size`, `output_dim`, `output_tokens`, `preprocess_cfg`, `lock`, `set_grad_checkpointing`,
-`no_weight_decay`. Whatever encodes, trains or saves a model of open_clip goes on as before.
+Notable: a tower that sees whole images takes canvases that are zero beyond their images, as `OpenClipVisual.preprocess` makes them; what
+open_clip's own transform makes by `preprocess_cfg` is the whole image squashed to a square. Needs torch alone to encode. open_clip looks a
+tower's attributes up by name, so this module has the names of its `VisionTransformer` (open_clip/transformer.py, version 3): `image_size`,
+`output_dim`, `output_tokens`, `preprocess_cfg`, `lock`, `set_grad_checkpointing`, `no_weight_decay`. Whatever encodes, trains or saves a
+model of open_clip goes on as before.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
+from sparse_vlm.geometry import sizes_on
 from sparse_vlm.hosts.groups import layer_groups, undecayed
 from sparse_vlm.tower import SparseFormer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class OpenClipVisual(nn.Module):
@@ -25,7 +31,8 @@ class OpenClipVisual(nn.Module):
 
     Attributes:
         output_tokens: also return the tokens.
-        preprocess_cfg: the pixels that the tower was trained on, as open_clip's `PreprocessCfg` takes them.
+        preprocess_cfg: the pixels that the tower was trained on, as open_clip's `PreprocessCfg` takes them; of a tower that sees whole
+            images the nearest to them, at another aspect.
     """
 
     def __init__(self, tower: SparseFormer) -> None:
@@ -42,13 +49,19 @@ class OpenClipVisual(nn.Module):
             "mean": config.image_mean,
             "std": config.image_std,
             "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "resize_mode": "shortest" if config.fit == "crop" else "squash",
             "fill_color": 0,
         }
 
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """An image to (3, S, S) normalised pixels, in the place of open_clip's own transform: exactly what the tower was trained on."""
+        from sparse_vlm.preprocess import Preprocessor
+
+        return Preprocessor.of(self.tower.config)(image, square=True).pixels[0]
+
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, 3, h, w) normalised pixels to embeddings (B, E); with `output_tokens` also latent tokens (B, n, d)."""
-        out = self.tower(image)
+        out = self.tower(image, image_sizes=sizes_on(image, self.tower.config.fit))
         if self.output_tokens:
             return out.image_embeds, out.last_hidden_state[:, -out.rois.shape[1] :]
         return out.image_embeds

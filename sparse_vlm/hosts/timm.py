@@ -7,6 +7,8 @@ Shape legend: B batch, n latent tokens, N tokens with CLS, d width, K classes, h
 Notable: importing this module, which follows from importing both packages, registers every published configuration and every tower of
 the zoo. The classifier stands outside the tower, as `head`; what a tower's file calls `proj` is the head of that many classes. Features
 follow timm's `VisionTransformer` (timm/models/vision_transformer.py): normalised tokens, except that an average is taken before the norm.
+A tower that sees whole images takes canvases that are zero beyond their images, as `sparse_vlm.preprocess.Preprocessor` makes them; timm's
+own transform squashes whole images to squares, which it takes as well.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 
 from sparse_vlm import store
 from sparse_vlm.errors import UserError
-from sparse_vlm.hosts.groups import undecayed
+from sparse_vlm.geometry import sizes_on
+from sparse_vlm.hosts.groups import square_grid, undecayed
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 from sparse_vlm.tower.config import PUBLISHED
 from sparse_vlm.tower.modules import Unit
@@ -129,7 +132,7 @@ class SparseFormerClassifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) to tokens (B, N, d), CLS first where there is one; normalised, except before an average."""
-        for after in self.tower.run_units(x):
+        for after in self.tower.run_units(x, image_sizes=sizes_on(x, self.tower.config.fit)):
             tokens = after[0]
         return tokens if self.global_pool == "avg" else self.tower.norm(tokens)
 
@@ -175,13 +178,16 @@ class SparseFormerClassifier(nn.Module):
         Raises:
             UserError: tokens that begin in no square grid as `NCHW`, or a unit as normalised whose width is not the LayerNorm's.
         """
-        bent = self.tower.config.budgets is not None and x.shape[-2] != x.shape[-1]  # such a tower lays square cells over any picture
+        config = self.tower.config
+        # a tower of budgets lays square cells over any image; one that sees whole images is asked for a square of cells instead
+        bent = config.budgets is not None and config.fit == "crop" and x.shape[-2] != x.shape[-1]
+        cells = square_grid(self.tower, len(x)) if output_fmt == "NCHW" else None
         if output_fmt == "NCHW" and (self.grid is None or bent):
             what = f"{self.tower.config.num_latent_tokens} tokens of a picture of {x.shape[-1]} x {x.shape[-2]} pixels"
             raise UserError(f"{what} begin in no square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
         take = self._take(indices)
         found: list[Any] = []
-        for index, (tokens, _) in enumerate(self.tower.run_units(x)):
+        for index, (tokens, _) in enumerate(self.tower.run_units(x, image_sizes=sizes_on(x, config.fit), cells=cells)):
             if index in take:
                 chosen = self._normalized(tokens, index) if norm else tokens
                 prefix, latents = chosen.tensor_split([chosen.shape[1] - self.tower.config.num_latent_tokens], dim=1)
@@ -242,6 +248,7 @@ class Entry:
             "input_size": (3, config.image_size, config.image_size),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
+            **({} if config.fit == "crop" else {"crop_mode": "squash"}),
             "mean": config.image_mean,
             "std": config.image_std,
             "num_classes": config.embed_dim,

@@ -4,6 +4,8 @@
     LlavaForConditionalGeneration.from_pretrained(PATH)
 
 Shape legend: B batch, S side of the square input, N tokens, d width, E embedding, h x w latent tokens as the grid they begin as.
+Of whole images (`fit` of the tower's configuration) the size of each is `image_sizes` (B, 2); where a host leaves it out, it is read from
+the canvas, which is zero beyond its image.
 
 Notable: `import sparse_vlm` has the classes registered with transformers' Auto classes (`sparse_vlm.hosts.after_import`), and that is all:
 `LlavaForConditionalGeneration` is the stock one, there is no fork and no remote code.
@@ -23,6 +25,8 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import AutoBackbone, AutoModel
 
+from sparse_vlm.geometry import sizes_on
+from sparse_vlm.hosts.groups import square_grid
 from sparse_vlm.hosts.transformers_config import SparseFormerHostConfig, processor_counts
 from sparse_vlm.hosts.transformers_image import SparseFormerImageProcessor
 from sparse_vlm.tower import SparseFormer
@@ -56,20 +60,47 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         """A tower, not copied."""
         return cls(SparseFormerHostConfig.wrap(tower.config), tower)
 
+    def _sizes(self, pixel_values: Tensor, image_sizes: Any) -> Tensor | None:
+        """Sizes of the images on their canvases, (B, 2); None where every image fills its own."""
+        if image_sizes is None:
+            return sizes_on(pixel_values, self.tower.config.fit)
+        return torch.as_tensor(image_sizes, device=pixel_values.device)
+
+
+class _TokensOfEach:
+    """What stock Llava is told as the tower's `patch_size`.
+
+    It splits what is packed by `image_sizes // patch_size`, which counts Pixtral's patches; the product over the last dimension has to be
+    the number of an image's tokens, which here depends on no size.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __rfloordiv__(self, image_sizes: Tensor) -> Tensor:
+        return image_sizes.new_tensor([self.tokens, 1]).expand(len(image_sizes), 2)
+
 
 class SparseFormerHostModel(SparseFormerPreTrainedModel):
     """The tower as a transformers vision model.
 
-    `hidden_states[-1]` is what a language model is given, (B, `config.num_tokens`, d); `last_hidden_state` has the CLS token as well where
-    the tower has one, and `pooler_output` is (B, E).
+    `hidden_states[-1]` is what a language model is given, (B, `config.num_tokens`, d), or, with `image_sizes`, all of it in one row,
+    (1, B * `config.num_tokens`, d), as stock Llava expects of every tower that takes sizes (Pixtral's); `last_hidden_state` has the CLS
+    token as well where the tower has one, and `pooler_output` is (B, E).
     """
 
+    @property
+    def patch_size(self) -> _TokensOfEach:
+        """By which stock Llava splits packed tokens again."""
+        return _TokensOfEach(self.config.num_tokens)
+
     def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
+        self, pixel_values: Tensor, return_dict: bool | None = None, image_sizes: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """(B, 3, S, S) normalised pixels to tokens."""
-        out = self.tower(pixel_values)
-        hidden_states = (out.last_hidden_state[:, -self.config.num_tokens :],)
+        """(B, 3, S, S) normalised pixels, and the size of each image on its canvas (B, 2), to tokens."""
+        out = self.tower(pixel_values, image_sizes=self._sizes(pixel_values, image_sizes))
+        tokens = out.last_hidden_state[:, -self.config.num_tokens :]
+        hidden_states = (tokens if image_sizes is None else tokens.flatten(0, 1).unsqueeze(0),)
         if return_dict is False:
             return out.last_hidden_state, out.image_embeds, hidden_states
         return BaseModelOutputWithPooling(
@@ -80,7 +111,8 @@ class SparseFormerHostModel(SparseFormerPreTrainedModel):
 class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
     """The tower as a transformers backbone: one stage a unit, its latent tokens as a map (B, d, h, w), in the grid that they begin as.
 
-    The last stage is normalised as the tower's output is; earlier ones are what the next unit is given. CLS is in no map.
+    The last stage is normalised as the tower's output is; earlier ones are what the next unit is given. CLS is in no map. Whole images have
+    the same grid whatever their aspect, and tokens begin in no other cells.
 
     Raises:
         ValueError: the tokens are no square.
@@ -92,10 +124,14 @@ class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
         self.side = side
         self.num_features = [unit.width for unit in self.tower.config.units]
 
-    def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any) -> BackboneOutput | tuple[tuple[Tensor, ...]]:
-        """(B, 3, S, S) normalised pixels to `feature_maps`, one for each of `out_features`."""
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BackboneOutput | tuple[tuple[Tensor, ...]]:
+        """(B, 3, S, S) normalised pixels, and the size of each image on its canvas (B, 2), to one map for each of `out_features`."""
         maps = []
-        for stage, (tokens, _) in zip(self.stage_names, self.tower.run_units(pixel_values), strict=True):
+        sizes = self._sizes(pixel_values, image_sizes)
+        units = self.tower.run_units(pixel_values, image_sizes=sizes, cells=square_grid(self.tower, len(pixel_values)))
+        for stage, (tokens, _) in zip(self.stage_names, units, strict=True):
             if stage in self.out_features:
                 if stage == self.stage_names[-1]:
                     tokens = self.tower.norm(tokens)

@@ -1,4 +1,4 @@
-"""The tower's image processor as transformers knows image processors; pictures go through `sparse_vlm.preprocess`, the one way in."""
+"""The tower's image processor as transformers knows image processors; images go through `sparse_vlm.preprocess`, the one way in."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.hosts.transformers_config import SparseFormerHostConfig
-from sparse_vlm.preprocess import Triple, preprocess
+from sparse_vlm.preprocess import Fit, Preprocessor, Triple
 from sparse_vlm.tower import SparseFormerConfig
 
 
 class SparseFormerImageProcessor(BaseImageProcessor):
-    """Pictures to `pixel_values` (B, 3, S, S) as `sparse_vlm.preprocess` makes them.
+    """Images to `pixel_values` (B, 3, S, S) as `sparse_vlm.preprocess` makes them; of whole images also `image_sizes` (B, 2).
 
     Args:
         size: side of the square input in pixels, or transformers' dict form of it.
         image_mean, image_std: of each channel, for values in 0..1.
+        fit: `crop` for the centre square, `whole` for all of an image, at the top left of its square.
     """
 
-    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
 
     def __init__(
         self,
         size: int | dict[str, int] = 224,
         image_mean: Triple = (0.5, 0.5, 0.5),
         image_std: Triple = (0.5, 0.5, 0.5),
+        fit: Fit = "crop",
         **kwargs: Any,
     ) -> None:
         kwargs.pop("crop_size", None)  # follows from size
@@ -40,11 +42,17 @@ class SparseFormerImageProcessor(BaseImageProcessor):
         self.size = {"height": side, "width": side}
         self.crop_size = dict(self.size)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.fit = fit
 
     @classmethod
     def of(cls, config: SparseFormerConfig) -> SparseFormerImageProcessor:
         """The image processor of a tower."""
-        return cls(size=config.image_size, image_mean=config.image_mean, image_std=config.image_std)
+        return cls(size=config.image_size, image_mean=config.image_mean, image_std=config.image_std, fit=config.fit)
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """What it does."""
+        return Preprocessor(self.size["height"], tuple(self.image_mean), tuple(self.image_std), self.fit)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """PIL pictures of any mode, arrays or tensors (uint8, channels first or last), one or many, nested or not.
@@ -53,8 +61,11 @@ class SparseFormerImageProcessor(BaseImageProcessor):
             UserError: an array that is no picture, or a picture that cannot be shown.
         """
         flat = [_as_picture(image) for image in make_flat_list_of_images(images)]
-        pixels = preprocess(flat, self.size["height"], tuple(self.image_mean), tuple(self.image_std))
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        inputs = self.preprocessor(flat, square=True)
+        data = {"pixel_values": inputs.pixels}
+        if inputs.image_sizes is not None:
+            data["image_sizes"] = inputs.image_sizes
+        return BatchFeature(data, tensor_type=return_tensors)
 
 
 def _as_picture(image: Any) -> Image.Image:

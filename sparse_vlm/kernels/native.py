@@ -1,8 +1,8 @@
-"""Looks, the map, attention and layers of few rows on a processor, of an inference tower, in C++.
+"""Looks, the map, cells, the focus, attention and layers of few rows on a processor, of an inference tower, in C++.
 
 Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 
-Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about six seconds, and kept where torch keeps what
+Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about ten seconds, and kept where torch keeps what
 it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
 done, torch computes the same.
 """
@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -25,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import files
-from sparse_vlm.geometry import Padding
+from sparse_vlm.geometry import Padding, crop_level
 
 FOLDER = Path(__file__).with_name("cpp")
 # no -ffast-math: linked into a library, it would make the whole process round its smallest numbers to zero
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-fno-math-errno",
          "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
-TIMEOUT_S = 60  # of the compiler
+TIMEOUT_S = 180  # of the compiler, on a busy machine
 PADDING = 16  # as in vectors.h
 PANEL = 32  # as in linear.h
 FEW_TOKENS = 128  # that attention is faster for than torch's
@@ -40,14 +41,18 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # what the functions take: addresses, longs, ints and floats; the threads come last
 ARGUMENTS = {
     "linear": "aaafaaafiiiiaa",
-    "attend": "aiiiia",
-    "attention": "aaafaaaaiiiiaa",
+    "attend": "aaiiiiia",
+    "attention": "aaafaaaaaiiiiiaa",
     "feed": "aaafaaiaafiiiaa",
     "convolve": "aaafiiiia",
     "points": "alaaafiiiia",
     "positions": "aaaaflial",
     "adjust": "alaaiiia",
     "mix": "aaiaiaaiiiiiiiial",
+    "cut": "aaaiiiiiia",
+    "average": "aaiiiia",
+    "predict": "aaafiiiiiiiia",
+    "place": "aafiiiiia",
 }
 _KINDS = {"a": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -139,6 +144,46 @@ class Convolution:
         given = pixels.contiguous(), self.weight, self.bias, self.eps
         _call("convolve", pixels.dtype, *given, batch, height, width, channels, out)
         return out.permute(0, 3, 1, 2)
+
+
+class Focus:
+    """Where tokens begin, of `plain.stem` to `plain.head` as `sparse_vlm.tower.focus.Focus` has them, and the cells.
+
+    Args:
+        plain: its channels are multiples of 16 (see `takes`).
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
+        layers = [*plain.stem, *plain.body, plain.coarse]
+        self.size, self.eps, self.channels = plain.config.size, plain.norm.eps, plain.config.channels
+        # each line of a window as numbers that lie beside each other
+        self.weight = torch.cat([_numbers(layer.weight.permute(2, 3, 1, 0)).flatten() for layer in layers])
+        parts = [
+            *(layer.bias for layer in plain.stem), plain.norm.weight, plain.norm.bias, *(layer.bias for layer in plain.body),
+            plain.context.bias, plain.context.weight.mT, plain.coarse.bias, plain.head.weight, plain.head.bias,
+        ]  # fmt: skip
+        self.numbers, self.scales = torch.cat([_numbers(part).flatten() for part in parts]), len(plain.head.bias)
+
+    @staticmethod
+    def takes(plain: nn.Module) -> bool:
+        """Whether its shapes are those of the functions."""
+        return all(channels % PADDING == 0 for channels in plain.config.channels)
+
+    def predict(self, pixels: Tensor, boxes: Tensor, extent: Tensor | None, side: int) -> Tensor:
+        """Images (B, 3, H, W), and boxes (B, 1, 4) in them, to maps (B, S, side, side) float32."""
+        thumbnails = cut(pixels, boxes, self.size, extent).float()
+        out = torch.empty(len(pixels), self.scales, side, side)
+        given = thumbnails, self.weight, self.numbers, self.eps
+        _call("predict", torch.float32, *given, len(pixels), self.size, *self.channels, side, self.scales, out)
+        return out
+
+
+def place(maps: Tensor, aspects: Tensor, num_tokens: int, coarse: int, evenness: float) -> Tensor:
+    """As `Focus.place`: maps (B, S, M, M) and aspects (B,) to (B, n, 4), of a grid of `coarse` cells that is split."""
+    batch, scales, side = maps.shape[:3]
+    out = torch.empty(batch, num_tokens, 4)
+    _call("place", torch.float32, _numbers(maps), _numbers(aspects), evenness, batch, num_tokens, coarse, side, scales, out)
+    return out
 
 
 class Linear:
@@ -261,10 +306,10 @@ class Attention(_Half):
         super().__init__(norm, qkv, proj)
         self.heads, self.size = heads, proj.inner // heads
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, d) to the same, with what they attend to."""
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, d) to the same, with what they attend to; `bias` (B, n) is added to the scores of the last n keys."""
         layers = self.first.weight, self.first.bias, self.last.weight, self.last.bias
-        return self._compute("attention", x, 4 * x.shape[2], *layers, *x.shape[:2], self.heads, self.size)
+        return self._compute("attention", x, 4 * x.shape[2], *layers, *_of_keys(bias), *x.shape[:2], self.heads, self.size)
 
     def takes(self, tokens: int) -> bool:
         """Whether it is faster than torch for so many."""
@@ -289,11 +334,35 @@ class Feed(_Half):
         return self._compute("feed", x, x.shape[2] + first.outer, *layers, self.factor, x.shape[0] * x.shape[1], first.inner, first.outer)
 
 
-def attend(qkv: Tensor, heads: int) -> Tensor:
-    """Queries, which are scaled, keys and values (B, N, 3 d) to what each token attends to (B, N, d); a head is a multiple of 16 wide."""
+def cut(pixels: Tensor, rois: Tensor, size: int, extent: Tensor | None = None) -> Tensor:
+    """As `crop_rois`, of images of three colours: (B, 3, H, W) and RoIs (B, n, 4) to (B, n, 3, size, size)."""
+    (batch, _, height, width), n = pixels.shape, rois.shape[1]
+    out = torch.empty(batch, n, 3, size, size, dtype=pixels.dtype)
+    whole = torch.tensor([[width, height]], dtype=torch.float32)
+    whole = (whole.expand(batch, 2) if extent is None else (whole * extent).round()).contiguous()
+    levels = crop_level(height, width, size)
+    _call("cut", pixels.dtype, pixels.contiguous(), _numbers(rois), whole, batch, n, height, width, size, levels, out)
+    return out
+
+
+def average(rois: Tensor, positions: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+    """The mean of positions (G * G, d), float32, in RoIs (B, n, 4), as `roi_average_weights` weighs them: (B, n, d)."""
+    (count, width), n = positions.shape, rois.shape[:-1].numel()
+    out = torch.empty(*rois.shape[:-1], width, dtype=dtype)
+    _call("average", dtype, _numbers(rois), positions, n, math.isqrt(count), samples, width, out)
+    return out
+
+
+def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Queries, which are scaled, keys and values (B, N, 3 d) to what each token attends to (B, N, d).
+
+    Args:
+        heads: each a multiple of 16 wide.
+        bias: (B, n), added to the scores of the last n keys.
+    """
     batch, n, width = qkv.shape
     out = torch.empty(batch, n, width // 3, dtype=qkv.dtype)
-    _call("attend", qkv.dtype, qkv.contiguous(), batch, n, heads, width // 3 // heads, out)
+    _call("attend", qkv.dtype, qkv.contiguous(), *_of_keys(bias), batch, n, heads, width // 3 // heads, out)
     return out
 
 
@@ -348,6 +417,10 @@ def _same(given: torch.dtype, expected: torch.dtype) -> None:
 
 def _numbers(given: Tensor) -> Tensor:
     return given.detach().float().contiguous()
+
+
+def _of_keys(bias: Tensor | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if bias is None else (_numbers(bias), bias.shape[1])
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

@@ -24,6 +24,7 @@ TokenInit = Literal["shared", "each", "glance"]
 RoisInit = Literal["grid", "released"]
 GlanceKind = Literal["pool", "crop"]
 Padding = Literal["border", "zeros"]
+Fit = Literal["crop", "whole"]
 OPS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
 FORMAT = "sparse-vlm/tower/1"
 
@@ -84,6 +85,33 @@ class GlanceConfig:
 
 
 @dataclass(frozen=True)
+class FocusConfig:
+    """Where tokens begin, decided for each image by a small network (`tower.focus`).
+
+    Attributes:
+        size: pixels a side of the thumbnail that it sees.
+        channels: of its three strided convolutions, and of those on the map.
+        area_bias: how far attention counts a cell by its area: 0 not at all, 1 in proportion.
+        evenness: an image keeps the plain grid where the predicted log variation has a standard deviation below this over the image.
+    """
+
+    size: int = 112
+    channels: tuple[int, int, int, int] = (16, 32, 64, 96)
+    area_bias: float = 0.5
+    evenness: float = 0.45
+
+    def __post_init__(self) -> None:
+        whole("the focus' size", self.size, 16, 1024)
+        if not isinstance(self.channels, Sequence) or isinstance(self.channels, str) or len(self.channels) != 4:
+            raise ValueError(f"the focus' channels are {self.channels!r:.60}, expected four numbers")
+        for channels in self.channels:
+            whole("a number of the focus' channels", channels, 1, 1024)
+        object.__setattr__(self, "channels", tuple(self.channels))  # a list in JSON
+        within("the focus' area_bias", self.area_bias, 0, 4)
+        within("the focus' evenness", self.evenness, 0, 100)
+
+
+@dataclass(frozen=True)
 class SparseFormerConfig:
     """A tower.
 
@@ -97,6 +125,10 @@ class SparseFormerConfig:
         head: what the head reads: the CLS token, the mean of all tokens, or all tokens through attention (SigLIP's `map`).
         token_init: one embedding shared by all tokens, one each, or a glance at the teacher's patches.
         budgets: fewest and most latent tokens that the tower was made for, as (9, 64), where their number can be chosen at each call.
+        image_size: side of the input in pixels: of the square that an image is scaled and cropped to, or of the canvas that holds it whole.
+        fit: how an image becomes the input: its centre square (`crop`, as CLIP does), or all of it, at its own aspect, at the top left of a
+            canvas (`whole`); never enlarged then.
+        focus: cells by content instead of a grid, for towers of several `budgets` whose tokens begin as crops.
         rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes and whole-image twins).
         num_heads: attention heads; None means heads of size 64.
         generator_dim: inner width of the mixing parameters' generator; a fraction below 1 is relative to the unit's width.
@@ -110,6 +142,7 @@ class SparseFormerConfig:
     image_mean: Triple
     image_std: Triple
     image_size: int = 224
+    fit: Fit = "crop"
     conv_dim: int = 64
     num_points: int = 16
     cls_before_unit: int | None = None
@@ -119,6 +152,7 @@ class SparseFormerConfig:
     rois_init: RoisInit = "grid"
     budgets: tuple[int, int] | None = None
     glance: GlanceConfig | None = None
+    focus: FocusConfig | None = None
     num_heads: int | None = None
     generator_dim: float = 128
     mixing_bias: bool = False
@@ -140,6 +174,8 @@ class SparseFormerConfig:
                 raise ValueError(f"{self.num_latent_tokens} tokens are outside of the budgets {self.budgets}")
             if self.token_init == "each" or self.rois_init != "grid":
                 raise ValueError("a tower of several budgets begins from a grid of RoIs, and without an embedding for each token")
+        if self.focus is not None and (self.budgets is None or not self.zooms):
+            raise ValueError("a focus needs budgets, and a glance that crops")
         for unit in self.units:
             if self.num_heads is None and unit.width % 64:
                 raise ValueError(f"width {unit.width} is no multiple of the head size 64")
@@ -166,7 +202,7 @@ class SparseFormerConfig:
         triple("image_std", self.image_std, 1e-4, 1e4)
         within("ln_eps", self.ln_eps, 1e-12, 1)
         within("generator_dim", self.generator_dim, 1e-4, 1 << 16)
-        for name, kind in (("head", Head), ("token_init", TokenInit), ("rois_init", RoisInit), ("padding", Padding)):
+        for name, kind in (("head", Head), ("fit", Fit), ("token_init", TokenInit), ("rois_init", RoisInit), ("padding", Padding)):
             one_of(name, getattr(self, name), get_args(kind))
         for name in ("head_bias", "mixing_bias", "transition_norm", "stage_embedding", "adjust_hidden", "clamp_coordinate_grad"):
             truth(name, getattr(self, name))
@@ -274,6 +310,8 @@ class SparseFormerConfig:
                 data[name] = tuple(data[name])
         if data.get("glance") is not None:
             data["glance"] = _made(GlanceConfig, data["glance"], "the glance")
+        if data.get("focus") is not None:
+            data["focus"] = _made(FocusConfig, data["focus"], "the focus")
         return _made(cls, data, "the tower's configuration")
 
     @classmethod

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_vlm.tower.config import SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.config import FocusConfig, SparseFormerConfig, UnitConfig
+
+FOCUS_MAP, FOCUS_SCALES = 8, 3  # as tower/focus.py has them, which needs torch
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Macs:
     """MACs of one picture, by part."""
 
     map: int
+    focus: int
     glance: int
     looking: int
     blocks: int
@@ -30,7 +33,7 @@ class Macs:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.map + self.glance + self.looking + self.blocks + self.head
+        return self.map + self.focus + self.glance + self.looking + self.blocks + self.head
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ def attention(queries: int, keys: int, width: int, key_width: int | None = None,
 
 
 # operations by the part of `Macs` that they belong to; all others are of looking
-GROUPS = {"early convolution": "map", "glance": "glance", "transition": "blocks", "attention": "blocks", "MLP": "blocks", "head": "head"}
+GROUPS = {
+    "early convolution": "map", "focus": "focus", "glance": "glance", "transition": "blocks", "attention": "blocks", "MLP": "blocks",
+    "head": "head",
+}  # fmt: skip
 
 
 def count_operations(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
@@ -99,6 +105,8 @@ def count_operations(config: SparseFormerConfig, height: int | None = None, widt
 
     if any("SAMPLING_M" in unit.ops for unit in config.units):
         add("early convolution", linear(-(-height // 2) * -(-width // 2), 49 * 3, config.conv_dim))
+    if config.focus is not None:
+        add("focus", _focusing(config.focus))
     if config.glance is not None:
         positions = config.glance.grid**2
         patches = n if config.glance.kind == "crop" else positions
@@ -121,7 +129,7 @@ def count_operations(config: SparseFormerConfig, height: int | None = None, widt
 
 def count_work(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
     """The same as `count_operations`, by the parts of `Macs`."""
-    work = dict.fromkeys(("map", "glance", "looking", "blocks", "head"), Work())
+    work = dict.fromkeys(("map", "focus", "glance", "looking", "blocks", "head"), Work())
     for operation, taken in count_operations(config, height, width).items():
         work[GROUPS.get(operation, "looking")] += taken
     return work
@@ -155,6 +163,17 @@ def count_macs(config: SparseFormerConfig, height: int | None = None, width: int
 
 def _attending(tokens: int, width: int) -> Work:
     return linear(tokens, width, 3 * width) + attention(tokens, tokens, width) + linear(tokens, width, width)
+
+
+def _focusing(config: FocusConfig) -> Work:
+    first, second, third, width = config.channels
+    work, side = Work(), config.size
+    for inner, outer in ((3, first), (first, second), (second, third)):
+        side = -(-side // 2)
+        work += linear(side**2, 9 * inner, outer)
+    for inner in (third, width, width):
+        work += linear(FOCUS_MAP**2, 9 * inner, width)
+    return work + linear(1, width, width) + linear(FOCUS_MAP**2, width, FOCUS_SCALES)
 
 
 def _mlp(tokens: int, width: int) -> Work:

@@ -7,9 +7,10 @@ Notable: each part below says what the part of `sparse_vlm.tower.modules` that i
 * Weights of linear layers are laid out once as products read them, instead of at every call, with an activation in the same pass.
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
 * Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
-* The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, instead of being sampled one by one.
-* Looks, the map, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one picture, calling
-  torch's many small operators takes longer than what they do, and libraries are made for more rows.
+* The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, and others by a compiled function,
+  instead of being sampled one by one.
+* Looks, the map, cells, the focus, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one
+  picture, calling torch's many small operators takes longer than what they do, and libraries are made for more rows.
 Measured, with what did not help: docs/speed.md.
 """
 
@@ -24,8 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import kernels
-from sparse_vlm.geometry import Padding, adjust_rois, crop_samples, encode_rois, encoding_frequencies, roi_average_weights, sample_bilinear
+from sparse_vlm.geometry import (
+    Padding,
+    adjust_rois,
+    crop_level,
+    encode_rois,
+    encoding_frequencies,
+    points_on_canvas,
+    roi_average_weights,
+    sample_bilinear,
+)
 from sparse_vlm.kernels import native
+from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
 from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents, plain
 from sparse_vlm.tower.packed import PackedLinear, pack
 
@@ -48,17 +59,19 @@ def optimize(tower: SparseFormer) -> None:
                 f"{name} is a {type(module).__name__} with weights beside its own, or hooks, which folding would leave out; merge and "
                 "unload adapters before (PEFT's merge_and_unload)"
             )
-    if tower.glance is not None:
-        tower.glance = PreparedGlance(tower.glance)
     units = iter(tower.config.units)
-    prepared = PreparedUnit
+    prepared, glance = PreparedUnit, PreparedGlance
     if kernels.compiled(tower.norm.weight.dtype, tower.config.conv_dim):
-        prepared = CompiledUnit
+        prepared, glance = CompiledUnit, CompiledGlance
         if tower.feat_extractor is not None:
             tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
+        if type(tower.focus) is Focus and native.Focus.takes(tower.focus):  # what derives from it predicts otherwise
+            tower.focus = CompiledFocus(tower.focus)
+    if tower.glance is not None:
+        tower.glance = glance(tower.glance)
     for index, layer in enumerate(tower.layers):
         if isinstance(layer, Unit):
-            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None)
+            tower.layers[index] = prepared(layer, next(units).activation, first=index == 0 and tower.glance is None and tower.focus is None)
         else:
             tower.layers[index] = pack(layer)
     tower.proj = pack(tower.proj)
@@ -71,7 +84,7 @@ class _Start:
     Attributes:
         rois, seen: (n, 4), as `Glance.forward` takes them.
         grid: rows and columns, where `seen` are cells that cover the picture in reading order; else None.
-        samples: a side that each pixel of a cell is the mean of.
+        halvings: of the image before cells are cut out of it, as `crop_rois` reads them.
         positions: (n, d).
         pooling: (n, G * G); None where each token is one patch.
     """
@@ -79,7 +92,7 @@ class _Start:
     rois: Tensor
     seen: Tensor
     grid: tuple[int, int] | None
-    samples: int
+    halvings: int
     positions: Tensor
     pooling: Tensor | None
 
@@ -89,22 +102,21 @@ class PreparedGlance(Glance):
 
     def __init__(self, plain: Glance) -> None:
         nn.Module.__init__(self)
-        self.config, self.samples = plain.config, plain.samples
+        self.config = plain.config
         self.patch_embed, self.pos_embed, self.norm_pre = plain.patch_embed, plain.pos_embed, plain.norm_pre
         self.embed = PackedLinear(plain.patch_embed.weight.flatten(1))  # (d, 3 * p * p)
         self._starts: dict[tuple[int, int, int], _Start] = {}
 
-    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
         """As `Glance.forward`."""
-        start = self._start(pixels, rois, seen)
+        start = self._start(pixels, rois, seen) if extent is None else None
         if start is None or start.grid is None:
-            return super().forward(pixels, rois, seen)
+            return super().forward(pixels, rois, seen, extent)
         p, (rows, columns) = self.config.patch_size, start.grid
-        size = rows * p * start.samples, columns * p * start.samples
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels.float(), size, mode="bilinear")
-        if start.samples > 1:
-            pixels = F.avg_pool2d(pixels.float(), start.samples)
+        for _ in range(start.halvings):
+            pixels = F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
+        if pixels.shape[-2:] != (rows * p, columns * p):
+            pixels = F.interpolate(pixels.float(), (rows * p, columns * p), mode="bilinear")
         cells = pixels.to(self.pos_embed.dtype).unflatten(3, (columns, p)).unflatten(2, (rows, p))  # (B, 3, rows, p, columns, p)
         patches = self.embed(cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # (B, rows * columns, d)
         return (patches if start.pooling is None else start.pooling @ patches) + start.positions
@@ -126,11 +138,31 @@ class PreparedGlance(Glance):
         positions = (pooling @ self.pos_embed.float()).to(dtype)
         height, width = pixels.shape[-2:]
         if config.kind == "crop":
-            return _Start(rois, seen, _grid(seen), crop_samples(seen, height, width, config.patch_size), positions, None)
+            grid = _grid(seen)
+            halvings = 0 if grid is None else crop_level(height / grid[0], width / grid[1], config.patch_size)
+            # an image whose sides halving rounds up has no cells on the borders of its pixels
+            grid = None if height % 2**halvings or width % 2**halvings else grid
+            return _Start(rois, seen, grid, halvings, positions, None)
         side = config.grid * config.patch_size
         whole = (config.grid, config.grid) if (height, width) == (side, side) else None
         one_each = pooling.shape[0] == pooling.shape[1] and torch.allclose(pooling, torch.eye(len(pooling)), atol=1e-6)
-        return _Start(rois, seen, whole, 1, positions, None if one_each else pooling.to(dtype))
+        return _Start(rois, seen, whole, 0, positions, None if one_each else pooling.to(dtype))
+
+
+class CompiledGlance(PreparedGlance):
+    """A prepared glance that cuts cells of any place and size by a compiled function."""
+
+    def __init__(self, plain: Glance) -> None:
+        super().__init__(plain)
+        self._positions = self.pos_embed.float()
+
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
+        """As `Glance.forward`."""
+        start = self._start(pixels, rois, seen) if rois.ndim == 2 and extent is None else None
+        if self.config.kind != "crop" or (start is not None and start.grid is not None):
+            return super().forward(pixels, rois, seen, extent)
+        positions = native.average(rois, self._positions, self.config.points_per_side, self.pos_embed.dtype)
+        return self.embed(native.cut(pixels, seen, self.config.patch_size, extent).flatten(2), positions)
 
 
 def _grid(rois: Tensor) -> tuple[int, int] | None:
@@ -154,13 +186,14 @@ class PreparedAttention(Attention):
         scale[:width] = (width // plain.heads) ** -0.5
         self.qkv, self.proj = PackedLinear(plain.qkv.weight * scale[:, None], plain.qkv.bias * scale), pack(plain.proj)
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """(B, N, d) to what it adds onto (B, N, d), with that."""
-        return self.proj(self._attend(self.qkv(x)), onto)
+    def forward(self, x: Tensor, onto: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, N, d) to what it adds onto (B, N, d), with that; `bias` (B, n) is of the last n keys."""
+        return self.proj(self._attend(self.qkv(x), bias), onto)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(-2)
+        mask = None if bias is None else F.pad(bias, (qkv.shape[1] - bias.shape[1], 0))[:, None, None].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(-2)
 
 
 class PreparedMlp(Mlp):
@@ -263,7 +296,15 @@ class PreparedUnit(Unit):
             self._prepare_moves(*plain.roi_adjust_module)
         self._memories: dict[int, _Memory] = {}
 
-    def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        rois: Tensor,
+        feature_map: Tensor | None,
+        points_seen: list[Tensor] | None,
+        extent: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `Unit.forward`; without gradients."""
         batch, n = rois.shape[:2]
         known, memory = self._known(rois) if self.first else (None, None)
@@ -275,7 +316,7 @@ class PreparedUnit(Unit):
                 x = x + self.stage_embedding.weight[repeat]
             for op in self.ops:
                 if op == "ATTN":
-                    x = tokens(self._attend, x)
+                    x = tokens(self._attend, x, bias)
                 elif op == "MLP":
                     x = tokens(self._feed, x)
                 elif op == "SAMPLING_M":
@@ -284,6 +325,8 @@ class PreparedUnit(Unit):
                     generated = tokens(self.generate, latents)
                     if points_seen is not None:
                         points_seen.append(points.expand(batch, -1, -1, -1))
+                    if extent is not None:
+                        points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     x = _add_to_latents(x, self._look(feature_map, points, generated, rois))
                     tokens = _find
                 elif op == "PE_INJECT":
@@ -307,8 +350,8 @@ class PreparedUnit(Unit):
     def _look(self, feature_map: Tensor, points: Tensor, generated: Tensor, rois: Tensor) -> Tensor:
         return self.adaptive_mixing(feature_map, points, generated)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        return self.attn(self.norm1(x), x)
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.attn(self.norm1(x), x, bias)
 
     def _feed(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x), x)
@@ -347,11 +390,28 @@ class CompiledEarlyConvolution(EarlyConvolution):
         return self._whole(pixels)
 
 
+class CompiledFocus(Focus):
+    """A focus whose network is one compiled function, and its placement another."""
+
+    def __init__(self, plain: Focus) -> None:
+        nn.Module.__init__(self)
+        self.config, self._whole = plain.config, native.Focus(plain)
+
+    def forward(self, pixels: Tensor, region: Tensor | None = None, extent: Tensor | None = None) -> Tensor:
+        """As `Focus.forward`."""
+        box = torch.tensor([0.0, 0.0, 1.0, 1.0]) if region is None else region.unsqueeze(1)
+        return self._whole.predict(pixels, box.expand(len(pixels), 1, 4), extent, MAP)
+
+    def place(self, maps: Tensor, aspects: Tensor, num_tokens: int) -> Tensor:
+        """As `Focus.place`."""
+        return native.place(maps, aspects, num_tokens, coarse_cells(num_tokens), self.config.evenness)
+
+
 class CompiledAttention(PreparedAttention):
     """Attention whose core is a compiled function, for as many tokens as that is faster for than torch's."""
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        return native.attend(qkv, self.heads) if native.attends(qkv, self.heads) else super()._attend(qkv)
+    def _attend(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        return native.attend(qkv, self.heads, bias) if native.attends(qkv, self.heads) else super()._attend(qkv, bias)
 
 
 class CompiledUnit(PreparedUnit):
@@ -370,9 +430,9 @@ class CompiledUnit(PreparedUnit):
         if "MLP" in self.ops and self.mlp.fc1.ours is not None:
             self._mlp = native.Feed(self.norm2, self.mlp.fc1.ours, self.mlp.fc2.ours, 1 / self.mlp.factor)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
         whole = self._attention is not None and self._attention.takes(x.shape[1])
-        return self._attention(x) if whole else super()._attend(x)
+        return self._attention(x, bias) if whole else super()._attend(x, bias)
 
     def _feed(self, x: Tensor) -> Tensor:
         return super()._feed(x) if self._mlp is None else self._mlp(x)

@@ -10,7 +10,6 @@ Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Visio
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside, write_text
-from sparse_vlm.geometry import grid_rois, released_rois
+from sparse_vlm.geometry import grid_rois, grid_rois_for, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig, read_config
+from sparse_vlm.tower.focus import Focus, area_bias
 from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit, rows
 from sparse_vlm.tower.released import check_names, load_strictly
 
@@ -56,6 +56,7 @@ class SparseFormer(nn.Module):
         first = config.units[0].width
         looks = any("SAMPLING_M" in unit.ops for unit in config.units)
         self.feat_extractor = EarlyConvolution(config.conv_dim) if looks else None
+        self.focus = None if config.focus is None else Focus(config.focus)
         self.initial_roi = nn.Embedding(config.num_latent_tokens, 4)
         if config.glance is None:
             self.initial_embedding = nn.Embedding(1 if config.token_init == "shared" else config.num_latent_tokens, first)
@@ -124,8 +125,10 @@ class SparseFormer(nn.Module):
         output_rois: bool = False,
         num_tokens: int | None = None,
         region: tuple[float, float, float, float] | Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        cells: Tensor | None = None,
     ) -> SparseFormerOutput:
-        """Look at pictures.
+        """Encode images.
 
         Args:
             pixels: (B, 3, h, w), normalised with the configuration's mean and std; any h and w of at least 8.
@@ -133,13 +136,16 @@ class SparseFormer(nn.Module):
             num_tokens: latent tokens, where the configuration gives `budgets`; its own number by default.
             region: (x0, y0, x1, y1) relative to the picture, or (B, 4) of them: the tokens begin inside it, as if it were all there is. A
                 zoom that costs no more tokens.
+            image_sizes: (B, 2), height and width in pixels of each image, which lies at the top left of its canvas; by default images
+                fill it. What is beyond has no influence. RoIs and regions are relative to the image.
+            cells: (B, n, 4), where tokens begin, relative to the region; by default the tower decides.
 
         Raises:
-            ValueError: pixels of another shape, a number of tokens that the tower was not made for, or no region of a picture.
+            ValueError: pixels of another shape, a number of tokens that the tower was not made for, or no region of an image.
         """
         rois_per_unit: list[Tensor] | None = [] if output_rois else None
         points: list[Tensor] | None = [] if output_rois else None
-        for after in self.run_units(pixels, num_tokens, region, points):
+        for after in self.run_units(pixels, num_tokens, region, points, image_sizes, cells):
             if rois_per_unit is not None:
                 rois_per_unit.append(after[1])
         x, rois = after
@@ -159,12 +165,14 @@ class SparseFormer(nn.Module):
         num_tokens: int | None = None,
         region: tuple[float, float, float, float] | Tensor | None = None,
         points_seen: list[Tensor] | None = None,
+        image_sizes: Tensor | None = None,
+        cells: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Look at pictures, unit by unit: tokens (B, N, d), not normalised, and RoIs (B, n, 4) after each.
+        """Encode images, unit by unit: tokens (B, N, d), not normalised, and RoIs (B, n, 4) after each.
 
         Args:
-            pixels, num_tokens, region: as `forward` takes them.
-            points_seen: when given, the sampling points of each look (B, n, P, 2) are appended to it.
+            pixels, num_tokens, region, image_sizes, cells: as `forward` takes them.
+            points_seen: when given, the sampling points of each look (B, n, P, 2), relative to the image, are appended to it.
 
         Raises:
             ValueError: as `forward`.
@@ -176,16 +184,20 @@ class SparseFormer(nn.Module):
         # sampling points are collected on the way, and would be twice
         again = self.grad_checkpointing and torch.is_grad_enabled() and points_seen is None
         run = partial(checkpoint, use_reentrant=False) if again else _call
-        feature_map = None if self.feat_extractor is None else run(self.feat_extractor, pixels)
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
-        initial = self._begin(num_tokens, pixels.shape[-1] / pixels.shape[-2], box)
+        extent = None if image_sizes is None else image_extent(image_sizes, pixels)
+        feature_map = None
+        if self.feat_extractor is not None:  # a convolution at an image's border reads zeros beyond it
+            feature_map = run(self.feat_extractor, pixels if extent is None else pixels * _inside(extent, pixels))
+        initial = self._begin(pixels, num_tokens, box, extent) if cells is None else self._given(cells, num_tokens, batch)
         rois = initial.expand(batch, -1, -1)
+        bias = None if self.focus is None else area_bias(rois, self.config.focus.area_bias)
         if box is not None:
             corner, size = box[:, None, :2].repeat(1, 1, 2), (box[:, None, 2:] - box[:, None, :2]).repeat(1, 1, 2)
             rois = corner + rois * size
         if self.glance is not None:
-            x = self.glance(pixels, initial, rois)
+            x = self.glance(pixels, initial, rois, extent)
         else:
             x = rows(self.initial_embedding).expand(batch, initial.shape[-2], -1)
         index = 0
@@ -197,7 +209,7 @@ class SparseFormer(nn.Module):
                 x = torch.cat([rows(self.cls_embedding).expand(batch, 1, -1).to(x.dtype), x], dim=1)
             if index == 0 and self.glance is not None:
                 x = self.glance.norm_pre(x)
-            x, rois = run(layer, x, rois, feature_map, points_seen)
+            x, rois = run(layer, x, rois, feature_map, points_seen, extent, bias)
             yield x, rois
             index += 1
 
@@ -216,14 +228,37 @@ class SparseFormer(nn.Module):
             return weight
         return grid_rois(config.num_latent_tokens, aspect).to(weight.device)
 
-    def _begin(self, num_tokens: int | None, aspect: float, box: Tensor | None) -> Tensor:
-        """Initial RoIs of each picture's region, relative to the region: (n, 4) where they are the same for all, else (B, n, 4)."""
-        if box is None or self.config.budgets is None:
-            return self.initial_rois(num_tokens, aspect)
-        shapes = (aspect * (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])).tolist()
-        # float32 boxes: a square region is square within rounding
-        each = [self.initial_rois(num_tokens, 1.0 if math.isclose(shape, 1.0, rel_tol=1e-4) else shape) for shape in shapes]
-        return torch.stack(each)
+    def _begin(self, pixels: Tensor, num_tokens: int | None, box: Tensor | None, extent: Tensor | None) -> Tensor:
+        """Initial RoIs, relative to what is looked at: (n, 4) where they are the same for all images, else (B, n, 4)."""
+        config = self.config if num_tokens is None else self.config.at_budget(num_tokens)
+        height, width = pixels.shape[-2:]
+        if config.budgets is None or (self.focus is None and box is None and extent is None):
+            return self.initial_rois(num_tokens, width / height)
+        aspects = torch.full((pixels.shape[0],), width / height, device=pixels.device)
+        if extent is not None:  # from whole pixels, so that rounding does not depend on the canvas
+            sides = (extent * extent.new_tensor([width, height])).round()
+            aspects = sides[:, 0] / sides[:, 1]
+        if box is not None:
+            aspects = aspects * (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])
+        if self.focus is None:
+            return grid_rois_for(config.num_latent_tokens, aspects)
+        with torch.no_grad():  # the choice of cells has no gradient; what predicts it learns from `focus.variation`
+            return self.focus.place(self.focus(pixels, box, extent), aspects, config.num_latent_tokens)
+
+    @torch.no_grad()
+    def first_cells(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Where the tokens of each image begin, (B, n, 4) float32; the arguments are `forward`'s."""
+        extent = None if image_sizes is None else image_extent(image_sizes, pixels)
+        return self._begin(pixels.to(next(self.norm.parameters()).dtype), None, None, extent).detach().expand(pixels.shape[0], -1, -1)
+
+    def _given(self, cells: Tensor, num_tokens: int | None, batch: int) -> Tensor:
+        """Cells that the caller places, (B, n, 4) float32."""
+        if cells.ndim != 3 or cells.shape[0] != batch or cells.shape[2] != 4 or cells.shape[1] != (num_tokens or cells.shape[1]):
+            raise ValueError(f"cells are {tuple(cells.shape)}, expected ({batch}, {num_tokens or 'n'}, 4)")
+        if not self.config.zooms:
+            raise ValueError("this tower's glance sees whole images at one size, so its cells cannot be chosen; take one that crops")
+        self.config.at_budget(cells.shape[1])
+        return cells.float()
 
     def _box(self, region: tuple[float, float, float, float] | Tensor, batch: int, device: torch.device) -> Tensor:
         """A region for each picture, (B, 4) float32."""
@@ -234,15 +269,19 @@ class SparseFormer(nn.Module):
             raise ValueError(f"region {region}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
         return box
 
-    def visual_tokens(self, pixels: Tensor) -> Tensor:
-        """What a language model is given of pictures: (B, `config.visual_tokens`, d), the end of `last_hidden_state`."""
-        return self(pixels).last_hidden_state[:, -self.config.visual_tokens :]
+    def visual_tokens(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """What a language model is given of images: (B, `config.visual_tokens`, d), the end of `last_hidden_state`.
+
+        Args:
+            pixels, image_sizes: as `forward` takes them.
+        """
+        return self(pixels, image_sizes=image_sizes).last_hidden_state[:, -self.config.visual_tokens :]
 
     def optimize_for_inference(self) -> SparseFormer:
         """Fold this tower for inference on a processor, in place: the same outputs within rounding (float32: 1e-4), sooner.
 
         Its weights are laid out for products of few rows, so afterwards it cannot be trained, saved, moved, converted, compiled or
-        exported. The first time on a machine takes six seconds in which its C++ compiler, if there is one, makes what
+        exported. The first time on a machine takes ten seconds in which its C++ compiler, if there is one, makes what
         `sparse_vlm.kernels.native` calls. On another device, where there is nothing to fold, it is only put in eval mode.
 
         Returns:
@@ -334,6 +373,28 @@ class SparseFormer(nn.Module):
         tower = cls(config)
         load_strictly(tower, state, str(name_or_path))
         return tower.to(dtype).eval()
+
+
+def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
+    """The share of width and height of its canvas that each image takes, (B, 2) float32.
+
+    Raises:
+        ValueError: sizes of another shape, or an image larger than its canvas.
+    """
+    sizes = torch.as_tensor(image_sizes, device=pixels.device)
+    canvas = torch.tensor(pixels.shape[-2:], device=pixels.device)
+    if sizes.shape != (pixels.shape[0], 2):
+        raise ValueError(f"image_sizes are {tuple(sizes.shape)}, expected ({pixels.shape[0]}, 2): height and width of each image")
+    if not torch.compiler.is_compiling() and not bool(((sizes >= 1) & (sizes <= canvas)).all()):
+        raise ValueError(f"image_sizes {sizes.tolist()}: expected 1 to {pixels.shape[-2]} rows and 1 to {pixels.shape[-1]} columns")
+    return (sizes.float() / canvas).flip(-1)
+
+
+def _inside(extent: Tensor, pixels: Tensor) -> Tensor:
+    """1 where the canvas holds its image and 0 beyond, (B, 1, h, w)."""
+    height, width = pixels.shape[-2:]
+    across, down = ((torch.arange(side, device=pixels.device) + 0.5) / side < extent[:, i, None] for i, side in enumerate((width, height)))
+    return (down[:, None, :, None] & across[:, None, None, :]).to(pixels.dtype)
 
 
 def _call(module: Callable[..., Any], *inputs: Any) -> Any:

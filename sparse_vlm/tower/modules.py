@@ -22,6 +22,7 @@ from sparse_vlm.geometry import (
     crop_rois,
     encode_rois,
     points_in_rois,
+    points_on_canvas,
     roi_average_weights,
     sample_bilinear,
     standardize_offsets,
@@ -49,7 +50,7 @@ def plain(module: nn.Module) -> bool:
     It is not so of a layer that PEFT, bitsandbytes, FSDP or a parametrization stands for or hooks of which say something else.
     """
     return type(module) in (nn.Linear, nn.Conv2d, nn.Embedding) and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        module._forward_hooks or module._forward_pre_hooks or vars(module).get("forward") is not None
     )
 
 
@@ -89,29 +90,30 @@ class Glance(nn.Module):
     def __init__(self, config: GlanceConfig, width: int, ln_eps: float) -> None:
         super().__init__()
         self.config = config
-        # counted from the RoIs at each call; whoever traces the tower counts before, because nothing in a trace can depend on values
-        self.samples: int | None = None
         self.patch_embed = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.pos_embed = nn.Parameter(torch.zeros(config.grid**2, width))
         self.norm_pre = nn.LayerNorm(width, eps=ln_eps) if config.norm_pre else nn.Identity()
 
-    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
         """(B, 3, h, w) to tokens (B, n, d), before `norm_pre`.
 
         Args:
             rois: (n, 4) or (B, n, 4), whose positions the tokens get.
-            seen: (B, n, 4), the same within the region that is looked at.
+            seen: (B, n, 4), the same within the region that is looked at, relative to the image.
+            extent: (B, 2), as `crop_rois` takes it.
         """
         positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (..., n, G * G)
         if self.config.kind == "crop":
-            crops = crop_rois(pixels, seen, self.config.patch_size, self.samples)
+            crops = crop_rois(pixels, seen, self.config.patch_size, extent)
             if plain(self.patch_embed):
                 patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
             else:
                 patches = self.patch_embed(crops.flatten(0, 1)).flatten(1).unflatten(0, crops.shape[:2])
             return patches + positions.to(patches.dtype) @ self.pos_embed
         side = self.config.patch_size * self.config.grid
-        if pixels.shape[-2:] != (side, side):
+        if extent is not None:
+            pixels = crop_rois(pixels, rois.new_tensor([[0, 0, 1, 1]]).expand(len(pixels), 1, 4), side, extent)[:, 0]
+        elif pixels.shape[-2:] != (side, side):
             # in float32, because on a CPU there is no such kernel for bfloat16
             pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", antialias=True).to(pixels.dtype)
         patches = self.patch_embed(pixels).flatten(2).mT + self.pos_embed  # (B, G * G, d)
@@ -188,10 +190,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d) to (B, N, d)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, N, d) to (B, N, d).
+
+        Args:
+            bias: (B, N), added to the scores of each key.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        mask = None if bias is None else bias[:, None, None].to(q.dtype)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -266,18 +273,30 @@ class Unit(nn.Module):
             hidden = [nn.Linear(width, width), nn.GELU()] if config.adjust_hidden else []
             self.roi_adjust_module = nn.Sequential(nn.LayerNorm(width, eps=eps), *hidden, nn.Linear(width, 4, bias=False))
 
-    def forward(self, x: Tensor, rois: Tensor, feature_map: Tensor | None, points_seen: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        rois: Tensor,
+        feature_map: Tensor | None,
+        points_seen: list[Tensor] | None,
+        extent: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, d) and RoIs (B, n, 4) to the same; the CLS token first when N = n + 1.
 
         Args:
             points_seen: when given, the sampling points of each look (B, n, P, 2) are appended to it.
+            extent: (B, 2), the share of width and height of the map that holds each image; all of it by default.
+            bias: (B, n), added to the attention scores of each latent token.
         """
+        if bias is not None:  # CLS stands for no area
+            bias = F.pad(bias, (x.shape[1] - bias.shape[1], 0))
         for repeat in range(self.repeats):
             if self.stage_embedding is not None:
                 x = x + rows(self.stage_embedding)[repeat]
             for op in self.ops:
                 if op == "ATTN":
-                    x = x + self.attn(self.norm1(x))
+                    x = x + self.attn(self.norm1(x), bias)
                 elif op == "MLP":
                     x = x + self.mlp(self.norm2(x))
                 elif op == "SAMPLING_M":
@@ -286,6 +305,8 @@ class Unit(nn.Module):
                     points = self.points(latents, rois)
                     if points_seen is not None:
                         points_seen.append(points.detach())
+                    if extent is not None:
+                        points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     if self.clamp_coordinate_grad:
                         points = _ClampedCoordinates.apply(points, feature_map.shape[-2])
                     if self.adaptive_mixing.by_kernels and kernels.usable(feature_map, points, latents):

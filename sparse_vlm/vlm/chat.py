@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.files import aside
+from sparse_vlm.photos import photo_of
+from sparse_vlm.preprocess import Preprocessor
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -27,11 +30,28 @@ SAVE_FORMAT = "sparse-vlm/chat/1"
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture and where it came from."""
+    """A decoded picture and where it came from.
+
+    Attributes:
+        image: no larger than the tower sees it, where it was read for one.
+        size: (width, height) in full; that of `image` unless given.
+    """
 
     path: Path
     image: Image.Image = field(repr=False)
     decode_ms: float = 0.0
+    size: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, path: Path, preprocessor: Preprocessor) -> Picture:
+        """Read a file, decoding no more of it than a tower of this preprocessing sees.
+
+        Raises:
+            PhotoError: as `photos.load_image`.
+        """
+        started = time.perf_counter()
+        draft = photo_of(path).draft(*preprocessor.at_least)
+        return cls(path, preprocessor.scale_draft(draft), (time.perf_counter() - started) * 1000, draft.size)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError, naming
 from sparse_vlm.files import write_text
 from sparse_vlm.llm import load_llm
+from sparse_vlm.preprocess import Preprocessor
 from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, Projector, make_projector
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import adapters
@@ -378,9 +379,8 @@ class VLM:
     # ---- use
 
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures to tokens in the LLM's width: (B, N, D)."""
-        pixels = self.processor.image_processor(list(images))["pixel_values"].to(self.model.device)
-        tokens = self.tower.visual_tokens(pixels)
+        """Images to tokens in the LLM's width: (B, N, D)."""
+        tokens = self.tower.visual_tokens(*Preprocessor.of(self.tower.config)(images).to(self.model.device))
         return self.projector(tokens.to(self.projector.linear_1.weight.dtype))
 
     @torch.inference_mode()
@@ -403,6 +403,8 @@ class VLM:
         if images := [image for conversation in conversations for image in images_of(conversation)]:
             inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         self.check_length(inputs["input_ids"].shape[1] + max_new_tokens)
+        if self.projector_kind != MLP:  # one that reduces tokens cannot take those of all images in one row; the canvases tell the sizes
+            inputs.pop("image_sizes", None)
         out = self.model.generate(**inputs.to(self.model.device), max_new_tokens=max_new_tokens, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 

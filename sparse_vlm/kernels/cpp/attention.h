@@ -10,15 +10,19 @@
 
 namespace {
 
-// Scores (n, padded) to what they weigh (n, padded), which may lie at the same place, not yet divided by its sum;
-// places from n on weigh next to nothing.
+// Scores (n, padded), plus the bias of each key (padded), to what they weigh (n, padded), which may lie at the same
+// place, not yet divided by its sum.
 template <typename T>
-inline void weigh(float* scores, T* weights, float* sums, int n, int padded) {
+inline void weigh(float* scores, const float* bias, T* weights, float* sums, int n, int padded) {
     for (int i = 0; i < n; i++) {
         float* row = scores + long(i) * padded;
-        for (int j = n; j < padded; j++) row[j] = -1e30f;
-        Wide most = get_wide(row), sum = {};
-        for (int j = WIDE; j < padded; j += WIDE) most = larger(get_wide(row + j), most);
+        Wide most = get_wide(row) + get_wide(bias), sum = {};
+        put(row, most);
+        for (int j = WIDE; j < padded; j += WIDE) {
+            Wide score = get_wide(row + j) + get_wide(bias + j);
+            put(row + j, score);
+            most = larger(score, most);
+        }
         float highest = largest_of(most);
         for (int j = 0; j < padded; j += WIDE) {
             Wide weight = exp_of(get_wide(row + j) - highest);
@@ -32,7 +36,7 @@ inline void weigh(float* scores, T* weights, float* sums, int n, int padded) {
 // What one head works in.
 struct Head {
     int n, size, padded;
-    std::vector<float> scores, sums, mean, queries, keys, values;
+    std::vector<float> scores, sums, mean, bias, queries, keys, values;
     std::vector<bfloat16> weights;
     std::vector<uint32_t> pairs, value_pairs;
 
@@ -42,7 +46,14 @@ struct Head {
           padded((n + LANES - 1) / LANES * LANES),
           scores(long(n) * padded),
           sums(n),
-          mean(long(n) * size) {}
+          mean(long(n) * size),
+          bias(padded, -1e30f) {}  // places from n on weigh next to nothing
+
+    // of the last `count` keys; those before them have none
+    void set_bias(const float* of_keys, int count) {
+        std::fill(bias.begin(), bias.begin() + n, 0.0f);
+        std::copy(of_keys, of_keys + count, bias.begin() + n - count);
+    }
 };
 
 // queries, keys and values of a head (n, size), whose rows are `apart`, to what it attends to (n, size), in `at.mean`
@@ -57,7 +68,7 @@ void attend_head(const T* q, const T* k, const T* v, long apart, Head& at) {
         for (int i = 0; i < at.size; i++) at.keys[long(i) * at.padded + j] = get(k + j * apart + i);
     }
     multiply(at.queries.data(), at.size, at.keys.data(), at.scores.data(), at.n, at.size, at.padded);
-    weigh(at.scores.data(), at.scores.data(), at.sums.data(), at.n, at.padded);
+    weigh(at.scores.data(), at.bias.data(), at.scores.data(), at.sums.data(), at.n, at.padded);
     multiply(at.scores.data(), at.padded, at.values.data(), at.mean.data(), at.n, at.n, at.size);
 }
 
@@ -70,7 +81,7 @@ void attend_head(const bfloat16* q, const bfloat16* k, const bfloat16* v, long a
     for (int j = 0; j < at.n; j++)
         for (int i = 0; i < half; i++) at.pairs[long(i) * at.padded + j] = pairs_of(k + j * apart)[i];
     multiply(pairs_of(q), apart / 2, at.pairs.data(), at.scores.data(), at.n, half, at.padded);
-    weigh(at.scores.data(), at.weights.data(), at.sums.data(), at.n, at.padded);
+    weigh(at.scores.data(), at.bias.data(), at.weights.data(), at.sums.data(), at.n, at.padded);
     interleave(v, apart, at.value_pairs.data(), at.n, at.size);
     if (at.n % 2)
         for (int i = 0; i < at.size; i++) at.value_pairs[long(at.n) / 2 * at.size + i] = v[(at.n - 1) * apart + i].bits;
@@ -79,16 +90,17 @@ void attend_head(const bfloat16* q, const bfloat16* k, const bfloat16* v, long a
 }
 #endif
 
-// Queries (scaled), keys and values (B, n, 3, heads, size) to what each token attends to (B, n, heads, size). Called by
-// all threads of a region together.
+// Queries (scaled), keys and values (B, n, 3, heads, size) to what each token attends to (B, n, heads, size). The scores
+// of the last `biased` keys are added to by `bias` (B, biased). Called by all threads of a region together.
 template <typename T>
-void attend(const T* qkv, int batch, int n, int heads, int size, T* out) {
+void attend(const T* qkv, const float* bias, int biased, int batch, int n, int heads, int size, T* out) {
     long width = long(heads) * size;
     Head at(n, size);
 #pragma omp for collapse(2)
     for (int b = 0; b < batch; b++)
         for (int head = 0; head < heads; head++) {
             const T* q = qkv + b * n * 3 * width + head * size;
+            at.set_bias(bias + long(b) * biased, biased);
             attend_head(q, q + width, q + 2 * width, 3 * width, at);
             for (int i = 0; i < n; i++) {
                 T* row = out + (long(b) * n + i) * width + head * size;

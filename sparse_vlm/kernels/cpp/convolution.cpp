@@ -3,12 +3,11 @@
 //
 // Shape legend: B pictures of h x w pixels; C channels; rows x columns cells of the convolution, H x W of the map.
 //
-// Notable: lines of a picture are laid out channels last, with their padding. What a cell reads of a line then lies
-// together, and cells beside each other read six numbers apart, so that a product reads it as it lies there. In pairs
-// of bfloat16 a cell reads one number more, times 0: a pixel that is not finite spoils that cell too. Three rows of the
-// convolution are kept, as they are pooled along a row.
+// Notable: lines of a picture are laid out channels last, with their padding (windows.h). In pairs of bfloat16 a cell
+// reads one number more, times 0: a pixel that is not finite spoils that cell too. Three rows of the convolution are
+// kept, as they are pooled along a row.
 
-#include "vectors.h"
+#include "windows.h"
 
 namespace {
 
@@ -16,23 +15,12 @@ constexpr int SIDE = 7, EDGE = 3, STRIDE = 2, COLOURS = 3;
 constexpr int REACH = SIDE * COLOURS, PADDED = REACH + 1;  // numbers that a cell reads of a line; as many as fit pairs
 constexpr int APART = STRIDE * COLOURS;                    // of what cells beside each other read
 constexpr int AT_ONCE = 8;                                 // rows of the map whose lines are laid out together
-constexpr int CELLS = LANES == 16 ? 10 : 4;                // at once: two vectors of sums each fit the registers
 
-template <typename T>
-struct Multiplied {  // as float32
-    typedef float Number;
-    typedef float Element;
-    static constexpr int TOGETHER = 1, EACH = REACH;
+template <typename M>
+struct Window {  // of a cell; its line lengths are known when an image is
+    static constexpr int lines = SIDE, apart = APART / M::TOGETHER, each = M::TOGETHER == 2 ? PADDED / 2 : REACH;
+    long length;
 };
-
-#ifdef __AVX512BF16__
-template <>
-struct Multiplied<bfloat16> {  // as pairs
-    typedef bfloat16 Number;
-    typedef uint32_t Element;
-    static constexpr int TOGETHER = 2, EACH = PADDED / 2;
-};
-#endif
 
 // weights (7, 22, C) as products read them: (7, EACH, C)
 template <typename T>
@@ -45,29 +33,6 @@ void lay_out(const bfloat16* from, uint32_t* to, int channels) {
     interleave(from, channels, to, SIDE * PADDED, channels);
 }
 #endif
-
-// R cells by V vectors of channels; `lines` are the seven that they read, `length` numbers each.
-template <int R, int V, typename M>
-inline void some_cells(const typename M::Number* lines, long length, const typename M::Element* weight,
-                       const float* bias, int channels, float* to) {
-    Vector sum[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sum[r][v] = load(bias + v * LANES);
-    for (int line = 0; line < SIDE; line++)
-        accumulate(reinterpret_cast<const typename M::Element*>(lines + line * length), APART / M::TOGETHER,
-                   weight + long(line) * M::EACH * channels, channels, M::EACH, sum, [](int) {});
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) put(to + long(r) * channels + v * LANES, sum[r][v]);
-}
-
-template <int R, typename M>
-ALONE void cells_of(const typename M::Number* lines, long length, const typename M::Element* weight, const float* bias,
-                    int channels, float* to) {
-    int c = 0;
-    for (; c + 2 * LANES <= channels; c += 2 * LANES)
-        some_cells<R, 2, M>(lines, length, weight + c, bias + c, channels, to + c);
-    if (c < channels) some_cells<R, 1, M>(lines, length, weight + c, bias + c, channels, to + c);
-}
 
 // Lines of a picture (3, h, w) from `first` on, of which EDGE lie above it, as (count, length) of channels last
 template <typename T, typename N>
@@ -104,10 +69,11 @@ void convolve(const T* pixels, const T* weight, const float* bias, float eps, in
     int rows = (height - 1) / STRIDE + 1, columns = (width - 1) / STRIDE + 1;
     int map_rows = (rows - 1) / 2 + 1, map_columns = (columns - 1) / 2 + 1;
     long length = (long(width + 2 * EDGE) * COLOURS + 2) / 2 * 2, row_size = long(map_columns) * channels;
+    Window<M> window{length / M::TOGETHER};
     int bands = std::min(map_rows, batch % threads ? threads : 1);  // of a picture, of one thread each
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<typename M::Element> weights(long(SIDE) * M::EACH * channels);
+        std::vector<typename M::Element> weights(long(SIDE) * Window<M>::each * channels);
         std::vector<typename M::Number> lines((STRIDE * (2 * AT_ONCE + 1) + SIDE) * length);
         std::vector<float> cells(long(columns) * channels), kept(3 * row_size), largest(channels);
         lay_out(weight, weights.data(), channels);
@@ -127,10 +93,8 @@ void convolve(const T* pixels, const T* weight, const float* bias, float eps, in
                     }
                     for (; next <= last; next++) {
                         const auto* line = &lines[(STRIDE * next - above) * length];
-                        each_block<CELLS>(columns, 0, blocks_of<CELLS>(columns), [&](long cell, auto count) {
-                            cells_of<decltype(count)::value, M>(line + cell * APART, length, weights.data(), bias,
-                                                                channels, &cells[cell * channels]);
-                        });
+                        row_of_cells(window, reinterpret_cast<const typename M::Element*>(line), weights.data(), bias,
+                                     columns, channels, cells.data());
                         pool_row(cells.data(), columns, channels, &kept[next % 3 * row_size]);
                     }
                     T* to = map + (long(b) * map_rows + row) * row_size;

@@ -31,18 +31,19 @@ void layer(const T* x, const float* gain, const float* shift, float eps, const L
     }
 }
 
-// x (B, n, d) to itself and what its norm attends to: `room` for 4 d numbers a token.
+// x (B, n, d) to itself and what its norm attends to, with the bias of keys as `attend` takes it: `room` for 4 d numbers
+// a token.
 template <typename T>
 void attention(const T* x, const float* gain, const float* shift, float eps, const T* weight, const float* bias,
-               const T* out_weight, const float* out_bias, int batch, int n, int heads, int size, T* room, T* out,
-               int threads) {
+               const T* out_weight, const float* out_bias, const float* key_bias, int biased, int batch, int n, int heads,
+               int size, T* room, T* out, int threads) {
     int width = heads * size, count = batch * n;
     T *tokens = room, *qkv = room + long(count) * width;
 #pragma omp parallel num_threads(threads)
     {
         norm(x, gain, shift, eps, count, width, tokens);
         linear(Layer<T>{weight, bias, 0, width, 3 * width}, tokens, (const T*)nullptr, 1, count, qkv, threads);
-        attend(qkv, batch, n, heads, size, tokens);
+        attend(qkv, key_bias, biased, batch, n, heads, size, tokens);
         linear(Layer<T>{out_weight, out_bias, 0, width, width}, tokens, x, 1, count, out, threads);
     }
 }
@@ -66,8 +67,9 @@ void feed(const T* x, const float* gain, const float* shift, float eps, const T*
 }  // namespace
 
 #define OF_TYPE(NAME, T)                                                                           \
-    void attend_##NAME(const T* qkv, int batch, int n, int heads, int size, T* out, int threads) { \
-        _Pragma("omp parallel num_threads(threads)") attend(qkv, batch, n, heads, size, out);      \
+    void attend_##NAME(const T* qkv, const float* bias, int biased, int batch, int n, int heads, int size, T* out, \
+                       int threads) {                                                              \
+        _Pragma("omp parallel num_threads(threads)") attend(qkv, bias, biased, batch, n, heads, size, out);      \
     }
 
 #define MULTIPLYING(NAME, T)                                                                                           \
@@ -78,9 +80,10 @@ void feed(const T* x, const float* gain, const float* shift, float eps, const T*
               threads);                                                                                                \
     }                                                                                                                  \
     void attention_##NAME(const T* x, const float* gain, const float* shift, float eps, const T* weight,               \
-                          const float* bias, const T* out_weight, const float* out_bias, int batch, int n, int heads,  \
-                          int size, T* room, T* out, int threads) {                                                    \
-        attention(x, gain, shift, eps, weight, bias, out_weight, out_bias, batch, n, heads, size, room, out, threads); \
+                          const float* bias, const T* out_weight, const float* out_bias, const float* key_bias,        \
+                          int biased, int batch, int n, int heads, int size, T* room, T* out, int threads) {           \
+        attention(x, gain, shift, eps, weight, bias, out_weight, out_bias, key_bias, biased, batch, n, heads, size,    \
+                  room, out, threads);                                                                                 \
     }                                                                                                                  \
     void feed_##NAME(const T* x, const float* gain, const float* shift, float eps, const T* weight, const float* bias, \
                      int activation, const T* out_weight, const float* out_bias, float factor, int count, int width,   \
