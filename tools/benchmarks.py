@@ -20,7 +20,7 @@ class Mute:
 
     class tower:
         class config:
-            image_size = 32
+            image_size, image_mean, image_std = 32, (0.5,) * 3, (0.5,) * 3
 
     def generate(self, conversations: list[Any], max_new_tokens: int) -> list[str]:
         """The same answer to all."""

@@ -84,21 +84,20 @@ def _save_pictures(suffix: str, kinds: dict[str, dict[str, Any]]) -> Callable[[P
 
 
 def read_pictures(folder: Path) -> Any:
-    """As a picture that is shown, and as a photo that is learnt from; each file may be refused for itself."""
+    """As a picture that is shown, and as a photo that is learnt from, cropped and whole; each file may be refused for itself."""
     from sparse_vlm.errors import UserError
     from sparse_vlm.photos import PhotoSet, load_image
-    from sparse_vlm.preprocess import load_crop, preprocess
+    from sparse_vlm.preprocess import Preprocessor
 
     refused = None
     for path in sorted(folder.iterdir()):
-        for read in (lambda path=path: load_image(path), lambda path=path: load_crop(PhotoSet(str(path))[0], 32)):
-            try:
-                picture = read()
-            except UserError as error:
-                refused = error
-                continue
-            assert picture.mode == "RGB", picture.mode
-            yield preprocess(picture, 32, (0.5,) * 3, (0.25,) * 3)
+        for fit in ("crop", "whole"):
+            preprocessor = Preprocessor(32, (0.5,) * 3, (0.25,) * 3, fit)
+            for bring in (load_image, lambda path: PhotoSet(str(path))[0]):
+                try:
+                    yield preprocessor(bring(path)).pixels
+                except UserError as error:
+                    refused = error
     if refused:
         raise refused
 
