@@ -90,7 +90,7 @@ def test_added_model_is_located_and_refreshed(copy, trained, home):
             "model.safetensors is 60 MB; a file may have 60 MB",
         ),
         (
-            lambda folder: [(folder / f"{name}.safetensors").write_bytes(bytes(50_000_000)) for name in "abc"],
+            lambda folder: [(folder / f"{name}.safetensors").write_bytes(bytes(50_000_000)) for name in "abcd"],
             {},
             "with it the zoo would be above 170 MB",
         ),
