@@ -361,7 +361,7 @@ def test_out_is_replaced_only_when_it_is_an_export_and_that_is_asked_for(tmp_pat
             "tiny-chat",
             "onnx",
             {},
-            r"tiny-chat: .*holds a tower alone; export its tower \(--model tiny\), or all of it with --format transformers",
+            r"tiny-chat: .*holds a tower alone; export its tower \(--model tiny-adaptive\), or all of it with --format transformers",
         ),
         ("tiny", "onnx", {"dtype": "bfloat16"}, "--dtype bfloat16: --format onnx is written in float32"),
         ("tiny", "torch-export", {"images": [Path("nowhere.jpg")]}, "nowhere.jpg: no such file"),
@@ -427,7 +427,7 @@ def test_card_and_licences_of_the_zoo_travel_with_the_export(tmp_path, command, 
 
 def test_licence_of_a_vlm_is_that_of_all_its_parts(talker):
     text = licence(find("tiny-chat"))
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["tiny-chat", "tiny", "smollm2-135m-instruct"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["tiny-chat", "tiny-adaptive", "smollm2-135m-instruct"]
     assert "by HuggingFaceTB" in text
     own = licence(find(str(talker)))
     assert re.findall(r"^## (.*)$", own, re.MULTILINE) == ["chat", "tower", "llm"]

@@ -47,7 +47,7 @@ def both(config=HEADS["cls"], **options) -> tuple[SparseFormer, SparseFormerClas
 
 
 def test_every_tower_is_listed_and_registering_again_says_nothing():
-    towers = {f"sparseformer_{entry.name}" for entry in store.entries().values() if entry.kind == "tower"}
+    towers = {f"sparseformer_{entry.name}".replace("-", "_") for entry in store.entries().values() if entry.kind == "tower"}
     assert set(timm.list_models("sparseformer*")) == towers | set(PUBLISHED)
     assert set(timm.list_models("sparseformer*", pretrained=True)) == towers
     with warnings.catch_warnings():
