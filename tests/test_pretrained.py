@@ -286,3 +286,26 @@ def test_teacher_with_a_weight_that_is_no_number_is_refused(tmp_path):
     (tmp_path / "m.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(TeacherError, match="git-lfs pointer"):
         load_teacher(f"timm:vit_tiny_patch16_224@{tmp_path / 'm.safetensors'}")
+
+
+def test_a_tokenizer_with_numbers_beyond_all_rows_is_refused() -> None:
+    from sparse_vlm.vlm.vocabulary import give_rows
+
+    class Tokenizer:
+        name_or_path = "odd-tokenizer"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"<image>": 1, "far": 2_147_483_648}
+
+        def add_special_tokens(self, *tokens: object, **options: object) -> None:
+            """It has the image's already."""
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return self.get_vocab()[token]
+
+    class Model:
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return torch.nn.Embedding(8, 4)
+
+    with pytest.raises(UserError, match="odd-tokenizer.*2,147,483,648"):
+        give_rows(Tokenizer(), Model())

@@ -19,6 +19,8 @@ from sparse_vlm.vlm.prompts import IMAGE_TOKEN, add_image_token
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_NEW = 1024  # tokens beyond twice a model's rows, which are more than anybody adds
+
 
 @torch.no_grad()
 def give_rows(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
@@ -28,12 +30,19 @@ def give_rows(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> lis
 
     Returns:
         Ids that must never be said: the image token's, and those of rows that no token has.
+
+    Raises:
+        UserError: a tokenizer of far more tokens than the model has rows.
     """
     before = tokenizer.get_vocab()
     add_image_token(tokenizer)
     ids = set(tokenizer.get_vocab().values())
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     old = model.get_input_embeddings().weight.shape[0]
+    if max(ids) > 2 * old + MOST_NEW:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer counts up to {max(ids):,}, and the model has {old:,} rows; take its own one"
+        )
     if max(ids) >= old:
         model.resize_token_embeddings(max(ids) + 1, pad_to_multiple_of=64, mean_resizing=False)
     new = range(old, model.get_input_embeddings().weight.shape[0])
