@@ -144,14 +144,14 @@ class Preprocessor:
 
 
 def lay_out(images: Sequence[Tensor], size: int, square: bool = False) -> Inputs:
-    """Normalised images (3, h, w) of at most `size` pixels a side, each at the top left of a canvas that is zero beyond it.
+    """Images (3, h, w) of at most `size` pixels a side, each at the top left of a canvas of their dtype that is zero beyond it.
 
     Args:
         square: canvases of `size` x `size`; else the smallest multiples of `CANVAS_STEP` that hold all, with `CANVAS_MARGIN`.
     """
     sizes = torch.tensor([image.shape[1:] for image in images]).view(-1, 2)
     longest = [size, size] if square or not images else [_canvas_side(int(side), size) for side in sizes.amax(0)]
-    pixels = torch.zeros(len(images), 3, *longest)
+    pixels = torch.zeros(len(images), 3, *longest, dtype=images[0].dtype if images else torch.float32)
     for canvas, image in zip(pixels, images, strict=True):
         canvas[:, : image.shape[1], : image.shape[2]] = image
     return Inputs(pixels, sizes)

@@ -86,6 +86,10 @@ class Recipe:
                 student = replace(student.at_budget(self.tokens), budgets=None)
             except ValueError as error:
                 raise UserError(f"tokens={self.tokens}: {error}") from error
+        if student.fit == "whole" and self.mixed:
+            raise UserError("--set mixed: views at their own aspects cannot be mixed; leave it at 0 for a recipe of whole images")
+        if self.small and student.budgets is None:
+            raise UserError("--set small: a student of one budget has no cells for what is small; take a recipe of several budgets")
         if (student.cls_before_unit is None) == spec.has_cls:
             raise UserError(f"teacher {spec.name} has no CLS token, and this recipe's student reads its embedding from one")
         if student.num_heads is None and spec.width != 64 * spec.num_heads:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import commands
 import pytest
@@ -30,6 +31,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "home"
     monkeypatch.setenv("SPARSE_VLM_HOME", str(folder))
     yield folder
+
+
+@pytest.fixture(scope="module")
+def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A teacher of toy size, as `--teacher` takes it."""
+    from tiny_teacher import write_teacher
+
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "vit")
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_name: str) -> Any:
+    """The same, loaded."""
+    from sparse_vlm.teacher import load_teacher
+
+    return load_teacher(teacher_name)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +17,6 @@ from torch import nn
 
 from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower import UnitConfig
 from sparse_vlm.tower.config import GlanceConfig
 from sparse_vlm.tower.modules import plain
 from sparse_vlm.vlm import VLM
@@ -26,17 +26,12 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 
 def glancing(kind: str) -> SparseFormerConfig:
     """A tower with all that takes weights: a glance, a stage embedding, looks, and a head that attends."""
-    looking = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
-    return SparseFormerConfig(
-        units=(UnitConfig(64, looking, repeats=2), UnitConfig(64, ("ATTN", "MLP"))),
-        num_latent_tokens=4,
-        embed_dim=16,
-        image_mean=(0.4, 0.5, 0.6),
-        image_std=(0.2, 0.3, 0.25),
-        image_size=32,
-        conv_dim=8,
-        num_points=4,
-        generator_dim=8,
+    config = tower_config()
+    looking, *others = config.units
+    return dataclasses.replace(
+        config,
+        units=(dataclasses.replace(looking, repeats=2), *others),
+        cls_before_unit=None,
         head="map",
         token_init="glance" if kind else "shared",
         glance=GlanceConfig(8, 4, kind=kind) if kind else None,

@@ -19,6 +19,7 @@ import pytest
 import torch
 from commands import ALONE, TWO, finish, run_command
 from PIL import Image
+from tiny_teacher import write_teacher
 
 open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
 
@@ -34,34 +35,6 @@ from sparse_vlm.photos import PhotoSet  # noqa: E402
 from sparse_vlm.preprocess import normalize  # noqa: E402
 from sparse_vlm.recipes import RECIPES, changed  # noqa: E402
 from sparse_vlm.teacher import Teacher, TeacherError, load_teacher  # noqa: E402
-
-
-def write_teacher(folder: Path, **vision: object) -> str:
-    """An open_clip folder with a ViT of two blocks and random weights."""
-    vision_cfg = {"image_size": 56, "layers": 2, "width": 64, "head_width": 64, "patch_size": 14, **vision}
-    text_cfg = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    config = {
-        "model_cfg": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": vision_cfg, "text_cfg": text_cfg},
-        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-    }
-    folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    from safetensors.torch import save_file
-
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
-
-
-@pytest.fixture(scope="module")
-def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "vit")
-
-
-@pytest.fixture(scope="module")
-def teacher(teacher_name: str) -> Teacher:
-    return load_teacher(teacher_name)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_budgets import elastic
 
 from sparse_vlm import SparseFormer
 from sparse_vlm.distill.shrink import put_patches, shrink, within
+from sparse_vlm.distill.views import ViewSet
+from sparse_vlm.errors import UserError
 from sparse_vlm.geometry import crop_level, crop_rois, grid_rois, grid_rois_for, image_pyramid, pyramid_row
+from sparse_vlm.photos import PhotoSet
+from sparse_vlm.recipes import changed, get_recipe
+from sparse_vlm.teacher import TeacherSpec
 from sparse_vlm.tower import FocusConfig
 from sparse_vlm.tower.focus import MAP, SCALES, Focus, area_bias, coarse_cells, variation
+from sparse_vlm.train.lessons import LiveViews, gather, live_statistics
 
 
 def focused(**changes: object) -> SparseFormer:
@@ -204,3 +211,27 @@ def test_quarters_that_vary_alike_beyond_the_whole_are_told_apart() -> None:
         return [sorted(image) for image in cells.mul(1e4).round().tolist()]
 
     assert ordered(plain) == ordered(mirrored)
+
+
+def test_a_teacher_is_shown_squares_of_whole_views(tmp_path: Path) -> None:
+    for i, size in enumerate([(80, 60), (60, 90), (70, 70)]):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{i}.png")
+    views = ViewSet(PhotoSet(tmp_path), 2, 56, fit="whole")
+    asked: list[tuple[int, ...]] = []
+
+    def ask(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(tuple(pixels.shape))
+        return torch.randn(len(pixels), 8), torch.randn(len(pixels), 16, 4)
+
+    live_statistics(views, [0, 1, 2], ask)
+    assert asked == [(3, 3, 56, 56)]
+    batch = gather([LiveViews(views, [0, 1, 2], 112)[i] for i in range(3)])
+    assert batch["image_sizes"].tolist() == [[60, 80], [90, 60], [70, 70]] and batch["seen"].shape == (3, 3, 56, 56)
+    assert torch.equal(batch["pixels"][1, :, :90, :60], views.for_student(1, 112)) and not batch["pixels"][1, :, 90:].any()
+
+
+@pytest.mark.parametrize(("recipe", "change"), [("adaptive", "mixed=0.5"), ("tiny", "small=0.25")])
+def test_numbers_that_do_not_go_together_are_refused_with_the_teacher(recipe: str, change: str) -> None:
+    spec = TeacherSpec("vit", 64, 2, 1, 56, 14, 32, (0.5,) * 3, (0.5,) * 3, "gelu", 1e-5, norm_pre=False)
+    with pytest.raises(UserError, match=change.partition("=")[0]):
+        changed(get_recipe(recipe), [change]).config(spec)

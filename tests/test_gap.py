@@ -23,7 +23,7 @@ from sparse_vlm.train import gap
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A teacher, itself as a student, a student that has learnt nothing yet, and photos of which two are held out."""
-    from test_bootstrap import write_teacher
+    from tiny_teacher import write_teacher
 
     folder = tmp_path_factory.mktemp("gap")
     teacher = write_teacher(folder / "teacher")

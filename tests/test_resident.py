@@ -14,7 +14,6 @@ from torch import nn
 
 pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
 
-from test_bootstrap import write_teacher
 
 from sparse_vlm.devices import compiling, free_memory
 from sparse_vlm.distill.live import LiveTeacher, PatchProduct, products_for_patches
@@ -39,11 +38,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:03}.png")
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
-
-
-@pytest.fixture(scope="module")
-def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "vit")
 
 
 def test_a_devices_views_are_those_of_pillow(photos: Path) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
 
 from commands import run_command  # noqa: E402
-from test_bootstrap import write_teacher  # noqa: E402
 
 from sparse_vlm import store  # noqa: E402
 from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
@@ -23,7 +22,7 @@ from sparse_vlm.distill.views import ViewSet  # noqa: E402
 from sparse_vlm.errors import UserError  # noqa: E402
 from sparse_vlm.geometry import grid_rois  # noqa: E402
 from sparse_vlm.photos import PhotoSet  # noqa: E402
-from sparse_vlm.teacher import Teacher, load_teacher  # noqa: E402
+from sparse_vlm.teacher import Teacher  # noqa: E402
 from sparse_vlm.train import run  # noqa: E402
 
 
@@ -38,16 +37,6 @@ def draw(folder: Path, count: int, suffix: str = "png") -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("photos") / "few", 120)
-
-
-@pytest.fixture(scope="module")
-def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "vit")
-
-
-@pytest.fixture(scope="module")
-def teacher(teacher_name: str) -> Teacher:
-    return load_teacher(teacher_name)
 
 
 # ---- the folder

@@ -62,7 +62,7 @@ def test_kept_memory_is_given_back_where_it_is_scarce() -> None:
 
 def test_a_step_is_measured_in_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip", reason="the teacher is open_clip's")
-    from test_bootstrap import write_teacher
+    from tiny_teacher import write_teacher
 
     teacher = write_teacher(tmp_path / "vit")
     examples = str(Path(__file__).resolve().parents[1] / "examples" / "*.jpg")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,19 +97,6 @@ def save_llm(folder: Path) -> None:
 
 def save_teacher(folder: Path) -> str:
     """`teacher`: an open_clip folder with a ViT of two blocks and random weights; its name."""
-    import open_clip
-    from safetensors.torch import save_file
+    from tiny_teacher import write_teacher
 
-    sizes = {"image_size": 28, "layers": 2, "width": 64, "head_width": 64, "patch_size": 14}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    config = {
-        "model_cfg": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": sizes, "text_cfg": text},
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3},
-    }
-    target = folder / "teacher"
-    target.mkdir(parents=True)
-    (target / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{target}", load_weights=False)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, target / "open_clip_model.safetensors")
-    return f"local-dir:{target}"
+    return write_teacher(folder / "teacher", image_size=28)

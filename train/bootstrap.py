@@ -259,10 +259,6 @@ def _train(
     device = own.type
     bf16 = native_dtype(own) == torch.bfloat16
     steps = -(-recipe.views // recipe.batch_size)
-    if tower.config.fit == "whole" and recipe.mixed:
-        raise UserError("--set mixed: views at their own aspects cannot be mixed; leave it at 0 for a recipe of whole images")
-    if recipe.small and tower.config.budgets is None:
-        raise UserError("--set small: a student of one budget has no cells for what is small; take a recipe of several budgets")
     size, count = tower.config.image_size, len(views.photos)
     kept = held_out(views.photos)
     spare = {*kept, *views.unreadable}

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,12 +21,13 @@ from sparse_vlm.distill.resident import ResidentPhotos, part_shown
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
 from sparse_vlm.photos import Photo, PhotoError
+from sparse_vlm.preprocess import lay_out
 
 HELD_OUT_ONE_IN = 100
 AT_MOST = 512  # photos to evaluate on, where the teacher is asked for them at the start of every run
 KNOWN_FROM = 1024
 ASKED_AT_ONCE = 8
-CANVAS_STEP = 32  # pixels: sides of canvases are multiples of it, so that what is compiled serves many batches
+LARGEST_CANVAS = 4096  # pixels a side: the largest `image_size` of a tower
 
 Lesson = dict[str, Tensor]
 
@@ -44,7 +44,7 @@ class CachedViews(Dataset):
     def __getitem__(self, index: int) -> Lesson:
         row = self.rows[index]
         embeds, tokens = self.cache.answers(row)
-        return {"pixels": _taken(self.cache, row, self.size), "embeds": embeds, "tokens": tokens}
+        return {"pixels": self.cache.for_student(row, self.size), "embeds": embeds, "tokens": tokens}
 
 
 class LiveViews(Dataset):
@@ -64,19 +64,12 @@ class LiveViews(Dataset):
         for step in range(len(self.rows)):
             row = self.rows[(index + step) % len(self.rows)]
             try:
-                lesson = {"pixels": _taken(self.views, row, self.size)}
-                if self.size != self.views.size or self.views.fit == "whole":
-                    lesson["seen"] = self.views.pixels(row)
+                lesson = self.views.for_both(row, self.size)
             except PhotoError:
                 bad = row % len(self.views.photos) if bad < 0 else bad
                 continue
             return lesson | {"unreadable": torch.tensor(bad)}
         raise UserError(f"none of the {len(self.views.photos)} photos can be read")
-
-
-def _taken(views: ViewSet, row: int, size: int) -> Tensor:
-    """A view as a student takes it: whole, its longer side at most `size` pixels, or as a square of that size."""
-    return views.whole(row, size) if views.fit == "whole" else views.pixels(row, size)
 
 
 class ResidentViews(Dataset):
@@ -131,12 +124,9 @@ def gather(lessons: Sequence[Lesson]) -> Lesson:
     if "pixels" not in lessons[0]:
         return batch
     pixels = [lesson["pixels"] for lesson in lessons]
-    sizes = torch.tensor([view.shape[-2:] for view in pixels])
-    if bool((sizes == sizes[0]).all()):
+    if len({view.shape for view in pixels}) == 1:
         return batch | {"pixels": torch.stack(pixels)}
-    height, width = (-(-int(side) // CANVAS_STEP) * CANVAS_STEP for side in sizes.amax(0))
-    canvas = [F.pad(view, (0, width - view.shape[-1], 0, height - view.shape[-2])) for view in pixels]
-    return batch | {"pixels": torch.stack(canvas), "image_sizes": sizes}
+    return batch | lay_out(pixels, LARGEST_CANVAS)._asdict()
 
 
 def held_out(photos: Sequence[Photo]) -> list[int]:
@@ -169,7 +159,8 @@ def live_statistics(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) ->
     shown = LiveViews(views, indices[::step], views.size)
     embeds, patches, squares = [], [], []
     for start in range(0, len(shown), ASKED_AT_ONCE):
-        said = ask(gather([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])["pixels"])
+        batch = gather([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])
+        said = ask(batch.get("seen", batch["pixels"]))
         embeds.append(said[0].cpu())
         patches.append(said[1].mean(1).sum(0))
         squares.append(said[1].square().sum(-1).mean(1).sum())

@@ -22,7 +22,7 @@ from sparse_vlm.geometry import grid_rois_for, roi_average_weights
 from sparse_vlm.preprocess import normalize
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.focus import plain_grid, variation
-from sparse_vlm.tower.model import image_extent
+from sparse_vlm.tower.model import image_aspects, image_extent
 
 TEMPERATURE = 0.1  # of similarities between pictures
 FOCUS_WEIGHT = 0.1  # of the map's error: little of the gradient's norm, which is clipped; Adam makes up for it
@@ -111,10 +111,11 @@ class Distillation(nn.Module):
         if config.budgets is None:
             out = self.tower(shown, num_tokens=num_tokens, image_sizes=image_sizes)
         else:
-            aspects = _aspects(shown, image_sizes)
+            extent = None if image_sizes is None else image_extent(image_sizes, shown)
+            aspects = image_aspects(shown, extent)
             cells = grid_rois_for(num_tokens or config.num_latent_tokens, aspects)
             if self.tower.focus is not None:
-                cells, of_focus = self._focused(shown, tokens, aspects, cells.shape[1], image_sizes, boxes)
+                cells, of_focus = self._focused(shown, tokens, aspects, cells.shape[1], extent, boxes)
             out = self.tower(shown, image_sizes=image_sizes, cells=cells)
             grid = math.isqrt(tokens.shape[1])
             if boxes is not None:
@@ -141,13 +142,13 @@ class Distillation(nn.Module):
         return {"loss": loss} | measured
 
     def _focused(
-        self, shown: Tensor, patches: Tensor, aspects: Tensor, count: int, image_sizes: Tensor | None, boxes: Tensor | None
+        self, shown: Tensor, patches: Tensor, aspects: Tensor, count: int, extent: Tensor | None, boxes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Cells (B, n, 4) of a student with a focus, and the error of the map that they are placed by."""
         focus = self.tower.focus
         patches = patches if boxes is None else put_patches(patches, boxes, self.token_mean)
         wanted = variation(patches, self.token_variance)
-        maps = focus(shown, extent=None if image_sizes is None else image_extent(image_sizes, shown))
+        maps = focus(shown, extent=extent)
         cells = focus.place(maps.detach(), aspects, count)
         if self.training:
             # of eight views, four as the focus says, three as the teacher says, and one on the grid that even images keep
@@ -155,13 +156,6 @@ class Distillation(nn.Module):
             cells = torch.where(turn % 2 == 1, focus.place(wanted, aspects, count), cells)
             cells = torch.where(turn == 7, plain_grid(count, aspects), cells)
         return cells, F.mse_loss(maps, wanted)
-
-
-def _aspects(pixels: Tensor, image_sizes: Tensor | None) -> Tensor:
-    """(B,), width by height of each image."""
-    if image_sizes is None:
-        return torch.full((len(pixels),), pixels.shape[-1] / pixels.shape[-2], device=pixels.device)
-    return image_sizes[:, 1].float() / image_sizes[:, 0]
 
 
 def relation(said: Tensor, wanted: Tensor) -> Tensor:

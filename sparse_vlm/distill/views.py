@@ -114,25 +114,42 @@ class ViewSet:
     def __len__(self) -> int:
         return len(self.photos) * self.views
 
-    def pixels(self, row: int, size: int | None = None) -> Tensor:
-        """The view of a row, (3, S, S) uint8; S is the teacher's unless given.
+    def pixels(self, row: int) -> Tensor:
+        """The view of a row as the teacher takes it, (3, S, S) uint8.
 
         Raises:
             PhotoError: the photo cannot be read.
         """
-        view, index = divmod(row, len(self.photos))
-        photo = self.photos[index]
-        return to_uint8(make_view(photo.load(), size or self.size, photo.key, view, self.seed, self.fit))
+        return self._square(row, self.size, self._photo(row).load())
 
-    def whole(self, row: int, longest: int) -> Tensor:
-        """The same view at its own aspect and resolution, (3, h, w) uint8 with h and w of at most `longest`.
+    def for_student(self, row: int, size: int) -> Tensor:
+        """The same view as a student takes it: whole (3, h, w), its longer side at most `size` pixels, or a square of that size.
 
         Raises:
             PhotoError: the photo cannot be read.
         """
-        view, index = divmod(row, len(self.photos))
-        photo = self.photos[index]
-        return to_uint8(make_whole_view(photo.load(), longest, photo.key, view, self.seed))
+        return self._as_student(row, size, self._photo(row).load())
+
+    def for_both(self, row: int, size: int) -> dict[str, Tensor]:
+        """`pixels` as the student takes the view, and `seen` as the teacher does where that is something else; decoded once.
+
+        Raises:
+            PhotoError: the photo cannot be read.
+        """
+        image = self._photo(row).load()
+        shown = {"pixels": self._as_student(row, size, image)}
+        return shown if (self.fit, size) == ("crop", self.size) else shown | {"seen": self._square(row, self.size, image)}
+
+    def _photo(self, row: int) -> Photo:
+        return self.photos[row % len(self.photos)]
+
+    def _square(self, row: int, size: int, image: Image.Image) -> Tensor:
+        return to_uint8(make_view(image, size, self._photo(row).key, row // len(self.photos), self.seed, self.fit))
+
+    def _as_student(self, row: int, size: int, image: Image.Image) -> Tensor:
+        if self.fit == "crop":
+            return self._square(row, size, image)
+        return to_uint8(make_whole_view(image, size, self._photo(row).key, row // len(self.photos), self.seed))
 
     def describe(self) -> dict[str, Any]:
         """What makes these views these views, for settings and caches."""

@@ -84,6 +84,10 @@ class GlanceConfig:
         product("the glance's pixels a side", 4096, self.patch_size, self.grid)
 
 
+FOCUS_MAP = 8  # rows and columns of the map that a focus predicts
+FOCUS_SCALES = (1 / 2, 1 / 4, 1 / 8)  # sides of the windows in which it predicts variation, relative to the image
+
+
 @dataclass(frozen=True)
 class FocusConfig:
     """Where tokens begin, decided for each image by a small network (`tower.focus`).

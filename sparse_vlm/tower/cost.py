@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_vlm.tower.config import FocusConfig, SparseFormerConfig, UnitConfig
-
-FOCUS_MAP, FOCUS_SCALES = 8, 3  # as tower/focus.py has them, which needs torch
+from sparse_vlm.tower.config import FOCUS_MAP, FOCUS_SCALES, FocusConfig, SparseFormerConfig, UnitConfig
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def _focusing(config: FocusConfig) -> Work:
         work += linear(side**2, 9 * inner, outer)
     for inner in (third, width, width):
         work += linear(FOCUS_MAP**2, 9 * inner, width)
-    return work + linear(1, width, width) + linear(FOCUS_MAP**2, width, FOCUS_SCALES)
+    return work + linear(1, width, width) + linear(FOCUS_MAP**2, width, len(FOCUS_SCALES))
 
 
 def _mlp(tokens: int, width: int) -> Work:

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm.geometry import crop_rois, grid_rois_for
+from sparse_vlm.tower.config import FOCUS_MAP as MAP
+from sparse_vlm.tower.config import FOCUS_SCALES as SCALES
 from sparse_vlm.tower.config import FocusConfig
 
-SCALES = (1 / 2, 1 / 4, 1 / 8)  # sides of the windows in which variation is predicted, relative to the image
 MIDDLE = 1  # the scale by which an image is told to be even
-MAP = 8  # rows and columns of the map
 ELONGATED = 2.0  # sides of a cell, one by the other, in pixels: up to it cells have the image's own aspect, so that their grid is regular
 LEAST = 1e-4  # of the mean variance of a teacher's features, that a window counts as having at least
 

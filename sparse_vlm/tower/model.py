@@ -231,13 +231,9 @@ class SparseFormer(nn.Module):
     def _begin(self, pixels: Tensor, num_tokens: int | None, box: Tensor | None, extent: Tensor | None) -> Tensor:
         """Initial RoIs, relative to what is looked at: (n, 4) where they are the same for all images, else (B, n, 4)."""
         config = self.config if num_tokens is None else self.config.at_budget(num_tokens)
-        height, width = pixels.shape[-2:]
         if config.budgets is None or (self.focus is None and box is None and extent is None):
-            return self.initial_rois(num_tokens, width / height)
-        aspects = torch.full((pixels.shape[0],), width / height, device=pixels.device)
-        if extent is not None:  # from whole pixels, so that rounding does not depend on the canvas
-            sides = (extent * extent.new_tensor([width, height])).round()
-            aspects = sides[:, 0] / sides[:, 1]
+            return self.initial_rois(num_tokens, pixels.shape[-1] / pixels.shape[-2])
+        aspects = image_aspects(pixels, extent)
         if box is not None:
             aspects = aspects * (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])
         if self.focus is None:
@@ -388,6 +384,15 @@ def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and not bool(((sizes >= 1) & (sizes <= canvas)).all()):
         raise ValueError(f"image_sizes {sizes.tolist()}: expected 1 to {pixels.shape[-2]} rows and 1 to {pixels.shape[-1]} columns")
     return (sizes.float() / canvas).flip(-1)
+
+
+def image_aspects(pixels: Tensor, extent: Tensor | None) -> Tensor:
+    """Width by height of each image, (B,) float32; the arguments are `crop_rois`'."""
+    height, width = pixels.shape[-2:]
+    if extent is None:
+        return torch.full((pixels.shape[0],), width / height, device=pixels.device)
+    sides = (extent * extent.new_tensor([width, height])).round()  # whole pixels, so that rounding does not depend on the canvas
+    return sides[:, 0] / sides[:, 1]
 
 
 def _inside(extent: Tensor, pixels: Tensor) -> Tensor:
