@@ -109,7 +109,7 @@ class Captions(VLMTask):
         (file,) = self.files
         photos = data.photos(file)
         if len(photos) < 2:
-            raise UserError("CIDEr weighs words over several photos; raise --limit")
+            raise UserError(f"{file}: fewer than two photos, and CIDEr weighs words over several; raise --limit or check --data")
         written = captions_of(photos, file)
         captions = generated(model, photos, [Question(i, PROMPT) for i in range(len(photos))], control, MAX_NEW_TOKENS, on_answers)
         tokens, tokenizer = tokenize([*captions, *(caption for refs in written for caption in refs)])

@@ -59,6 +59,18 @@ def check_records(records: Any, field: str, where: str) -> list[dict[str, Any]]:
     return records
 
 
+def says_yes(answer: str, where: str) -> bool:
+    """The truth of a yes/no record.
+
+    Raises:
+        UserError: neither.
+    """
+    word = answer.strip().rstrip(".").lower()
+    if word not in ("yes", "no"):
+        raise UserError(f"{where}: the answer is {answer!r}, expected yes or no")
+    return word == "yes"
+
+
 class Questions(ABC):
     """Questions about photos; `files` are what is read below the data folder."""
 
@@ -157,6 +169,7 @@ class PopeFiles(Published):
                 with own_layout(where):
                     row = parse_json(line, where)
                     found.append((row["image"], {"q": row["text"], "a": row["label"], "s": f"pope_coco_{split}"}))
+                    says_yes(row["label"], where)
         return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, generated, scored
 from sparse_vlm.eval.metrics import grouped_share, yes_no
-from sparse_vlm.eval.questions import LAYOUT, Questions
+from sparse_vlm.eval.questions import LAYOUT, Questions, says_yes
 from sparse_vlm.eval.task import Data, Result, VLMTask
 from sparse_vlm.photos import Photo
 from sparse_vlm.schema import check
@@ -39,18 +39,6 @@ def short_answer_prompt(question: str) -> str:
 def asking(photo: int, question: str, choices: tuple[str, ...] = ()) -> Question:
     """A question that asks for a short answer."""
     return Question(photo, short_answer_prompt(question), choices)
-
-
-def says_yes(answer: str, where: str) -> bool:
-    """The truth of a yes/no record.
-
-    Raises:
-        UserError: neither.
-    """
-    word = answer.strip().rstrip(".").lower()
-    if word not in ("yes", "no"):
-        raise UserError(f"{where}: the answer is {answer!r}, expected yes or no")
-    return word == "yes"
 
 
 class _Asking(VLMTask):

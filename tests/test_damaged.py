@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -127,6 +128,48 @@ def test_names_that_are_no_text_are_photos_like_others(tmp_path):
     photos = PhotoSet(str(tmp_path / "p.tar"))
     assert [photo.key.isascii() for photo in photos] == [True]
     assert len(photo_talks(list(photos), MIXES["align"])) == 1
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "tools"))
+    from formats import FORMATS
+
+    FORMATS["teacher-transformers"].make(folder := tmp_path_factory.mktemp("teacher"))
+    monkeypatch.undo()
+    return folder / "vit"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "what"),
+    [
+        ("preprocessor_config.json", {"image_std": 0.5}, "std: is 0.5, and must be a list"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, r"std: \[1\] is 0, and must be a number above 0"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "mean has 1 numbers"),
+        ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantis"),
+        ("config.json", {"projection_dim": 24}, "of another shape than its configuration says"),
+    ],
+)
+def test_a_teacher_of_transformers_that_is_not_as_it_says(vit, tmp_path, file, changes, what):
+    shutil.copytree(vit, tmp_path / "vit")
+    said = json.loads((vit / file).read_text())
+    (tmp_path / "vit" / file).write_text(json.dumps(said | changes))
+    with pytest.raises(UserError, match=f"teacher transformers:{tmp_path / 'vit'}: .*{what}"):
+        load_teacher(f"transformers:{tmp_path / 'vit'}")
+
+
+def test_adapters_of_an_infinite_scale_are_refused(tmp_path):
+    save_tower(tmp_path / "tower")
+    save_llm(tmp_path / "llm")
+    vlm = VLM.build(tmp_path / "tower", tmp_path / "llm", dtype=torch.float32)
+    vlm.add_adapters(2)
+    vlm.new_projector = False
+    vlm.save_pretrained(tmp_path / "vlm")
+    path = tmp_path / "vlm" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": "@"}).replace('"@"', "-1e999"))
+    with pytest.raises(UserError, match="adapter_config.json: lora_alpha is -inf"):
+        VLM.from_pretrained(tmp_path / "vlm")
 
 
 # ---- benchmarks

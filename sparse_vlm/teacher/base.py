@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.preprocess import Triple
+from sparse_vlm.schema import SIZE, check
 from sparse_vlm.tower.config import Activation
 
 KINDS = ("weight", "bias")
@@ -181,10 +182,16 @@ def describe(
         numbers: what remains of a `TeacherSpec`.
 
     Raises:
-        TeacherError: an activation that we do not know.
+        TeacherError: an activation that we do not know, or a mean or std that is not of three channels.
     """
     if activation not in activations:
         raise TeacherError(f"teacher {own.name}: activation {activation} is not supported; known are {', '.join(activations)}")
+    for name, each in (("mean", float), ("std", SIZE)):
+        found = preprocess[name]
+        where = f"teacher {own.name}: preprocessing: {name}"
+        check(list(found) if isinstance(found, tuple) else found, [each], where, "it must be three numbers")
+        if len(found) != 3:
+            raise TeacherError(f"{where} has {len(found)} numbers, and must have three")
     width = own.tensors["norm.weight"].shape[0]
     return TeacherSpec(
         name=own.name,

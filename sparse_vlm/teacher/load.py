@@ -181,6 +181,8 @@ def _from_transformers(name: str, rest: str, revision: str | None) -> Teacher:
         check_report(f"teacher {name}", {**found, "unexpected_keys": ()})
     except UserError as error:
         raise TeacherError(str(error)) from None
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise TeacherError(f"teacher {name}: its weights are quantised, and a student cannot inherit such; take the model as it was before")
     readme = Path(rest) if Path(rest).is_dir() else _hub_file(rest, "README.md", **where)
     return _reader(name, model, TRANSFORMERS_READERS)(name, model, preprocess, stated_licence(readme))
 

@@ -6,6 +6,7 @@ Source: LoRA (arXiv 2106.09685).
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -143,6 +144,8 @@ def _config(folder: Path) -> Any:
         raise UserError(f"{folder / CONFIG}: is of {type(config).__name__}; only LoRA's adapters can be read")
     if type(config.r) is not int or not 1 <= config.r <= MOST_RANK or not isinstance(config.target_modules, str | set | list):
         raise UserError(f"{folder / CONFIG}: r {config.r!r} and target_modules {config.target_modules!r:.40} are not those of adapters")
+    if not isinstance(config.lora_alpha, int | float) or not math.isfinite(config.lora_alpha):
+        raise UserError(f"{folder / CONFIG}: lora_alpha is {config.lora_alpha!r:.40}, and must be a finite number")
     config.base_model_name_or_path, config.init_lora_weights = None, True
     return config
 
