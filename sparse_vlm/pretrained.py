@@ -112,7 +112,7 @@ def check_size(folder: Path, config: Any, auto: Any) -> None:
     """
     sides = [("", config), ("", config.get_text_config()), *((f"{name}.", getattr(config, name, None)) for name in config.sub_configs)]
     for where, side in sides:
-        layers = getattr(side, "num_hidden_layers", 0)
+        layers = getattr(side, "num_hidden_layers", None) or 0
         if not isinstance(layers, int) or layers > LAYERS:
             raise UserError(f"{folder}: its configuration says {where}num_hidden_layers {layers!r}; no model has more than {LAYERS}")
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file())
