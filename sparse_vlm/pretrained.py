@@ -110,9 +110,11 @@ def check_size(folder: Path, config: Any, auto: Any) -> None:
     Raises:
         UserError: more layers than any model has, or more parameters than the weights have bits.
     """
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > LAYERS:
-        raise UserError(f"{folder}: its configuration says num_hidden_layers {layers!r}; no model has more than {LAYERS}")
+    sides = [("", config), ("", config.get_text_config()), *((f"{name}.", getattr(config, name, None)) for name in config.sub_configs)]
+    for where, side in sides:
+        layers = getattr(side, "num_hidden_layers", None) or 0
+        if not isinstance(layers, int) or layers > LAYERS:
+            raise UserError(f"{folder}: its configuration says {where}num_hidden_layers {layers!r}; no model has more than {LAYERS}")
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file())
     with torch.device("meta"):
         ghost = auto.from_config(config, trust_remote_code=False)

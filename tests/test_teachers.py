@@ -288,6 +288,16 @@ def write_transformers_teacher(folder: Path, kind: str = "clip") -> str:
     return f"transformers:{folder}"
 
 
+@pytest.mark.parametrize("side", ["text_config", "vision_config"])
+def test_layers_of_either_side_are_counted_before_they_are_made(tmp_path: Path, side: str) -> None:
+    name = write_transformers_teacher(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described[side]["num_hidden_layers"] = 10**7
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(TeacherError, match="num_hidden_layers 10000000; no model has more than 1024"):
+        load_teacher(name)
+
+
 @pytest.mark.parametrize(
     ("kind", "activation", "embed_dim", "norm_pre"),
     [("clip", "quick_gelu", 32, True), ("siglip", "gelu_tanh", 64, False), ("dinov2", "gelu", 64, False)],

@@ -327,9 +327,12 @@ def _tensors(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 def _pickled(wanted: Path, found: Path) -> list[str]:
     """Optimizers' and schedulers' states; those of processes and settings may hold times and paths and are not compared."""
-    if not wanted.name.startswith(("optimizer", "scheduler")):
+    shared = wanted.name.endswith("optim_states.pt")  # DeepSpeed's, of one process; its loss scale is an object of its own
+    if not shared and not wanted.name.startswith(("optimizer", "scheduler")):
         return []
-    one, other = (_flat(torch.load(path, weights_only=True)) for path in (wanted, found))
+    one, other = (_flat(torch.load(path, weights_only=not shared)) for path in (wanted, found))
+    if shared:
+        one, other = ({name: value for name, value in flat.items() if isinstance(value, torch.Tensor)} for flat in (one, other))
     numbers = [{name: value for name, value in flat.items() if isinstance(value, torch.Tensor)} for flat in (one, other)]
     return _tensors(*numbers) + [f"{name} is different" for name in one if name not in numbers[0] and one[name] != other.get(name)]
 

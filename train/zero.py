@@ -140,6 +140,10 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
 def whole(tensors: Iterable[Tensor], change: bool = False) -> Any:
     """Tensors as they are, also where a process holds only its part of each.
 
+    Small tensors, which DeepSpeed keeps whole between two steps, are whole in float32 afterwards, as a step and a checkpoint of its leave
+    them. `GatheredParameters` parts them too, and the next pass would fetch them in what is multiplied in: a step after a checkpoint would
+    then differ from the same step without one.
+
     Args:
         change: whether they are written to, alike in all processes.
     """
@@ -151,6 +155,8 @@ def whole(tensors: Iterable[Tensor], change: bool = False) -> Any:
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if change else None):
         yield
+    if kept := [part for part in parts if part.ds_persist]:
+        kept[0].all_gather(kept)
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

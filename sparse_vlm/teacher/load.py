@@ -12,13 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from sparse_vlm.documents import parse_json
 from sparse_vlm.errors import UserError
-from sparse_vlm.pretrained import LAYERS, WEIGHTS, asking_nobody, check_report, check_size, from_pretrained, one_line, quiet, refuse_code
-from sparse_vlm.teacher import open_clip_vit, timm_vit, transformers_vit
+from sparse_vlm.pretrained import asking_nobody, check_report, check_size, from_pretrained, one_line, quiet, refuse_code
+from sparse_vlm.teacher import open_clip_vit, sizes, timm_vit, transformers_vit
 from sparse_vlm.teacher.base import Teacher, TeacherError
 from sparse_vlm.weights import check_finite, refuse_pointer, refuse_pointers
 
@@ -82,41 +80,13 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
         if folder is not None:
             refuse_code(folder)
             refuse_pointers(folder)
-            _check_size(folder)
+            sizes.check_size(folder)
         with asking_nobody():  # open_clip has text sides of transformers
             model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
         licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
     except Exception as error:
         raise TeacherError(f"teacher {name}: open_clip could not load it ({one_line(error)})") from error
     return read_open_clip(name, model, licence)
-
-
-def _check_size(folder: Path) -> None:
-    """Make sure that a configuration of open_clip's can be of the weights beside it, before anything of its size is allocated.
-
-    Raises:
-        UserError: more layers than any model has, or more parameters than the weights have bits.
-    """
-    import open_clip
-
-    config = folder / "open_clip_config.json"
-    described = parse_json(config.read_bytes(), str(config))
-    sides = described.get("model_cfg") if isinstance(described, dict) else None
-    if not isinstance(sides, dict):
-        raise UserError(f"{config}: holds no object model_cfg; fetch the model again")
-    for name, side in sides.items():
-        layers = side.get("layers", 0) if isinstance(side, dict) else 0
-        each = layers if isinstance(layers, list) else [layers]  # of the stages of a ResNet
-        if not all(isinstance(count, int) for count in each) or sum(each) > LAYERS:
-            raise UserError(f"{config}: {name} says layers {json.dumps(layers)[:40]}; no model has more than {LAYERS}")
-    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file())
-    try:
-        with torch.device("meta"):
-            ghost = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="meta")
-    except Exception:  # what cannot be made, or not so, is made with its weights, and open_clip says what is wrong
-        return
-    if held and (said := sum(parameter.numel() for parameter in ghost.parameters())) > 8 * held:
-        raise UserError(f"{config}: says {said:,} parameters, the weights beside it are {held:,} bytes; they are of two models")
 
 
 def read_open_clip(name: str, model: nn.Module, licence: str = "") -> Teacher:
