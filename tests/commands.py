@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +53,21 @@ def run_two(*arguments: str, timeout: float = 500) -> subprocess.CompletedProces
         "OMP_NUM_THREADS": "1",
     }
     return _run_processes(arguments, [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], timeout)
+
+
+def run_apart(target: Callable[..., None], *arguments: str, timeout: float = 500) -> None:
+    """Call a function in a process of its own, which may change what it likes.
+
+    Raises:
+        AssertionError: it ended with an error, which is on stderr, or did not end.
+    """
+    process = _FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode == 0, f"{target.__name__} ended with {process.exitcode}"
 
 
 def _run_processes(arguments: tuple[str, ...], envs: list[dict[str, str]], timeout: float) -> subprocess.CompletedProcess[str]:
