@@ -32,7 +32,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed
-	$(BIN)/python -m sparse_vlm.bench.guard --baseline docs/ratios.json
+	$(BIN)/python tools/guard_ratios.py --baseline docs/ratios.json
 
 # An environment of the matrix is the main one with another transformers, and what that pins, laid over it.
 oldest := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).*

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from sparse_vlm.documents import whole
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Preprocessor
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import Preprocessor
+from sparse_vlm.utils.documents import whole
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_vlm.eval.run import Column, Report
-from sparse_vlm.files import aside
-from sparse_vlm.look import as_label
+from sparse_vlm.tower.visualize import as_label
+from sparse_vlm.utils.files import aside
 
 WIDE = 4  # panels in a row
 

@@ -19,17 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparse_vlm.devices import native_dtype, own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.placement import PLACEMENTS, replace_focus
-from sparse_vlm.geometry import crop_rois
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Inputs, Preprocessor
-from sparse_vlm.store import locate
-from sparse_vlm.teacher import load_teacher, split_tag
-from sparse_vlm.text import TextEncoder
+from sparse_vlm.hub.store import locate
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import Inputs, Preprocessor
+from sparse_vlm.roi import crop_rois
+from sparse_vlm.teachers import load_teacher, split_tag
+from sparse_vlm.teachers.text import TextEncoder
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.cost import count_macs, vit_macs
+from sparse_vlm.utils.devices import native_dtype, own_device
 
 BATCH = 32
 

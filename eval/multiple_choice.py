@@ -23,7 +23,7 @@ from sparse_vlm.eval.letters import ANSWER_WITH_A_LETTER, LETTERS, lettered, mmb
 from sparse_vlm.eval.metrics import grouped_share
 from sparse_vlm.eval.official import Entry, OfficialTask, OnAnswers, by_kind, photo_file
 from sparse_vlm.eval.task import Data, Result
-from sparse_vlm.photos import Photo, PhotoError
+from sparse_vlm.images.photos import Photo, PhotoError
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM

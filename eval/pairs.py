@@ -18,7 +18,7 @@ from sparse_vlm.eval.metrics import cosine, grouped_share
 from sparse_vlm.eval.official import by_kind
 from sparse_vlm.eval.questions import FILE, InTar
 from sparse_vlm.eval.task import Data, ImageTask, Result, VLMTask
-from sparse_vlm.photos import Photo
+from sparse_vlm.images.photos import Photo
 
 if TYPE_CHECKING:
     from sparse_vlm.eval.embedders import Embedder, Features

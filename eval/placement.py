@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_rois
-from sparse_vlm.teacher import Teacher
+from sparse_vlm.roi import crop_rois
+from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.config import FocusConfig
 from sparse_vlm.tower.focus import MAP, SCALES, Focus, plain_grid, variation

@@ -20,7 +20,7 @@ from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean
 from sparse_vlm.eval.task import Data, ImageTask, Result, labels_of
 from sparse_vlm.eval.zero_shot import normalized
-from sparse_vlm.photos import Photo
+from sparse_vlm.images.photos import Photo
 
 FOLDS = 5
 MIN_PHOTOS = 5  # of a class; smaller ones could miss a fold

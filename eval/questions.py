@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sparse_vlm.documents import parse_json, whole
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import check_question
 from sparse_vlm.eval.official import in_own_layout, looked_at, own_layout, photo_file
 from sparse_vlm.eval.task import Data
-from sparse_vlm.photos import Photo, read_file
-from sparse_vlm.schema import COUNT, check
+from sparse_vlm.images.photos import Photo, read_file
+from sparse_vlm.utils.documents import parse_json, whole
+from sparse_vlm.utils.schema import COUNT, check
 
 FILE = "eval/coco_vqa.tar"
 LAYOUT = "docs/evaluation.md shows the layout"
 _QUESTION = {"q": str, "a": str, "s": str}
 _PAIR = {"type": str, "pos": str, "neg": str, "vote?": float}
-RECORDS: dict[str, dict[str, Any]] = {  # what a question of each field must hold, as `schema.check` takes it
+RECORDS: dict[str, dict[str, Any]] = {  # what a question of each field must hold, as `utils.schema.check` takes it
     "pope": _QUESTION,
     "qa": _QUESTION,
     "aokvqa": {

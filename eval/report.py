@@ -18,7 +18,7 @@ from sparse_vlm.errors import printable
 from sparse_vlm.eval.curves import draw, has_budgets
 from sparse_vlm.eval.metrics import Metric
 from sparse_vlm.eval.run import Column, Report
-from sparse_vlm.files import write_text
+from sparse_vlm.utils.files import write_text
 
 FORMAT = "sparse-vlm/eval/1"
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.devices import own_device
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import (
     Embedder,
@@ -29,7 +28,8 @@ from sparse_vlm.eval.metrics import Metric, difference, ratio
 from sparse_vlm.eval.task import CONTROLS, TOWER_CONTROLS, Data, ImageTask, Result, Task, VLMTask
 from sparse_vlm.eval.tasks import find_tasks
 from sparse_vlm.eval.timing import milliseconds
-from sparse_vlm.teacher import is_teacher
+from sparse_vlm.teachers import is_teacher
+from sparse_vlm.utils.devices import own_device
 
 Progress = Callable[[str, int, int], None]
 

@@ -18,7 +18,7 @@ from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean
 from sparse_vlm.eval.task import Data, ImageTask, Result
 from sparse_vlm.eval.zero_shot import normalized
-from sparse_vlm.preprocess import load_crop
+from sparse_vlm.images.preprocess import load_crop
 
 SIDE = 224  # of the image that a photo is pasted into
 CANDIDATES = 250  # photos that each is told from

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparse_vlm.data.talks import known_about
-from sparse_vlm.documents import parse_json
+from sparse_vlm.data.conversations import known_about
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.metrics import Metric
-from sparse_vlm.photos import Photo, PhotoSet, read_file
+from sparse_vlm.images.photos import Photo, PhotoSet, read_file
+from sparse_vlm.utils.documents import parse_json
 
 if TYPE_CHECKING:
     from sparse_vlm.eval.embedders import Embedder, Features

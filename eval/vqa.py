@@ -19,8 +19,8 @@ from sparse_vlm.eval.answers import Question, generated, scored
 from sparse_vlm.eval.metrics import grouped_share, yes_no
 from sparse_vlm.eval.questions import LAYOUT, Questions, says_yes
 from sparse_vlm.eval.task import Data, Result, VLMTask
-from sparse_vlm.photos import Photo
-from sparse_vlm.schema import check
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.utils.schema import check
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM

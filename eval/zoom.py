@@ -15,8 +15,8 @@ from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean, top_k_hits
 from sparse_vlm.eval.task import Data, ImageTask, Result, classes_of, labels_of
 from sparse_vlm.eval.zero_shot import class_embeddings, normalized
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import load_crop
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import load_crop
 
 SIDE = 4  # T
 AT_ONCE = 4  # regions of a large picture in a batch

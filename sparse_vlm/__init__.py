@@ -7,12 +7,12 @@ used where torch is all there is. Hosts such as transformers are told about the 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparse_vlm.hosts.after_import import AFTER_IMPORT, AfterImport
+from sparse_vlm.integrations.after_import import AFTER_IMPORT, AfterImport
 
 if TYPE_CHECKING:
     from sparse_vlm.errors import UserError
-    from sparse_vlm.photos import load_image
-    from sparse_vlm.teacher import load_teacher
+    from sparse_vlm.images.photos import load_image
+    from sparse_vlm.teachers import load_teacher
     from sparse_vlm.tower import SparseFormer, SparseFormerConfig
     from sparse_vlm.vlm import VLM
 
@@ -24,8 +24,8 @@ _HOMES = {
     "SparseFormerConfig": "sparse_vlm.tower",
     "UserError": "sparse_vlm.errors",
     "VLM": "sparse_vlm.vlm",
-    "load_image": "sparse_vlm.photos",
-    "load_teacher": "sparse_vlm.teacher",
+    "load_image": "sparse_vlm.images.photos",
+    "load_teacher": "sparse_vlm.teachers",
 }
 
 

@@ -44,7 +44,7 @@ def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def teacher(teacher_name: str) -> Any:
     """The same, loaded."""
-    from sparse_vlm.teacher import load_teacher
+    from sparse_vlm.teachers import load_teacher
 
     return load_teacher(teacher_name)
 

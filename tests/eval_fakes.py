@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparse_vlm.geometry import crop_rois
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Inputs, Preprocessor
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import Inputs, Preprocessor
+from sparse_vlm.roi import crop_rois
 
 COLOURS = {"Red": (220, 30, 30), "Green": (30, 200, 40), "Blue": (40, 40, 230), "Yellow": (230, 220, 40), "Grey": (128, 128, 128)}
 NAMES = list(COLOURS)

@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels
 from sparse_vlm.tower import UnitConfig
-from sparse_vlm.tower.modules import AdaptiveMixing
+from sparse_vlm.tower.layers import AdaptiveMixing
 
 # B, n, P, C, O, g, H, W, betas, padding: more than one block of channels, of out points and of tokens; nothing a power of two
 BOOTSTRAPPED = (2, 9, 5, 36, 34, 20, 5, 7, False, "border")

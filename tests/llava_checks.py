@@ -213,7 +213,7 @@ def check_pictures_are_prepared_as_the_tower_was_trained(tower: str) -> None:
     from llava.mm_utils import expand2square
     from PIL import Image
 
-    from sparse_vlm.preprocess import preprocess
+    from sparse_vlm.images.preprocess import preprocess
 
     model = new_model(tower)
     config = model.get_vision_tower().config.tower

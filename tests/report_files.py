@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from sparse_vlm.bench.comparison import Subject
-from sparse_vlm.bench.entries import Case, make_entries
-from sparse_vlm.bench.quality import read_quality
 from sparse_vlm.bench.summary import requests
 from sparse_vlm.eval.metrics import mean
 from sparse_vlm.eval.report import as_json
 from sparse_vlm.eval.run import Column, Report
 from sparse_vlm.eval.task import Result, VLMTask
+from sparse_vlm.report.comparison import Subject
+from sparse_vlm.report.quality import read_quality
+from sparse_vlm.report.records import Case, make_entries
 
 GB = 10**9
 CASE = Case("135m", "bfloat16", 1, 128)

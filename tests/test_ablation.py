@@ -8,13 +8,14 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import ablation
 import pytest
+import scaling
 import typer
 from typer.testing import CliRunner
 
+from sparse_vlm.distill.recipes import changed, get_recipe
 from sparse_vlm.errors import UserError
-from sparse_vlm.recipes import changed, get_recipe
-from sparse_vlm.train import ablation, scaling
 
 ARGUMENTS = ["--teacher", "local-dir:t", "--data", "a.tar", "--data", "b.tar", "--views", "64"]
 

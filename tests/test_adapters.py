@@ -18,7 +18,7 @@ from torch import nn
 from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower.config import GlanceConfig
-from sparse_vlm.tower.modules import plain
+from sparse_vlm.tower.layers import plain
 from sparse_vlm.vlm import VLM
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
+import attention_kernels as attention
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_kernels import BACKWARD, FORWARD, PLAIN, as_table, attended, kernels
 from tiny_vlm import save_llm, save_tower, stir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_vlm.bench import attention
-from sparse_vlm.bench.attention import BACKWARD, FORWARD, PLAIN, as_table, attended, kernels
 from sparse_vlm.errors import UserError
 from sparse_vlm.vlm import VLM
 

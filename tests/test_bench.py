@@ -19,18 +19,18 @@ from sparse_vlm.bench import llms, machine, run
 from sparse_vlm.bench.llms import SHAPES, Language, Shape, plan_llm
 from sparse_vlm.bench.machine import higher, peak_bytes
 from sparse_vlm.bench.pruner import ClsPruner, cls_attention
-from sparse_vlm.bench.report import as_markdown, as_tables, save
 from sparse_vlm.bench.run import Bench, Settings
 from sparse_vlm.bench.summary import saturation
 from sparse_vlm.bench.turns import WARM_UP, Piece, take_turns
 from sparse_vlm.bench.vision import BOX, REDUCTIONS, RIVALS, Rival, count_weights, load_visions, projector_work
 from sparse_vlm.cli.bench import bench
+from sparse_vlm.distill.recipes import get_recipe
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import LOCK
-from sparse_vlm.recipes import get_recipe
-from sparse_vlm.teacher import TeacherSpec
+from sparse_vlm.report.tables import as_markdown, as_tables, save
+from sparse_vlm.teachers import TeacherSpec
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.cost import Work, attention, count_work, linear, vit_macs, vit_work
+from sparse_vlm.utils.files import LOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

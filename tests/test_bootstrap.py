@@ -25,16 +25,16 @@ open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_cl
 
 from sparse_vlm import SparseFormer  # noqa: E402
 from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
+from sparse_vlm.distill.inherit import inherit, plan, resize_patch_embedding  # noqa: E402
 from sparse_vlm.distill.live import LiveTeacher  # noqa: E402
-from sparse_vlm.distill.objective import parameter_groups  # noqa: E402
+from sparse_vlm.distill.loss import parameter_groups  # noqa: E402
+from sparse_vlm.distill.recipes import RECIPES, changed  # noqa: E402
 from sparse_vlm.distill.views import ViewSet, make_view  # noqa: E402
 from sparse_vlm.errors import UserError  # noqa: E402
-from sparse_vlm.geometry import grid_rois  # noqa: E402
-from sparse_vlm.inherit import inherit, plan, resize_patch_embedding  # noqa: E402
-from sparse_vlm.photos import PhotoSet  # noqa: E402
-from sparse_vlm.preprocess import normalize  # noqa: E402
-from sparse_vlm.recipes import RECIPES, changed  # noqa: E402
-from sparse_vlm.teacher import Teacher, TeacherError, load_teacher  # noqa: E402
+from sparse_vlm.images.photos import PhotoSet  # noqa: E402
+from sparse_vlm.images.preprocess import normalize  # noqa: E402
+from sparse_vlm.roi import grid_rois  # noqa: E402
+from sparse_vlm.teachers import Teacher, TeacherError, load_teacher  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +417,7 @@ def test_checkpoints_of_an_unknown_run_are_never_resumed(tmp_path: Path) -> None
 
 
 def test_unknown_recipes_are_one_line() -> None:
-    from sparse_vlm.recipes import get_recipe
+    from sparse_vlm.distill.recipes import get_recipe
 
     with pytest.raises(UserError, match="known are tiny"):
         get_recipe("tinny")

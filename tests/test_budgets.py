@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from sparse_vlm import VLM, SparseFormer
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_boxes, crop_rois, grid_rois, roi_average_weights
+from sparse_vlm.roi import crop_boxes, crop_rois, grid_rois, roi_average_weights
 from sparse_vlm.tower import GlanceConfig, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.cost import count_macs
 
@@ -143,7 +143,7 @@ def test_a_pooling_glance_cannot_begin_in_a_region() -> None:
 
 
 def test_the_objective_averages_the_teachers_patches_over_the_budgets_cells() -> None:
-    from sparse_vlm.distill.objective import Distillation, Statistics
+    from sparse_vlm.distill.loss import Distillation, Statistics
 
     tower = elastic()
     model = Distillation(tower, Statistics(torch.zeros(32), torch.zeros(64), torch.eye(32), torch.tensor(1.0)), dense_weight=1.0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sparse_vlm.data.caption_questions import questions_of
-from sparse_vlm.data.talks import MIXES, SHORT_ANSWER, photo_talks
-from sparse_vlm.photos import Photo
+from sparse_vlm.data.conversations import MIXES, SHORT_ANSWER, photo_talks
+from sparse_vlm.images.photos import Photo
 
 CAPTIONS = [
     "A Black dog is jumping over a grey wall .",

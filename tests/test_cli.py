@@ -14,8 +14,9 @@ import time
 import pytest
 from rich.console import Console
 
-from sparse_vlm import __version__, store
+from sparse_vlm import __version__
 from sparse_vlm.cli import VERBS
+from sparse_vlm.hub import store
 
 
 def test_version(command):

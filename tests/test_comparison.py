@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import compare_reductions as comparison
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.projectors import PROJECTORS
-from sparse_vlm.train import comparison
+from sparse_vlm.vlm.projectors import PROJECTORS
 
 ARGUMENTS = ["--vit", "tiny", "--init", "build/read", "--data", "a.tar", "--eval-data", "data"]
 

@@ -17,14 +17,14 @@ from tiny_vlm import save_llm, save_tower
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_vlm import SparseFormer
-from sparse_vlm.data.talks import MIXES, photo_talks
+from sparse_vlm.data.conversations import MIXES, photo_talks
 from sparse_vlm.errors import UserError, naming
 from sparse_vlm.eval import run
-from sparse_vlm.files import locked
-from sparse_vlm.llm import load_llm
-from sparse_vlm.photos import PhotoSet
-from sparse_vlm.teacher import load_teacher
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.teachers import load_teacher
+from sparse_vlm.utils.files import locked
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.llm import load_llm
 
 
 def test_what_is_wrong_is_one_printable_line():

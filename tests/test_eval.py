@@ -25,8 +25,8 @@ from sparse_vlm.eval.report import as_json, as_markdown, as_tables, save
 from sparse_vlm.eval.task import CONTROLS, Data
 from sparse_vlm.eval.tasks import TASKS
 from sparse_vlm.eval.vqa import SHORT_ANSWER, first_number
-from sparse_vlm.photos import PhotoSet
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.vlm.reader import parts_of
 
 
@@ -232,8 +232,8 @@ def test_controls() -> None:
 
 
 def test_questions_are_asked_as_they_were_trained() -> None:
-    from sparse_vlm.data.talks import CAPTION_PROMPTS
-    from sparse_vlm.data.talks import SHORT_ANSWER as TRAINED
+    from sparse_vlm.data.conversations import CAPTION_PROMPTS
+    from sparse_vlm.data.conversations import SHORT_ANSWER as TRAINED
 
     assert CAPTION_PROMPTS[0] == PROMPT
     assert SHORT_ANSWER == TRAINED

@@ -17,8 +17,8 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.eval import placement, rendered_words, run, small_objects
 from sparse_vlm.eval.embedders import tower_embedder
 from sparse_vlm.eval.tasks import TASKS
-from sparse_vlm.preprocess import Inputs, to_uint8
-from sparse_vlm.teacher import Teacher, TeacherOutput
+from sparse_vlm.images.preprocess import Inputs, to_uint8
+from sparse_vlm.teachers import Teacher, TeacherOutput
 from sparse_vlm.tower import FocusConfig, SparseFormer
 from sparse_vlm.tower.focus import plain_grid
 

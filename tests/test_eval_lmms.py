@@ -17,8 +17,8 @@ import pytest
 from tiny_vlm import ask, picture, save_llm, save_tower
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.hosts import lmms_eval as host
-from sparse_vlm.photos import load_image
+from sparse_vlm.images.photos import load_image
+from sparse_vlm.integrations import lmms_eval as host
 from sparse_vlm.vlm import VLM
 
 ROOT = Path(__file__).resolve().parents[1]

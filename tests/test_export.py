@@ -26,7 +26,7 @@ from sparse_vlm.export.card import licence
 from sparse_vlm.export.formats import FORMATS
 from sparse_vlm.export.run import export
 from sparse_vlm.export.source import find
-from sparse_vlm.preprocess import Preprocessor, preprocess
+from sparse_vlm.images.preprocess import Preprocessor, preprocess
 from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.vlm import VLM
 

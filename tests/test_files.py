@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_vlm import files
 from sparse_vlm.errors import UserError
+from sparse_vlm.utils import files
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
 HOLD = """
 import sys, time
 from pathlib import Path
-from sparse_vlm.files import locked
+from sparse_vlm.utils.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -11,13 +11,13 @@ from PIL import Image
 from test_budgets import elastic
 
 from sparse_vlm import SparseFormer
+from sparse_vlm.distill.recipes import changed, get_recipe
 from sparse_vlm.distill.shrink import put_patches, shrink, within
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_level, crop_rois, grid_rois, grid_rois_for, image_pyramid, pyramid_row
-from sparse_vlm.photos import PhotoSet
-from sparse_vlm.recipes import changed, get_recipe
-from sparse_vlm.teacher import TeacherSpec
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.roi import crop_level, crop_rois, grid_rois, grid_rois_for, image_pyramid, pyramid_row
+from sparse_vlm.teachers import TeacherSpec
 from sparse_vlm.tower import FocusConfig
 from sparse_vlm.tower.focus import MAP, SCALES, Focus, area_bias, coarse_cells, variation
 from sparse_vlm.train.lessons import LiveViews, gather, live_statistics

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_vlm.documents import LFS
-from sparse_vlm.photos import PhotoError, PhotoSet, decode_image, draft_image, image_suffixes, load_image, upright_rgb
-from sparse_vlm.preprocess import load_crop, preprocess
+from sparse_vlm.images.photos import PhotoError, PhotoSet, decode_image, draft_image, image_suffixes, load_image, upright_rgb
+from sparse_vlm.images.preprocess import load_crop, preprocess
+from sparse_vlm.utils.documents import LFS
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
 
@@ -75,7 +75,7 @@ def test_a_picture_that_is_handed_over_is_shown_as_its_file_is(kind):
         assert np.array_equal(upright_rgb(image), shown)
         assert preprocess(image, 56, (0.5,) * 3, (0.5,) * 3).equal(preprocess(load, 56, (0.5,) * 3, (0.5,) * 3))
     assert np.array_equal(upright_rgb(shown), shown), "turned once more"
-    processors = pytest.importorskip("sparse_vlm.hosts.transformers_image")
+    processors = pytest.importorskip("sparse_vlm.hf.image_processing")
     pixels = processors.SparseFormerImageProcessor(56)(handed[0], return_tensors="pt")["pixel_values"]
     assert pixels.equal(preprocess(load, 56, (0.5,) * 3, (0.5,) * 3))
 
@@ -85,7 +85,7 @@ def test_transparent_is_white_also_in_large_pictures(monkeypatch):
     rgba = np.asarray(with_alpha()).astype(float)
     alpha = rgba[..., 3:] / 255
     assert abs(whole - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
-    monkeypatch.setattr("sparse_vlm.photos._AT_ONCE", 7 * 80)
+    monkeypatch.setattr("sparse_vlm.images.photos._AT_ONCE", 7 * 80)
     assert np.array_equal(decode_image(FILES["RGBA"](), "logo"), whole)
 
 
@@ -189,7 +189,7 @@ def test_a_strip_shows_what_the_whole_would():
 
 
 def load_both(image: Image.Image, longest: int) -> Image.Image:
-    import sparse_vlm.preprocess as module
+    import sparse_vlm.images.preprocess as module
 
     before, module.LONGEST = module.LONGEST, longest
     try:
@@ -235,7 +235,7 @@ def test_hostile_pictures_are_one_line(kind):
 
 
 def test_heavy_formats_have_a_limit_of_their_own(monkeypatch):
-    monkeypatch.setattr("sparse_vlm.photos.MAX_PIXELS", 80 * 60)
+    monkeypatch.setattr("sparse_vlm.images.photos.MAX_PIXELS", 80 * 60)
     assert decode_image(encoded(colours()), "photo").size == (80, 60)
     with pytest.raises(PhotoError, match="photo: 80 x 60 pixels is more than"):
         decode_image(encoded(colours(), "WEBP"), "photo")

@@ -12,12 +12,13 @@ from PIL import Image
 
 pytest.importorskip("open_clip", reason="the teacher is open_clip's")
 
+import generalization_gap as gap
+
 from sparse_vlm import SparseFormer
+from sparse_vlm.distill.inherit import inherit
+from sparse_vlm.distill.recipes import get_recipe
 from sparse_vlm.errors import UserError
-from sparse_vlm.inherit import inherit
-from sparse_vlm.recipes import get_recipe
-from sparse_vlm.teacher import load_teacher
-from sparse_vlm.train import gap
+from sparse_vlm.teachers import load_teacher
 
 
 @pytest.fixture(scope="module")

@@ -34,34 +34,38 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden.json"
 BENCH_SCHEMA = ROOT / "docs" / "bench-schema.json"
 READ_BY_USERS = ("README.md", "pyproject.toml", "docs/*.md", "examples/*.md", "examples/**/*.py", "examples/**/*.sh", "examples/**/*.md")
-PACKAGES = ("sparse_vlm", "sparse_vlm.tower", "sparse_vlm.vlm", "sparse_vlm.teacher", "sparse_vlm.kernels", "sparse_vlm.llava")
+PACKAGES = ("sparse_vlm", "sparse_vlm.tower", "sparse_vlm.vlm", "sparse_vlm.teachers", "sparse_vlm.kernels", "sparse_vlm.llava")
 # Everything internal that is asked here, and the one place to change where it moves.
 APP = "sparse_vlm.cli:app"
-GET_RECIPE, CHANGED, RECIPE = "sparse_vlm.recipes:get_recipe", "sparse_vlm.recipes:changed", "sparse_vlm.recipes:Recipe"
+GET_RECIPE, CHANGED, RECIPE = (
+    "sparse_vlm.distill.recipes:get_recipe",
+    "sparse_vlm.distill.recipes:changed",
+    "sparse_vlm.distill.recipes:Recipe",
+)
 PUBLISHED_TOWERS = "sparse_vlm.tower.config:PUBLISHED"
 TABLES = {  # what can be chosen by name, and what of each entry is pinned beside the name
-    "recipe": ("sparse_vlm.recipes:RECIPES", lambda recipe: numbers_of(recipe)),
+    "recipe": ("sparse_vlm.distill.recipes:RECIPES", lambda recipe: numbers_of(recipe)),
     "eval task": ("sparse_vlm.eval.tasks:TASKS", lambda task: " ".join(task.files)),
     "eval control of VLMs": ("sparse_vlm.eval.task:CONTROLS", None),
     "eval control of towers": ("sparse_vlm.eval.task:TOWER_CONTROLS", None),
-    "projector": ("sparse_vlm.projectors:PROJECTORS", None),
-    "default projector": ("sparse_vlm.projectors:MLP", None),
+    "projector": ("sparse_vlm.vlm.projectors:PROJECTORS", None),
+    "default projector": ("sparse_vlm.vlm.projectors:MLP", None),
     "export format": ("sparse_vlm.export.formats:FORMATS", lambda one: " ".join((*sorted(one.writers), *one.dtypes))),
     "bench baseline": ("sparse_vlm.bench.vision:RIVALS", None),
     "bench model of --rivals": ("sparse_vlm.bench.vision:BOX", None),
     "bench reduction": ("sparse_vlm.bench.vision:REDUCTIONS", None),
     "bench llm": ("sparse_vlm.bench.llms:SHAPES", None),
-    "teacher prefix of open_clip": ("sparse_vlm.teacher.load:LOCATED", None),
-    "teacher library": ("sparse_vlm.teacher.load:LIBRARIES", None),
+    "teacher prefix of open_clip": ("sparse_vlm.teachers.load:LOCATED", None),
+    "teacher library": ("sparse_vlm.teachers.load:LIBRARIES", None),
     "train stage": ("sparse_vlm.train.vlm:STAGES", None),
     "train reporter": ("sparse_vlm.train.run:REPORTERS", None),
     "train quantize": ("sparse_vlm.vlm.quantize:FORMATS", None),
-    "train on bad image": ("sparse_vlm.data.pictures:ON_BAD_IMAGE", None),
-    "train data mix": ("sparse_vlm.data.talks:MIXES", None),
+    "train on bad image": ("sparse_vlm.data.bad_images:ON_BAD_IMAGE", None),
+    "train data mix": ("sparse_vlm.data.conversations:MIXES", None),
     "deepspeed": ("sparse_vlm.train.zero:CONFIGS", None),
     "chat save suffix": ("sparse_vlm.vlm.chat:WRITERS", None),
-    "zoo kind": ("sparse_vlm.store:KINDS", None),
-    "zoo source": ("sparse_vlm.store:SOURCES", None),
+    "zoo kind": ("sparse_vlm.hub.store:KINDS", None),
+    "zoo source": ("sparse_vlm.hub.store:SOURCES", None),
     "published tower": (PUBLISHED_TOWERS, None),
 }
 # Written by torch, transformers or peft in a form of theirs: pinned by name alone.
@@ -294,7 +298,7 @@ def runs(root: Path) -> dict[str, Entries]:
     chat = ("chat", "--image", photo, "--max-new-tokens", "2", "--model")
     run(*chat, root / "full", says=f"What?\n/save {root / 'talk.json'}\n")
     with argv("shards", str(photo.parent), "--out", str(root / "shards")):
-        runpy.run_module("sparse_vlm.data.shards", run_name="__main__")
+        runpy.run_module("sparse_vlm.images.shards", run_name="__main__")
     bench = ("--llm", llm, "--image", photo, "--batch", "1", "--rounds", "3", "--dtype", "float32", "--threads", "1", "--device", "cpu")
     evals = ("--data", root, "--threads", "1", "--limit", "4", "--json", "-", "--out", root / "report")
     found = {

@@ -7,13 +7,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import guard_ratios as guarding
 import pytest
 import torch
 import typer
+from guard_ratios import MARGIN, RUNS, bound, fallen, guard, keep, kind_of_machine, read, title
+from speed_ratios import Comparison, Ratio, ratios
 
-from sparse_vlm.bench import guard as guarding
-from sparse_vlm.bench.guard import MARGIN, RUNS, bound, fallen, guard, keep, kind_of_machine, read, title
-from sparse_vlm.bench.ratios import Comparison, Ratio, ratios
 from sparse_vlm.errors import UserError
 
 ONE = Ratio(
@@ -149,4 +149,4 @@ def test_make_bench_is_no_part_of_the_tests():
             pytest.skip("no make, or not in a checkout")
         return done.stdout
 
-    assert "sparse_vlm.bench.guard" in recipe("bench") and "sparse_vlm.bench" not in recipe("test")
+    assert "tools/guard_ratios.py" in recipe("bench") and "tools/" not in recipe("test")

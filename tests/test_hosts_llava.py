@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from test_house import BLOCK, IMPORT_NAMES, python
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, UserError
-from sparse_vlm.hosts.llava_tower import LlavaImageProcessor, SparseFormerVisionTower, TowerName
+from sparse_vlm.images.preprocess import preprocess
+from sparse_vlm.integrations.llava_tower import LlavaImageProcessor, SparseFormerVisionTower, TowerName
 from sparse_vlm.llava import install
-from sparse_vlm.preprocess import preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = types.SimpleNamespace(mm_vision_select_layer=-1)
@@ -293,7 +293,7 @@ def test_the_image_processor_takes_pictures_alone() -> None:
 
 ZERO3 = """
 import deepspeed, sys, torch, types
-from sparse_vlm.hosts.llava_tower import SparseFormerVisionTower
+from sparse_vlm.integrations.llava_tower import SparseFormerVisionTower
 deepspeed.init_distributed("gloo")
 args = types.SimpleNamespace(mm_vision_select_layer=-1)
 config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0, "zero_allow_untested_optimizer": True}

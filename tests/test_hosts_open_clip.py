@@ -11,10 +11,10 @@ import torch
 from test_house import BLOCK, python
 from tiny_vlm import picture, tower_config
 
-from sparse_vlm import store
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import PhotoSet
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.hub import store
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
@@ -240,7 +240,7 @@ def test_real_teacher_with_the_zoos_tower_answers_as_our_own_text_side():
         pytest.skip("the photos of the evaluation are not there")
     if store.present(store.entry("all-minilm-l6-v2")) is None:
         pytest.skip("the text tower of tiny-text was not fetched; sparse-vlm zoo pull tiny-text")
-    from sparse_vlm.text import TextEncoder
+    from sparse_vlm.teachers.text import TextEncoder
 
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{TEACHER}")
     tower = SparseFormer.from_pretrained("tiny")

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from test_house import python
 from tiny_vlm import picture, tower_config
 
-from sparse_vlm import store
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import load_image
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.hub import store
+from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer, UnitConfig
 from sparse_vlm.tower.config import PUBLISHED
 
@@ -22,8 +22,8 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 from timm.data import create_transform, resolve_model_data_config  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 
-from sparse_vlm.hosts import timm as host  # noqa: E402
-from sparse_vlm.hosts.timm import SparseFormerClassifier, checkpoint_filter_fn  # noqa: E402
+from sparse_vlm.integrations import timm as host  # noqa: E402
+from sparse_vlm.integrations.timm import SparseFormerClassifier, checkpoint_filter_fn  # noqa: E402
 
 HEADS = {
     "cls": tower_config(),

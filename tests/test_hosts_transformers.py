@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.hosts.after_import import AfterImport
-from sparse_vlm.hosts.transformers import SparseFormerBackbone, SparseFormerHostConfig, SparseFormerHostModel, SparseFormerImageProcessor
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.hf.model import SparseFormerBackbone, SparseFormerHostConfig, SparseFormerHostModel, SparseFormerImageProcessor
+from sparse_vlm.images.preprocess import preprocess
+from sparse_vlm.integrations.after_import import AfterImport
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm import VLM
 

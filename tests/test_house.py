@@ -106,7 +106,7 @@ def test_core_imports_without_what_only_extras_install():
 
 def is_kernel(path: Path) -> bool:
     """Whether a module holds kernels, which nothing imports before they run: they are written in triton."""
-    return path.parent.name == "kernels" and "\nimport triton\n" in path.read_text(encoding="utf-8")
+    return path.parent.name == "triton" and "\nimport triton\n" in path.read_text(encoding="utf-8")
 
 
 def required(extra: str | None) -> set[str]:

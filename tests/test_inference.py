@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels, load_image
 from sparse_vlm.bench.vision import RIVALS
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.tower import GlanceConfig, UnitConfig, packed
 from sparse_vlm.tower.config import PUBLISHED, FocusConfig
 
@@ -237,7 +237,7 @@ def test_cells_are_cut_out_of_the_picture(tiny: SparseFormer, photos: torch.Tens
     def sampled(*_: object) -> None:
         raise AssertionError("sampled one by one")
 
-    monkeypatch.setattr("sparse_vlm.tower.modules.crop_rois", sampled)
+    monkeypatch.setattr("sparse_vlm.tower.layers.crop_rois", sampled)
     with torch.inference_mode():
         fast(photos)
         fast(photos, num_tokens=36)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_vlm.data.corpus import files_of, photos_of, read_corpus
+from sparse_vlm.data.conversations import MIXES, photo_talks
+from sparse_vlm.data.dataset import files_of, photos_of, read_corpus
 from sparse_vlm.data.llava import Fence, LlavaFile, mistakes_of, picture
 from sparse_vlm.data.records import scan
-from sparse_vlm.data.talks import MIXES, photo_talks
-from sparse_vlm.documents import LFS, parse_json
 from sparse_vlm.errors import UserError, printable
-from sparse_vlm.photos import PhotoSet
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.utils.documents import LFS, parse_json
 from sparse_vlm.vlm.prompts import text_of
 
 JPEG = io.BytesIO()

@@ -13,13 +13,13 @@ from tiny_vlm import picture, save_llm, save_tower
 
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data import records, samples
-from sparse_vlm.data.corpus import Corpus, drawn, files_of, photos_of, read_corpus, weighted
+from sparse_vlm.data.bad_images import blank, settle
+from sparse_vlm.data.conversations import MIXES
+from sparse_vlm.data.dataset import Corpus, drawn, files_of, photos_of, read_corpus, weighted
 from sparse_vlm.data.llava import LlavaFile
-from sparse_vlm.data.pictures import blank, settle
 from sparse_vlm.data.samples import TokenBank, arrange, build_samples, report
-from sparse_vlm.data.talks import MIXES
 from sparse_vlm.errors import UserError
-from sparse_vlm.preprocess import preprocess
+from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.train import words
 from sparse_vlm.train.learner import Gather
 from sparse_vlm.train.words import words_of

@@ -13,8 +13,8 @@ from tiny_vlm import ask, picture, save_tower
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.llm import load_llm
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.llm import load_llm
 from sparse_vlm.vlm.prompts import Rendered, Renderer, add_image_token, assistant, extend_template, user
 from sparse_vlm.vlm.tree import collate, merge, target_log_probs
 
@@ -210,7 +210,7 @@ def test_llm_whose_logits_are_capped_is_refused(tower, tmp_path):
 def test_plain_sentencepiece_without_the_package_says_what_to_install(tmp_path, monkeypatch):
     llm = save_family(FAMILIES["vicuna"], tmp_path / "llm")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    monkeypatch.setattr("sparse_vlm.llm.find_spec", lambda name: None)
+    monkeypatch.setattr("sparse_vlm.vlm.llm.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tokenizer.model needs the package sentencepiece; pip install 'sparse-vlm\[sentencepiece\]'"):
         load_llm(llm)
 

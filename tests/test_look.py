@@ -12,11 +12,11 @@ from test_budgets import elastic
 
 from sparse_vlm.cli import main
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import grid_rois, points_in_rois, standardize_offsets
-from sparse_vlm.look import crop_box, draw, follow, rois_of_points, save_figure, token_colours
-from sparse_vlm.preprocess import resize_and_crop
+from sparse_vlm.images.preprocess import resize_and_crop
+from sparse_vlm.roi import grid_rois, points_in_rois, standardize_offsets
 from sparse_vlm.tower import FocusConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.focus import MAP, SCALES
+from sparse_vlm.tower.visualize import crop_box, draw, follow, rois_of_points, save_figure, token_colours
 
 
 @pytest.fixture(scope="module")

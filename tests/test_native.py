@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels
-from sparse_vlm.geometry import (
+from sparse_vlm.kernels.cpu import native
+from sparse_vlm.roi import (
     adjust_rois,
     encode_rois,
     encoding_frequencies,
@@ -23,9 +24,8 @@ from sparse_vlm.geometry import (
     sample_bilinear,
     standardize_offsets,
 )
-from sparse_vlm.kernels import native
 from sparse_vlm.tower import UnitConfig, inference
-from sparse_vlm.tower.modules import EarlyConvolution
+from sparse_vlm.tower.layers import EarlyConvolution
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # what a result may be off by, relative to the largest number of it
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -335,5 +335,5 @@ def test_without_a_compiler_torch_looks(fault: str, forgotten: None, tmp_path: P
 def test_small_numbers_stay_as_it_is_loaded(compiled: None) -> None:
     """Flags for faster arithmetic can make a whole process round its smallest numbers to zero."""
     small = "(torch.tensor(1e-40) * 1).item() > 0"
-    code = f"import torch; from sparse_vlm.kernels.native import usable; print(usable(torch.float32, 64), {small})"
+    code = f"import torch; from sparse_vlm.kernels.cpu.native import usable; print(usable(torch.float32, 64), {small})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["True", "True"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_vlm.geometry import crop_rois, roi_average_weights
-from sparse_vlm.kernels import native
+from sparse_vlm.kernels.cpu import native
+from sparse_vlm.roi import crop_rois, roi_average_weights
 from sparse_vlm.tower import inference
 from sparse_vlm.tower.config import FocusConfig
 from sparse_vlm.tower.focus import Focus

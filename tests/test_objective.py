@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_vlm import SparseFormerConfig
-from sparse_vlm.distill.objective import Distillation, Statistics, relation
+from sparse_vlm.distill.loss import Distillation, Statistics, relation
 from sparse_vlm.tower import SparseFormerOutput, UnitConfig
 
 

@@ -13,8 +13,8 @@ from PIL import ExifTags, Image
 from torch.nn.functional import cosine_similarity
 
 from sparse_vlm import SparseFormer
-from sparse_vlm.photos import Photo, PhotoError, decode_image, draft_image, load_image
-from sparse_vlm.preprocess import OVERSAMPLING, load_crop, load_crops, preprocess, resize_and_crop
+from sparse_vlm.images.photos import Photo, PhotoError, decode_image, draft_image, load_image
+from sparse_vlm.images.preprocess import OVERSAMPLING, load_crop, load_crops, preprocess, resize_and_crop
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BOUND = 0.999  # of the cosine between embeddings of a draft and of the whole picture, as docs/pictures.md says
@@ -127,7 +127,7 @@ def test_bad_files_are_refused_as_ever(tmp_path, options, monkeypatch):
             load_crop(file(tmp_path, data[:cut]), 64)
     with pytest.raises(PhotoError, match=r"gone.jpg: no such file"):
         load_crop(Photo("gone", tmp_path / "gone.jpg", 0, 1), 64)
-    monkeypatch.setattr("sparse_vlm.photos.MAX_PIXELS", 1000 * 1000)
+    monkeypatch.setattr("sparse_vlm.images.photos.MAX_PIXELS", 1000 * 1000)
     with pytest.raises(PhotoError, match="1 megapixels; make it smaller first"):
         load_crop(file(tmp_path, data[:5000]), 64)  # before what is cut off is missed
 

@@ -1,4 +1,4 @@
-"""`python -m sparse_vlm.bench.pictures`: the ways agree, every one is timed, and the document can be read."""
+"""`python tools/preprocessing_cost.py`: the ways agree, every one is timed, and the document can be read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from PIL import Image
 
 pytest.importorskip("open_clip", reason="open_clip's transform is one of the ways")
 
-from sparse_vlm.bench import pictures
-from sparse_vlm.bench.pictures import PLAIN, agree, as_table, grow, main, time_all, ways, write_photos
+import preprocessing_cost as pictures
+from preprocessing_cost import PLAIN, agree, as_table, grow, main, time_all, ways, write_photos
+
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import load_image
+from sparse_vlm.images.photos import load_image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

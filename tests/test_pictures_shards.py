@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from sparse_vlm.data import shards
-from sparse_vlm.data.shards import INDEX, main, write_shards
-from sparse_vlm.photos import PhotoSet
+from sparse_vlm.images import shards
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.images.shards import INDEX, main, write_shards
 
 KEYS = ["large", "small", "tall", "broken", "upright"]
 
@@ -132,5 +132,5 @@ def test_mistakes_are_one_line(source, tmp_path, capsys):
 
 
 def test_help_has_an_example():
-    done = subprocess.run([sys.executable, "-m", "sparse_vlm.data.shards", "--help"], capture_output=True, text=True, check=True)
-    assert "Example: python -m sparse_vlm.data.shards" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "sparse_vlm.images.shards", "--help"], capture_output=True, text=True, check=True)
+    assert "Example: python -m sparse_vlm.images.shards" in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_vlm import store
+from sparse_vlm.hub import store
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plug-in.md"

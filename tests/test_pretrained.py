@@ -16,10 +16,10 @@ from tiny_vlm import save_llm, save_tower
 
 from sparse_vlm.bench.llms import plan_llm
 from sparse_vlm.errors import UserError
-from sparse_vlm.llm import load_llm, load_tokenizer
-from sparse_vlm.teacher import TeacherError, load_teacher
-from sparse_vlm.text import TextEncoder, _load_text_tower
+from sparse_vlm.teachers import TeacherError, load_teacher
+from sparse_vlm.teachers.text import TextEncoder, _load_text_tower
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.llm import load_llm, load_tokenizer
 
 CODE = """\
 open({canary!r}, "w")
@@ -93,7 +93,7 @@ def test_other_libraries_that_call_transformers_ask_nobody(llm, tmp_path, monkey
     """open_clip has text sides of transformers, and says nothing about trust."""
     from transformers import AutoConfig
 
-    from sparse_vlm.pretrained import asking_nobody
+    from sparse_vlm.hub.pretrained import asking_nobody
 
     edit(llm / "config.json", model_type="evilmodel", **MAPS["config.json"])
     (llm / "evil.py").write_text(CODE.format(canary=str(tmp_path / "canary")))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import time
 
+import profile_tower as profiling
 import pytest
+import speed_ratios as comparing
 import torch
+from profile_tower import REST, as_table, clocked, profile
+from speed_ratios import Comparison, Ratio, ratios
+from speed_ratios import as_table as ratio_table
 
-from sparse_vlm.bench import profile as profiling
-from sparse_vlm.bench import ratios as comparing
-from sparse_vlm.bench.profile import REST, as_table, clocked, profile
-from sparse_vlm.bench.ratios import Comparison, Ratio, ratios
-from sparse_vlm.bench.ratios import as_table as ratio_table
 from sparse_vlm.bench.vision import RIVALS, Rival
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
-from sparse_vlm.tower import modules as tower_modules
+from sparse_vlm.tower import layers as tower_modules
 from sparse_vlm.tower.cost import count_macs, count_operations
 from sparse_vlm.tower.inference import CompiledUnit
 

@@ -13,8 +13,8 @@ from tiny_vlm import ask, picture, save_llm, save_tower
 from sparse_vlm.cli.train import train
 from sparse_vlm.errors import UserError
 from sparse_vlm.export.run import export
-from sparse_vlm.projectors import PROJECTORS, make_projector
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.projectors import PROJECTORS, make_projector
 
 WIDTH, LLM, SIDE = 64, 48, 4
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import PhotoError, PhotoSet
+from sparse_vlm.images.photos import PhotoError, PhotoSet
 
 
 def tar_of(*colours: str) -> bytes:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from report_files import CASE, CHATS, GB, PAIRS, TWO, bench_of, entries_of, eval_of, right, subject_of, write
 
-from sparse_vlm.bench.comparison import Subject, change, costs, lengths, short, worths
-from sparse_vlm.bench.entries import Case, choose_case, find_entry, no_help, read_bench, shorten
-from sparse_vlm.bench.frontier import BEHIND, COSTS, MAYBE, ON, draw, named, points
-from sparse_vlm.bench.page import render
-from sparse_vlm.bench.quality import read_quality
-from sparse_vlm.bench.remarks import method, unmeasured, verdicts, warnings, where_not
 from sparse_vlm.errors import UserError
+from sparse_vlm.report.comparison import Subject, change, costs, lengths, short, worths
+from sparse_vlm.report.frontier import BEHIND, COSTS, MAYBE, ON, draw, named, points
+from sparse_vlm.report.notes import method, unmeasured, verdicts, warnings, where_not
+from sparse_vlm.report.page import render
+from sparse_vlm.report.quality import read_quality
+from sparse_vlm.report.records import Case, choose_case, find_entry, no_help, read_bench, shorten
 
 ROOT = Path(__file__).resolve().parents[1]
 

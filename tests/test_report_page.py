@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from report_files import CHATS, PAIRS, TWO, bench_of, eval_of, right, subject_of, write
 
-from sparse_vlm.bench.entries import Case
-from sparse_vlm.bench.frontier import COSTS
-from sparse_vlm.bench.page import render
-from sparse_vlm.bench.remarks import where_not
-from sparse_vlm.files import LOCK
+from sparse_vlm.report.frontier import COSTS
+from sparse_vlm.report.notes import where_not
+from sparse_vlm.report.page import render
+from sparse_vlm.report.records import Case
+from sparse_vlm.utils.files import LOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 

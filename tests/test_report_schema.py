@@ -9,9 +9,9 @@ import pytest
 from commands import run_command
 from report_files import CHATS, TWO, bench_of, eval_of, right, write
 
-from sparse_vlm.bench.entries import read_bench
-from sparse_vlm.bench.quality import read_quality
 from sparse_vlm.errors import UserError
+from sparse_vlm.report.quality import read_quality
+from sparse_vlm.report.records import read_bench
 
 
 def set_at(document: dict, way: tuple, value: object) -> dict:

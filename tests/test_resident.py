@@ -15,14 +15,14 @@ from torch import nn
 pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
 
 
-from sparse_vlm.devices import compiling, free_memory
 from sparse_vlm.distill.live import LiveTeacher, PatchProduct, products_for_patches
 from sparse_vlm.distill.resident import ResidentPhotos, part_shown
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import PhotoSet
-from sparse_vlm.teacher import load_teacher
+from sparse_vlm.images.photos import PhotoSet
+from sparse_vlm.teachers import load_teacher
 from sparse_vlm.train.lessons import ResidentViews, Show, gather
+from sparse_vlm.utils.devices import compiling, free_memory
 
 CPU = torch.device("cpu")
 
@@ -124,8 +124,8 @@ def test_a_student_learns_from_photos_that_the_device_keeps(teacher_name: str, p
 
 def test_compiled_parts_compute_the_same(teacher_name: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler itself is torch's: its graphs are run as they are here, at one number of tokens after the other."""
-    from sparse_vlm.inherit import inherit
-    from sparse_vlm.recipes import RECIPES
+    from sparse_vlm.distill.inherit import inherit
+    from sparse_vlm.distill.recipes import RECIPES
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.train.bootstrap import compile_parts
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from experiments import FinishedRuns
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.train.rows import FinishedRuns
 
 
 def test_processes_keep_each_others_runs(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ open_clip = pytest.importorskip("open_clip", reason="bootstrapping needs open_cl
 
 from commands import run_command  # noqa: E402
 
-from sparse_vlm import store  # noqa: E402
 from sparse_vlm.distill.cache import TeacherCache  # noqa: E402
 from sparse_vlm.distill.views import ViewSet  # noqa: E402
 from sparse_vlm.errors import UserError  # noqa: E402
-from sparse_vlm.geometry import grid_rois  # noqa: E402
-from sparse_vlm.photos import PhotoSet  # noqa: E402
-from sparse_vlm.teacher import Teacher  # noqa: E402
+from sparse_vlm.hub import store  # noqa: E402
+from sparse_vlm.images.photos import PhotoSet  # noqa: E402
+from sparse_vlm.roi import grid_rois  # noqa: E402
+from sparse_vlm.teachers import Teacher  # noqa: E402
 from sparse_vlm.train import run  # noqa: E402
 
 
@@ -205,7 +205,7 @@ def test_two_who_want_a_cache_fill_it_once(teacher_name: str, teacher: Teacher, 
     hold = """
 import sys, time
 from pathlib import Path
-from sparse_vlm.files import locked
+from sparse_vlm.utils.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1)

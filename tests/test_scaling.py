@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import scaling
 from typer.testing import CliRunner
 
-from sparse_vlm.recipes import get_recipe
-from sparse_vlm.train import scaling
+from sparse_vlm.distill.recipes import get_recipe
 
 
 def test_macs_are_those_of_the_papers() -> None:

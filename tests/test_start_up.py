@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from start_up import measure
 
-from sparse_vlm.bench.start_up import measure
 from sparse_vlm.errors import UserError
 
 HOSTS = {"transformers", "timm", "open_clip", "peft", "torchvision"}

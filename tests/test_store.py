@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sparse_vlm import store
 from sparse_vlm.errors import UserError
-from sparse_vlm.store import FileSpec
+from sparse_vlm.hub import store
+from sparse_vlm.hub.store import FileSpec
 
 WEIGHTS = b"weights" * 1000
 NOTES = b"notes"

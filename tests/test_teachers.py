@@ -19,11 +19,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sparse_vlm import SparseFormer
+from sparse_vlm.distill.inherit import inherit, plan
+from sparse_vlm.distill.recipes import RECIPES, Recipe
 from sparse_vlm.errors import UserError
-from sparse_vlm.inherit import inherit, plan
-from sparse_vlm.recipes import RECIPES, Recipe
-from sparse_vlm.teacher import Teacher, TeacherError, is_teacher, load_teacher, open_clip_vit, split_tag, timm_vit, transformers_vit
-from sparse_vlm.teacher.load import OPEN_CLIP_READERS, stated_licence
+from sparse_vlm.teachers import Teacher, TeacherError, is_teacher, load_teacher, open_clip_vit, split_tag, timm_vit, transformers_vit
+from sparse_vlm.teachers.load import OPEN_CLIP_READERS, stated_licence
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.text import TEXT_TOWERS, TextEncoder
+from sparse_vlm.teachers.text import TEXT_TOWERS, TextEncoder
 
 TEXTS = ["a dog runs", "the cat sat on the mat and the dog ran", "  a   cat\nran &amp; sat ", "a " * 40]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "cat", "dog", "mat", "sat", "ran", "runs", "on", "and", "&", ";", "amp"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import grid_rois, roi_average_weights, sample_bilinear
+from sparse_vlm.roi import grid_rois, roi_average_weights, sample_bilinear
 from sparse_vlm.tower import GlanceConfig, UnitConfig
 from sparse_vlm.tower.config import PUBLISHED
 from sparse_vlm.tower.cost import count_macs

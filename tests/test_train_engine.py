@@ -12,11 +12,12 @@ from tiny_vlm import ask, picture, save_llm, save_tower
 from transformers import TrainerState
 
 from sparse_vlm.cli.train import train as train_command
-from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.conversations import Talk
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.data.samples import TokenBank, arrange, build_samples
-from sparse_vlm.data.talks import Talk
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
+from sparse_vlm.hub.zoo import describe_folder
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.train.cost import token_cost
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
@@ -27,7 +28,6 @@ from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import assistant, user
 from sparse_vlm.vlm.quantize import quantization
 from sparse_vlm.vlm.tree import collate, is_chain, merge, target_log_probs
-from sparse_vlm.zoo import describe_folder
 
 COLOURS = ("red", "blue", "green", "yellow")
 LEARNS = Stage(lr_projector=1e-2, lr_lora=1e-2, lr_full=1e-2, lr_tower_lora=1e-2, lr_tower_full=1e-3, batch_size=4)

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bootstrap_speed as speed
 import pytest
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.train import speed
 
 FAULTS = """
 import resource, sys, torch
-from sparse_vlm.devices import keep_freed_memory
+from sparse_vlm.utils.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 seen = []
@@ -39,7 +39,7 @@ def test_kept_memory_is_not_cleared_again() -> None:
 
 RESIDENT = """
 import os, torch
-from sparse_vlm.devices import give_back_if_scarce, keep_freed_memory
+from sparse_vlm.utils.devices import give_back_if_scarce, keep_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 keep_freed_memory()

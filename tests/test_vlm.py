@@ -13,11 +13,11 @@ import torch
 from tiny_vlm import ask, picture, save_llm, save_tower, stir, tower_config
 
 from sparse_vlm.cli.train import train as train_command
-from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.conversations import MIXES, Talk, clean_caption, photo_talks
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.data.samples import TokenBank, arrange, build_samples
-from sparse_vlm.data.talks import MIXES, Talk, clean_caption, photo_talks
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.tower import SparseFormer, UnitConfig
 from sparse_vlm.train.vlm import STAGES, Stage, prepare, train
 from sparse_vlm.vlm import VLM

@@ -15,9 +15,9 @@ from tiny_vlm import ask, photo, save_llm, save_tower, save_whole_tower, stir, w
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 from sparse_vlm import VLM, SparseFormer
-from sparse_vlm.geometry import sizes_on
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Inputs, Preprocessor, lay_out, preprocess, resize_and_crop
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import Inputs, Preprocessor, lay_out, preprocess, resize_and_crop
+from sparse_vlm.roi import sizes_on
 
 SHAPES = [(90, 60), (40, 96), (200, 30), (1, 2000), (8, 8), (300, 300), (1000, 100)]  # (width, height)
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}  # canvases of other sizes round coordinates otherwise
@@ -260,7 +260,7 @@ def test_a_folder_of_stock_llava_says_what_the_vlm_says(vlm: VLM, tmp_path: Path
 
 @torch.no_grad()
 def test_auto_model_takes_what_the_image_processor_gives(tower: SparseFormer, tmp_path: Path) -> None:
-    from sparse_vlm.hosts.transformers import SparseFormerBackbone, SparseFormerHostModel, SparseFormerImageProcessor
+    from sparse_vlm.hf.model import SparseFormerBackbone, SparseFormerHostModel, SparseFormerImageProcessor
 
     SparseFormerHostModel.wrap(tower).save_pretrained(tmp_path)
     SparseFormerImageProcessor.of(tower.config).save_pretrained(tmp_path)

@@ -14,8 +14,8 @@ from tiny_vlm import photo, save_llm, save_tower, save_whole_tower, stir, whole_
 
 from sparse_vlm import VLM, SparseFormer
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Inputs, Preprocessor
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import Inputs, Preprocessor
 
 SHAPES = [(90, 60), (40, 96), (1000, 100)]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -119,7 +119,7 @@ def test_the_benchmark_gives_a_tower_of_whole_images_its_whole_canvas(folder: st
 
 
 def test_look_shows_cells_on_the_whole_photo(tower: SparseFormer) -> None:
-    from sparse_vlm.look import follow
+    from sparse_vlm.tower.visualize import follow
 
     shown = photo(300, 100)
     gaze = follow(tower, shown)
@@ -133,7 +133,7 @@ def test_look_shows_cells_on_the_whole_photo(tower: SparseFormer) -> None:
 
 
 def test_the_original_llava_hands_on_squares_from_which_the_tower_tells_sizes(folder: str, tower: SparseFormer) -> None:
-    from sparse_vlm.hosts.llava_tower import SparseFormerVisionTower
+    from sparse_vlm.integrations.llava_tower import SparseFormerVisionTower
 
     host = SparseFormerVisionTower(f"sparse-vlm:{folder}", SimpleNamespace(mm_vision_select_layer=-1))
     images = [photo(*size, seed=number) for number, size in enumerate(SHAPES)]
@@ -157,7 +157,7 @@ def test_open_clip_takes_whole_images(tower: SparseFormer) -> None:
 
 def test_timm_takes_whole_images(tower: SparseFormer) -> None:
     pytest.importorskip("timm", reason="a host that is not installed")
-    from sparse_vlm.hosts.timm import Entry, SparseFormerClassifier
+    from sparse_vlm.integrations.timm import Entry, SparseFormerClassifier
 
     config = replace(whole_config(), num_latent_tokens=9)
     model = SparseFormerClassifier(config).eval()

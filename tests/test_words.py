@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_vlm import picture, save_llm, save_tower
 
-from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.conversations import Talk
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.data.samples import build_samples
-from sparse_vlm.data.talks import Talk
 from sparse_vlm.data.words import words_about
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.train import words as learning
 from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.vlm import STAGES, prepare, train

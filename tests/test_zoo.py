@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparse_vlm import store, zoo
 from sparse_vlm.errors import UserError
+from sparse_vlm.hub import store, zoo
 
 CARD = "# new\n\n" + "\n".join(f"## {section}\n\nsomething\n" for section in zoo.CARD_SECTIONS[True])
 

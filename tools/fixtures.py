@@ -27,7 +27,7 @@ def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     """Append a file to a tar."""
-    from sparse_vlm.remote import add_member
+    from sparse_vlm.images.remote import add_member
 
     add_member(archive, name, data)
 
@@ -69,7 +69,7 @@ def asked(i: int) -> dict[str, Any]:
 
 def write_noise(folder: Path, count: int) -> None:
     """Pictures of noise, a few of which a bootstrap holds out."""
-    from sparse_vlm.photos import Photo
+    from sparse_vlm.images.photos import Photo
     from sparse_vlm.train.lessons import held_out
 
     folder.mkdir()

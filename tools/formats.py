@@ -86,8 +86,8 @@ def _save_pictures(suffix: str, kinds: dict[str, dict[str, Any]]) -> Callable[[P
 def read_pictures(folder: Path) -> Any:
     """As a picture that is shown, and as a photo that is learnt from, cropped and whole; each file may be refused for itself."""
     from sparse_vlm.errors import UserError
-    from sparse_vlm.photos import PhotoSet, load_image
-    from sparse_vlm.preprocess import Preprocessor
+    from sparse_vlm.images.photos import PhotoSet, load_image
+    from sparse_vlm.images.preprocess import Preprocessor
 
     refused = None
     for path in sorted(folder.iterdir()):
@@ -104,10 +104,10 @@ def read_pictures(folder: Path) -> Any:
 
 def read_tar(folder: Path) -> Any:
     """Photos with what is said about them, as stage `instruct` learns from them."""
-    from sparse_vlm.data.talks import MIXES, photo_talks
+    from sparse_vlm.data.conversations import MIXES, photo_talks
     from sparse_vlm.errors import UserError
-    from sparse_vlm.photos import PhotoSet
-    from sparse_vlm.preprocess import load_crop, preprocess
+    from sparse_vlm.images.photos import PhotoSet
+    from sparse_vlm.images.preprocess import load_crop, preprocess
 
     photos = PhotoSet(str(folder / "photos.tar"))
     refused = None
@@ -238,7 +238,7 @@ def _make_text(folder: Path) -> None:
     from tiny_vlm import save_tokenizer
     from transformers import BertConfig, BertModel
 
-    from sparse_vlm.text import TextConfig, TextEncoder
+    from sparse_vlm.teachers.text import TextConfig, TextEncoder
 
     save_tokenizer(folder / "text-tower")
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def _make_text(folder: Path) -> None:
 
 def read_text(folder: Path) -> Any:
     """Load it and read a sentence."""
-    from sparse_vlm.text import TextEncoder
+    from sparse_vlm.teachers.text import TextEncoder
 
     return TextEncoder.from_pretrained(folder / "text").encode(["a red wall"])
 
@@ -278,7 +278,7 @@ def _make_vit(folder: Path) -> None:
 
 def ask_teacher(name: str) -> Any:
     """Load a teacher and show it a picture."""
-    from sparse_vlm.teacher import load_teacher
+    from sparse_vlm.teachers import load_teacher
 
     teacher = load_teacher(name)
     side = teacher.spec.image_size
@@ -373,7 +373,7 @@ def read_reports(folder: Path) -> None:
 
 
 def _make_zoo(folder: Path) -> None:
-    from sparse_vlm.store import zoo_folder
+    from sparse_vlm.hub.store import zoo_folder
 
     (folder / "home").mkdir()
     shutil.copytree(
@@ -388,7 +388,7 @@ def _make_zoo(folder: Path) -> None:
 
 def read_zoo(folder: Path) -> None:
     """By `zoo list` and `zoo show`."""
-    from sparse_vlm import store
+    from sparse_vlm.hub import store
 
     os.environ["SPARSE_VLM_HOME"] = str(folder / "home")
     store.zoo_folder = lambda: folder / "zoo"
@@ -417,7 +417,7 @@ def _make_ratios(folder: Path) -> None:
 
 def read_ratios(folder: Path) -> Any:
     """As `make bench` reads it."""
-    from sparse_vlm.bench.guard import bound, read
+    from guard_ratios import bound, read
 
     for machine in read(folder / "ratios.json")["machines"].values():
         for name in {name for run in machine["runs"] for name in run}:

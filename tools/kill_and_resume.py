@@ -158,8 +158,8 @@ OPTIONAL = tuple(name for name in SCENARIOS if name.startswith("deepspeed"))  # 
 
 def _run(folder: Path, own: Path, arguments: list[str]) -> None:
     """In a process of its own: what the command does; ends the process."""
-    from sparse_vlm import store
     from sparse_vlm.cli import main
+    from sparse_vlm.hub import store
 
     (own / "tmp").mkdir(parents=True, exist_ok=True)
     os.environ.update(SPARSE_VLM_HOME=str(own / "home"), TMPDIR=str(own / "tmp"), PIP_FIND_LINKS=str(folder / "wheels"))

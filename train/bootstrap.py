@@ -26,19 +26,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import compiling, few_tokens, native_dtype, own_device, rank
 from sparse_vlm.distill.cache import TeacherCache
+from sparse_vlm.distill.inherit import Row
 from sparse_vlm.distill.live import LiveTeacher
-from sparse_vlm.distill.objective import Distillation, parameter_groups, update_average
+from sparse_vlm.distill.loss import Distillation, parameter_groups, update_average
+from sparse_vlm.distill.recipes import Recipe
 from sparse_vlm.distill.resident import ResidentPhotos
 from sparse_vlm.distill.shrink import shrink
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import aside, write_text
-from sparse_vlm.inherit import Row
-from sparse_vlm.photos import PhotoError
-from sparse_vlm.recipes import Recipe
-from sparse_vlm.teacher import Teacher
+from sparse_vlm.images.photos import PhotoError
+from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.lessons import CachedViews, LiveViews, ResidentViews, Show, gather, held_out, lessons_now, live_statistics
 from sparse_vlm.train.progress import ProgressLine
@@ -58,6 +56,8 @@ from sparse_vlm.train.run import (
     of_all_processes,
 )
 from sparse_vlm.train.zero import announce, whole, with_sizes
+from sparse_vlm.utils.devices import compiling, few_tokens, native_dtype, own_device, rank
+from sparse_vlm.utils.files import aside, write_text
 
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes

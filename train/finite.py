@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import rank
 from sparse_vlm.errors import UserError
 from sparse_vlm.train.run import of_all_processes
+from sparse_vlm.utils.devices import rank
 
 NAMED = 8  # samples a line names at most
 

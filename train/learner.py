@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from sparse_vlm.data.pictures import blank, broken
+from sparse_vlm.data.bad_images import blank, broken
 from sparse_vlm.data.samples import Sample, TokenBank
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo
-from sparse_vlm.preprocess import Inputs, Preprocessor
+from sparse_vlm.images.photos import Photo
+from sparse_vlm.images.preprocess import Inputs, Preprocessor
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.parts import FLASH, SDPA, Group

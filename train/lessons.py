@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sparse_vlm.devices import rank
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
-from sparse_vlm.distill.objective import Statistics
+from sparse_vlm.distill.loss import Statistics
 from sparse_vlm.distill.resident import ResidentPhotos, part_shown
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.preprocess import lay_out
+from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.preprocess import lay_out
+from sparse_vlm.utils.devices import rank
 
 HELD_OUT_ONE_IN = 100
 AT_MOST = 512  # photos to evaluate on, where the teacher is asked for them at the start of every run

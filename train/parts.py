@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.utils.devices import native_dtype
 from sparse_vlm.vlm import VLM
 
 

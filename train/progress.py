@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainingArguments
 
-from sparse_vlm.devices import rank
+from sparse_vlm.utils.devices import rank
 
 SECONDS_BETWEEN_LINES = 30.0
 

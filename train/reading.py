@@ -14,7 +14,7 @@ import random
 import torch
 from torch import Tensor
 
-from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 

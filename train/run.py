@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sparse_vlm.data.pictures import DECISIONS
-from sparse_vlm.devices import give_back_if_scarce, rank, world_size
+from sparse_vlm.data.bad_images import DECISIONS
 from sparse_vlm.errors import UserError, about, printable
-from sparse_vlm.files import locked, write_text
 from sparse_vlm.train.zero import processes_without_gpu
+from sparse_vlm.utils.devices import give_back_if_scarce, rank, world_size
+from sparse_vlm.utils.files import locked, write_text
 
 T = TypeVar("T")
 SETTINGS, HISTORY = "settings.json", "training.json"  # of a run: written when it begins, and when it is complete

@@ -27,9 +27,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from sparse_vlm.data.samples import Sample, TokenBank
-from sparse_vlm.devices import few_tokens, rank, world_size
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import aside, write_text
 from sparse_vlm.train.finite import FiniteSteps
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
 from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
@@ -51,6 +49,8 @@ from sparse_vlm.train.run import (
     reporters,
 )
 from sparse_vlm.train.zero import announce, gathered, shares_weights, with_sizes
+from sparse_vlm.utils.devices import few_tokens, rank, world_size
+from sparse_vlm.utils.files import aside, write_text
 from sparse_vlm.vlm import VLM
 
 __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "prepare", "train", "write_history"]

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.data.corpus import Corpus
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.data.samples import TokenBank
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_vlm.devices import native_dtype, own_device, rank
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower.modules import Glance
+from sparse_vlm.tower.layers import Glance
+from sparse_vlm.utils.devices import native_dtype, own_device, rank
 
 
 def _config(stage: int, offload: bool = False) -> dict[str, Any]:

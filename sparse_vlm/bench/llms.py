@@ -112,9 +112,9 @@ def plan_llm(name: str) -> LLMPlan:
     Raises:
         UserError: no such LLM.
     """
-    from sparse_vlm.llm import load_tokenizer
-    from sparse_vlm.pretrained import as_user_error
-    from sparse_vlm.store import locate
+    from sparse_vlm.hub.pretrained import as_user_error
+    from sparse_vlm.hub.store import locate
+    from sparse_vlm.vlm.llm import load_tokenizer
 
     if name in SHAPES:
         return LLMPlan(name, SHAPES[name].summary, SHAPES[name].config(), trained=False)
@@ -144,7 +144,7 @@ class Language:
     def __init__(self, plan: LLMPlan, dtype: torch.dtype, device: torch.device, taken: int = 0, memory: int | None = None) -> None:
         from transformers import AutoModelForCausalLM
 
-        from sparse_vlm.llm import load_llm
+        from sparse_vlm.vlm.llm import load_llm
 
         self.plan, self.device, self.dtype = plan, device, dtype
         self.parameters = plan.parameters

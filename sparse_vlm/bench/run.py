@@ -28,11 +28,11 @@ from sparse_vlm.bench.serving import serving
 from sparse_vlm.bench.summary import requests, saturation
 from sparse_vlm.bench.turns import FEWEST, WARM_UP, Piece, take_turns
 from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
-from sparse_vlm.devices import compiling
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import decode_image, load_image
-from sparse_vlm.preprocess import Inputs
+from sparse_vlm.images.photos import decode_image, load_image
+from sparse_vlm.images.preprocess import Inputs
 from sparse_vlm.tower.cost import Work
+from sparse_vlm.utils.devices import compiling
 
 FORMAT = "sparse-vlm/bench/1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

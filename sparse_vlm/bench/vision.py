@@ -3,7 +3,7 @@
 Shape legend: B pictures, M tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
 
 Notable: a model is named `TOWER` or `TOWER+KIND`: a tower of the zoo or a folder, a rival, or a teacher's name; KIND is one of
-`sparse_vlm.projectors`, or a pruner. Rivals are built from their published dimensions with random weights, because a time does not depend
+`sparse_vlm.vlm.projectors`, or a pruner. Rivals are built from their published dimensions with random weights, because time does not depend
 on them, as our own class: a ViT is a tower with a token a patch and no looks, exactly (the recipe `vit`). What is timed ends with the
 tokens that a language model is given; the embedding that zero-shot classification reads is left out of times and counts.
 """
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from sparse_vlm.bench.pruner import PRUNERS
 from sparse_vlm.bench.summary import prepared_as
+from sparse_vlm.distill.recipes import get_recipe
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import serves_budgets
-from sparse_vlm.preprocess import Inputs, Preprocessor
-from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
-from sparse_vlm.recipes import get_recipe
-from sparse_vlm.store import locate
-from sparse_vlm.teacher import TeacherSpec, is_teacher, load_teacher
-from sparse_vlm.teacher.published import clip_vit
+from sparse_vlm.hub.store import locate
+from sparse_vlm.images.preprocess import Inputs, Preprocessor
+from sparse_vlm.teachers import TeacherSpec, is_teacher, load_teacher
+from sparse_vlm.teachers.published import clip_vit
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 from sparse_vlm.tower.config import HALF
 from sparse_vlm.tower.cost import Work, count_work, vit_work
+from sparse_vlm.vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,12 @@ def bench(
     with progress.status("starting") if progress.is_terminal else nullcontext():
         import torch
 
-        from sparse_vlm.bench.report import as_tables, notes, save
         from sparse_vlm.bench.run import Bench, Settings
         from sparse_vlm.bench.vision import BOX
         from sparse_vlm.cli.progress import counting, for_people
-        from sparse_vlm.devices import native_dtype, own_device
-        from sparse_vlm.files import locked, write_json
+        from sparse_vlm.report.tables import as_tables, notes, save
+        from sparse_vlm.utils.devices import native_dtype, own_device
+        from sparse_vlm.utils.files import locked, write_json
 
         if threads:
             torch.set_num_threads(threads)

@@ -66,19 +66,19 @@ def bootstrap(
     import torch
 
     from sparse_vlm.cli.progress import check_teacher, counting, fetching, for_people
-    from sparse_vlm.devices import own_device, rank, use_processors
     from sparse_vlm.distill.cache import TeacherCache
+    from sparse_vlm.distill.inherit import begin_from, inherit
+    from sparse_vlm.distill.recipes import changed, get_recipe
     from sparse_vlm.distill.resident import ResidentPhotos
     from sparse_vlm.distill.views import ViewSet
     from sparse_vlm.errors import UserError
-    from sparse_vlm.inherit import begin_from, inherit
-    from sparse_vlm.photos import PhotoSet
-    from sparse_vlm.recipes import changed, get_recipe
-    from sparse_vlm.store import locate, sha256
-    from sparse_vlm.teacher import load_teacher
+    from sparse_vlm.hub.store import locate, sha256
+    from sparse_vlm.images.photos import PhotoSet
+    from sparse_vlm.teachers import load_teacher
     from sparse_vlm.tower import SparseFormer
     from sparse_vlm.tower.cost import count_macs, vit_macs
     from sparse_vlm.train.zero import find_config, shares_weights
+    from sparse_vlm.utils.devices import own_device, rank, use_processors
 
     # of the processes that torchrun starts, one fills the cache and speaks
     first = rank() == 0

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.text import Text
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import photo_of
-from sparse_vlm.store import locate
+from sparse_vlm.hub.store import locate
+from sparse_vlm.images.photos import photo_of
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm.chat import Answer, Conversation, Picture
@@ -81,7 +81,7 @@ def _load(model: str, images: Sequence[Path], tokens: int | None, max_new_tokens
     _silence_libraries()
     import torch
 
-    from sparse_vlm.preprocess import Preprocessor
+    from sparse_vlm.images.preprocess import Preprocessor
     from sparse_vlm.vlm import VLM
     from sparse_vlm.vlm.chat import Conversation, Picture
 
@@ -281,7 +281,7 @@ class Session:
         self.commands[command](rest.strip())
 
     def _image(self, rest: str) -> None:
-        from sparse_vlm.preprocess import Preprocessor
+        from sparse_vlm.images.preprocess import Preprocessor
         from sparse_vlm.vlm.chat import Picture
 
         if not rest:

@@ -46,8 +46,8 @@ def check_data(
 
     from sparse_vlm.cli.progress import counting, fetching, reading
     from sparse_vlm.data.check import Checker
-    from sparse_vlm.data.corpus import files_of, photos_of
-    from sparse_vlm.data.talks import MIXES
+    from sparse_vlm.data.conversations import MIXES
+    from sparse_vlm.data.dataset import files_of, photos_of
     from sparse_vlm.vlm.reader import parts_of, renderer_of
 
     progress = Console(stderr=True, highlight=False, soft_wrap=True)

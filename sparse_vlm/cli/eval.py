@@ -62,10 +62,10 @@ def eval(
         raise UserError("--tasks is empty; name at least one task")
     if teacher is not None:
         check_teacher(teacher)
-    from sparse_vlm.devices import use_processors
     from sparse_vlm.eval.report import as_json, as_tables, save
     from sparse_vlm.eval.run import evaluate
-    from sparse_vlm.files import locked, write_json
+    from sparse_vlm.utils.devices import use_processors
+    from sparse_vlm.utils.files import locked, write_json
 
     use_processors(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from sparse_vlm.errors import printable
-from sparse_vlm.photos import load_image
-from sparse_vlm.store import locate
+from sparse_vlm.hub.store import locate
+from sparse_vlm.images.photos import load_image
 
 
 def look(
@@ -30,8 +30,8 @@ def look(
     picture = load_image(photo)
     folder = locate(model, kind="tower")
 
-    from sparse_vlm.look import draw, follow, save_figure
     from sparse_vlm.tower import SparseFormer
+    from sparse_vlm.tower.visualize import draw, follow, save_figure
 
     gaze = follow(SparseFormer.from_pretrained(folder, num_tokens=tokens), picture)
     if out is None and not as_json:

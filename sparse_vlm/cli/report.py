@@ -45,13 +45,13 @@ def report(
     """Draw accuracy against cost, and write one page on what changes if a tower is replaced."""
     if out.is_file():
         raise UserError(f"--out {out}: is a file; name a folder")
-    from sparse_vlm.bench.comparison import Subject
-    from sparse_vlm.bench.entries import choose_case, find_entry, make_entries, read_bench
-    from sparse_vlm.bench.frontier import draw
-    from sparse_vlm.bench.page import render
-    from sparse_vlm.bench.quality import read_quality
-    from sparse_vlm.bench.remarks import unmeasured, verdicts, warnings
-    from sparse_vlm.files import locked, write_text
+    from sparse_vlm.report.comparison import Subject
+    from sparse_vlm.report.frontier import draw
+    from sparse_vlm.report.notes import unmeasured, verdicts, warnings
+    from sparse_vlm.report.page import render
+    from sparse_vlm.report.quality import read_quality
+    from sparse_vlm.report.records import choose_case, find_entry, make_entries, read_bench
+    from sparse_vlm.utils.files import locked, write_text
 
     document = read_bench(bench)
     quality = read_quality(eval or [])

@@ -95,14 +95,10 @@ def train(
     from contextlib import nullcontext
 
     from sparse_vlm.cli.progress import counting, plain_console
-    from sparse_vlm.data.pictures import ON_BAD_IMAGE
+    from sparse_vlm.data.bad_images import ON_BAD_IMAGE
     from sparse_vlm.data.samples import TokenBank, arrange, build_samples
     from sparse_vlm.data.words import words_about
-    from sparse_vlm.devices import own_device, use_processors
-    from sparse_vlm.devices import rank as process_rank
     from sparse_vlm.errors import UserError
-    from sparse_vlm.files import locked
-    from sparse_vlm.projectors import MLP
     from sparse_vlm.train import vlm as training
     from sparse_vlm.train.learner import LivePictures
     from sparse_vlm.train.parts import choose_attention
@@ -110,7 +106,11 @@ def train(
     from sparse_vlm.train.run import check_reporters, finished, marked_checkpoints
     from sparse_vlm.train.words import say_words, words_of
     from sparse_vlm.train.zero import find_config
+    from sparse_vlm.utils.devices import own_device, use_processors
+    from sparse_vlm.utils.devices import rank as process_rank
+    from sparse_vlm.utils.files import locked
     from sparse_vlm.vlm import VLM
+    from sparse_vlm.vlm.projectors import MLP
 
     if keep_projector and not (init and tower):
         raise UserError("--keep-projector: says what becomes of the model's projector under another tower; give --init and --tower")
@@ -248,9 +248,9 @@ def _talks(console: Any, data: list[str], images: Path | None, stage: str, epoch
     from functools import partial
 
     from sparse_vlm.cli.progress import fetching, reading
-    from sparse_vlm.data.corpus import files_of, photos_of, read_corpus
+    from sparse_vlm.data.conversations import MIXES
+    from sparse_vlm.data.dataset import files_of, photos_of, read_corpus
     from sparse_vlm.data.llava import LlavaFile
-    from sparse_vlm.data.talks import MIXES
 
     with fetching(console) as on_fetched:
         photos = photos_of(data, on_fetched)
@@ -268,7 +268,7 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
         The samples that remain, and the pictures that cannot be used.
     """
     from sparse_vlm.cli.progress import counting
-    from sparse_vlm.data.pictures import DECISIONS, settle
+    from sparse_vlm.data.bad_images import DECISIONS, settle
     from sparse_vlm.errors import UserError
 
     def look(wanted: Any, on_bad: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from sparse_vlm import store
-from sparse_vlm import zoo as models
 from sparse_vlm.cli.progress import readable
 from sparse_vlm.errors import printable
+from sparse_vlm.hub import store
+from sparse_vlm.hub import zoo as models
 
 zoo = typer.Typer(help="List, show and fetch models.", no_args_is_help=True, add_completion=False)
 

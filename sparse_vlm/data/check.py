@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sparse_vlm.data.corpus import Corpus, read_corpus
+from sparse_vlm.data.bad_images import absent, broken
+from sparse_vlm.data.conversations import Mix
+from sparse_vlm.data.dataset import Corpus, read_corpus
 from sparse_vlm.data.llava import MISTAKES, LlavaFile, Mistake
-from sparse_vlm.data.pictures import absent, broken
 from sparse_vlm.data.records import Record
 from sparse_vlm.data.samples import longest_of, render
-from sparse_vlm.data.talks import Mix
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo, PhotoError
+from sparse_vlm.images.photos import Photo, PhotoError
 from sparse_vlm.vlm.prompts import Renderer
 
 _BAD_IMAGE = "or train with --on-bad-image skip or blank"

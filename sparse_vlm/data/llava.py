@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_vlm.data.conversations import Talk
 from sparse_vlm.data.records import Record, read_at, scan
-from sparse_vlm.data.talks import Talk
-from sparse_vlm.documents import whole
 from sparse_vlm.errors import UserError, printable
-from sparse_vlm.photos import Photo, file_size
+from sparse_vlm.images.photos import Photo, file_size
+from sparse_vlm.utils.documents import whole
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message
 
 # what a turn's "from" may be, and what that is in a chat template

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sparse_vlm.documents import DECODER, ERRORS, LFS, NOT_FETCHED, parse_json, why_not
 from sparse_vlm.errors import UserError
+from sparse_vlm.utils.documents import DECODER, ERRORS, LFS, NOT_FETCHED, parse_json, why_not
 
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINES)

@@ -28,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_vlm.data.corpus import Corpus
-from sparse_vlm.data.pictures import blank
-from sparse_vlm.data.talks import Talk
+from sparse_vlm.data.bad_images import blank
+from sparse_vlm.data.conversations import Talk
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.errors import UserError
-from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.preprocess import OVERSAMPLING, Preprocessor
+from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.preprocess import OVERSAMPLING, Preprocessor
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm.prompts import Renderer, text_of
 from sparse_vlm.vlm.tree import TokenTree, merge

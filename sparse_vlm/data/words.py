@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from sparse_vlm.data.corpus import Corpus
-from sparse_vlm.data.talks import SHORT_ANSWER, Talk
+from sparse_vlm.data.conversations import SHORT_ANSWER, Talk
+from sparse_vlm.data.dataset import Corpus
 from sparse_vlm.vlm.prompts import text_of
 
 # words that name nothing one could see, those of our questions among them

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from sparse_vlm.distill.live import LiveTeacher
-from sparse_vlm.distill.objective import Statistics
+from sparse_vlm.distill.loss import Statistics
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError, about
-from sparse_vlm.files import aside, locked, reserve, write_text
-from sparse_vlm.geometry import roi_average_weights
-from sparse_vlm.photos import Photo, PhotoError
-from sparse_vlm.teacher import Teacher
+from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.roi import roi_average_weights
+from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower.config import Fit
+from sparse_vlm.utils.files import aside, locked, reserve, write_text
 
 DTYPES: dict[str, type] = {"embeds": np.float16, "patches": np.float16, "sums": np.uint32}  # of the arrays of a view
 

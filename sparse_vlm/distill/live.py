@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.devices import native_dtype
-from sparse_vlm.geometry import roi_average_weights
-from sparse_vlm.preprocess import normalize
-from sparse_vlm.teacher import Teacher
+from sparse_vlm.images.preprocess import normalize
+from sparse_vlm.roi import roi_average_weights
+from sparse_vlm.teachers import Teacher
+from sparse_vlm.utils.devices import native_dtype
 
 
 class PatchProduct(nn.Module):

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.devices import free_memory, world_size
 from sparse_vlm.distill.views import ViewSet, choose_crop
 from sparse_vlm.errors import UserError
-from sparse_vlm.geometry import crop_boxes
-from sparse_vlm.photos import PhotoError
-from sparse_vlm.preprocess import to_uint8
+from sparse_vlm.images.photos import PhotoError
+from sparse_vlm.images.preprocess import to_uint8
+from sparse_vlm.roi import crop_boxes
+from sparse_vlm.utils.devices import free_memory, world_size
 
 FINER = 10 / 7  # kept pixels of a side for one of a view's
 SAMPLES = 2  # a side, that a view's pixel is the mean of: as many as the whole of a kept photo asks for

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_vlm.geometry import grid_rois, roi_average_weights
+from sparse_vlm.roi import grid_rois, roi_average_weights
 
 LONGER_SIDE = (36, 176)  # of a view that is shown small, in pixels
 BLURRED = 14  # pixels a side to which another view is scaled before it is a background: no thing can be told in it

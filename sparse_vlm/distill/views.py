@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.devices import world_size
-from sparse_vlm.photos import Box, Photo
-from sparse_vlm.preprocess import resize_and_crop, to_uint8
+from sparse_vlm.images.photos import Box, Photo
+from sparse_vlm.images.preprocess import resize_and_crop, to_uint8
 from sparse_vlm.tower.config import Fit
+from sparse_vlm.utils.devices import world_size
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.preprocess import Preprocessor
+from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 
 # Of an element, absolute and relative; bfloat16 has 8 bits, and another kernel may sum in another order.

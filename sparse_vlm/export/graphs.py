@@ -77,7 +77,7 @@ class TorchExportTower(TowerExporter):
         return f"""\
 import torch
 from sparse_vlm import load_image
-from sparse_vlm.preprocess import Preprocessor
+from sparse_vlm.images.preprocess import Preprocessor
 
 tower = torch.export.load("model.pt2").module()
 prepare = Preprocessor({c.image_size}, {tuple(c.image_mean)}, {tuple(c.image_std)}, "{c.fit}")

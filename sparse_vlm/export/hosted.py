@@ -20,10 +20,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.export.exporter import TOLERANCE, Comparison, Exporter, TowerExporter, compared
-from sparse_vlm.files import write_text
-from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor
-from sparse_vlm.projectors import MLP
+from sparse_vlm.hf.model import SparseFormerHostModel, SparseFormerImageProcessor
+from sparse_vlm.utils.files import write_text
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.projectors import MLP
 
 QUESTION = "What is in this picture?"
 NEW_TOKENS = 24  # of an answer that is compared

@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sparse_vlm import __version__, store
+from sparse_vlm import __version__
 from sparse_vlm.errors import UserError, about
 from sparse_vlm.export.formats import choose
 from sparse_vlm.export.source import find
-from sparse_vlm.files import aside_prefix, sweep, write_text
-from sparse_vlm.photos import load_image
+from sparse_vlm.hub import store
+from sparse_vlm.images.photos import load_image
+from sparse_vlm.utils.files import aside_prefix, sweep, write_text
 
 FORMAT = "sparse-vlm/export/1"
 DESCRIPTION = "export.json"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm import store
 from sparse_vlm.errors import UserError
 from sparse_vlm.export.formats import KINDS
-from sparse_vlm.store import Entry
-from sparse_vlm.zoo import card
+from sparse_vlm.hub import store
+from sparse_vlm.hub.store import Entry
+from sparse_vlm.hub.zoo import card
 
 TOWER_FORMAT = "sparse-vlm/tower/"
 

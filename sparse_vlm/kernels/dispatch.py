@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_vlm.geometry import Padding
-from sparse_vlm.kernels.tiles import MAX_CHANNELS, MAX_POINTS
+from sparse_vlm.kernels.triton.tiles import MAX_CHANNELS, MAX_POINTS
+from sparse_vlm.roi import Padding
 
 Path = Literal["auto", "plain", "kernels"]
 VARIABLE = "SPARSE_VLM_KERNELS"
@@ -73,20 +73,20 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
 
 
 def compiled(dtype: torch.dtype, channels: int) -> bool:
-    """Whether a tower that is optimized for inference on a processor is to look by compiled functions (`sparse_vlm.kernels.native`).
+    """Whether a tower that is optimized for inference on a processor is to look by compiled functions (`sparse_vlm.kernels.cpu.native`).
 
     Args:
         dtype: of the tower.
         channels: C.
     """
-    from sparse_vlm.kernels import native
+    from sparse_vlm.kernels.cpu import native
 
     return _path == "auto" and native.usable(dtype, channels)
 
 
 def multiplies(weight: Tensor) -> bool:
-    """Whether a linear layer of few rows, whose weight (outer, inner) this is, is to be `sparse_vlm.kernels.native.Linear`."""
-    from sparse_vlm.kernels import native
+    """Whether a linear layer of few rows, whose weight (outer, inner) this is, is to be `sparse_vlm.kernels.cpu.native.Linear`."""
+    from sparse_vlm.kernels.cpu import native
 
     return _path == "auto" and weight.shape[1] % 2 == 0 and native.multiplies(weight.dtype)
 
@@ -216,11 +216,11 @@ def _absent(kind: str, index: int) -> str | None:
     elif kind != "cpu":
         return f"they do not run on {kind}"
     else:
-        from sparse_vlm.kernels.launch import INTERPRETED
+        from sparse_vlm.kernels.triton.launch import INTERPRETED
 
         if not INTERPRETED:
             return "on a CPU they need TRITON_INTERPRET=1 in the environment before triton is imported"
-    import sparse_vlm.kernels.ops  # noqa: F401
+    import sparse_vlm.kernels.triton.ops  # noqa: F401
 
     return None
 

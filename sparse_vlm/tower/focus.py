@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.geometry import crop_rois, grid_rois_for
+from sparse_vlm.roi import crop_rois, grid_rois_for
 from sparse_vlm.tower.config import FOCUS_MAP as MAP
 from sparse_vlm.tower.config import FOCUS_SCALES as SCALES
 from sparse_vlm.tower.config import FocusConfig

@@ -3,14 +3,14 @@
 Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C channels of the map, O points after mixing, d width,
 H x W pixels, p pixels a side of a patch.
 
-Notable: each part below says what the part of `sparse_vlm.tower.modules` that it stands for says, within rounding. What is folded:
+Notable: each part below says what the part of `sparse_vlm.tower.layers` that it stands for says, within rounding. What is folded:
 * Weights of linear layers are laid out once as products read them, instead of at every call, with an activation in the same pass.
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
 * Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
 * The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, and others by a compiled function,
   instead of being sampled one by one.
-* Looks, the map, cells, the focus, attention and products of few rows are `sparse_vlm.kernels.native`'s where there is a compiler: for one
-  picture, calling torch's many small operators takes longer than what they do, and libraries are made for more rows.
+* Sampling and mixing, the early convolution, cells, the focus, attention and products of few rows run in C++ where there is a compiler
+  (`sparse_vlm.kernels.cpu.native`): for one image, calling torch's many small operators takes longer than what they compute.
 Measured, with what did not help: docs/speed.md.
 """
 
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import kernels
-from sparse_vlm.geometry import (
+from sparse_vlm.kernels.cpu import native
+from sparse_vlm.roi import (
     Padding,
     adjust_rois,
     crop_level,
@@ -35,9 +36,8 @@ from sparse_vlm.geometry import (
     roi_average_weights,
     sample_bilinear,
 )
-from sparse_vlm.kernels import native
 from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
-from sparse_vlm.tower.modules import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents, plain
+from sparse_vlm.tower.layers import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents, plain
 from sparse_vlm.tower.packed import PackedLinear, pack
 
 if TYPE_CHECKING:

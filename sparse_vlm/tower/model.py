@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import aside, write_text
-from sparse_vlm.geometry import grid_rois, grid_rois_for, released_rois
+from sparse_vlm.roi import grid_rois, grid_rois_for, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig, read_config
 from sparse_vlm.tower.focus import Focus, area_bias
-from sparse_vlm.tower.modules import AttentionPool, EarlyConvolution, Glance, Unit, rows
+from sparse_vlm.tower.layers import AttentionPool, EarlyConvolution, Glance, Unit, rows
 from sparse_vlm.tower.released import check_names, load_strictly
+from sparse_vlm.utils.files import aside, write_text
 
 if TYPE_CHECKING:
-    from sparse_vlm.hosts.open_clip import OpenClipVisual
+    from sparse_vlm.tower.open_clip import OpenClipVisual
 
 
 class SparseFormerOutput(NamedTuple):
@@ -46,7 +46,7 @@ class SparseFormer(nn.Module):
 
     Args:
         config: what it is made of. Weights start as in the paper: looks and RoI adjusting with small random weights and zero-initialised
-            last layers for the RoIs; `sparse_vlm.inherit` fills in a teacher's.
+            last layers for the RoIs; `sparse_vlm.distill.inherit` fills in a teacher's.
     """
 
     def __init__(self, config: SparseFormerConfig) -> None:
@@ -278,7 +278,7 @@ class SparseFormer(nn.Module):
 
         Its weights are laid out for products of few rows, so afterwards it cannot be trained, saved, moved, converted, compiled or
         exported. The first time on a machine takes ten seconds in which its C++ compiler, if there is one, makes what
-        `sparse_vlm.kernels.native` calls. On another device, where there is nothing to fold, it is only put in eval mode.
+        `sparse_vlm.kernels.cpu.native` calls. On another device, where there is nothing to fold, it is only put in eval mode.
 
         Returns:
             Itself, in eval mode.
@@ -302,7 +302,7 @@ class SparseFormer(nn.Module):
         Raises:
             UserError: its text side has another embedding width, or its pictures are normalised otherwise.
         """
-        from sparse_vlm.hosts.open_clip import adapt
+        from sparse_vlm.tower.open_clip import adapt
 
         return adapt(self, model)
 
@@ -345,8 +345,8 @@ class SparseFormer(nn.Module):
         Raises:
             UserError: no such folder or name, not a tower, weights that do not fit, or a number of tokens that it was not made for.
         """
-        from sparse_vlm.store import locate
-        from sparse_vlm.weights import read_shapes, read_tensors
+        from sparse_vlm.hub.store import locate
+        from sparse_vlm.hub.weights import read_shapes, read_tensors
 
         folder = locate(name_or_path)
         config = read_config(folder, str(name_or_path))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import kernels
-from sparse_vlm.kernels import native
-from sparse_vlm.tower.modules import ACTIVATIONS
+from sparse_vlm.kernels.cpu import native
+from sparse_vlm.tower.layers import ACTIVATIONS
 
 if TYPE_CHECKING:
     from sparse_vlm.tower.config import Activation

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.pretrained import as_user_error, refuse_code
+from sparse_vlm.hub.pretrained import as_user_error, refuse_code
+from sparse_vlm.hub.weights import check_shapes, read_tensors
 from sparse_vlm.vlm.files import write_tensors
-from sparse_vlm.weights import check_shapes, read_tensors
 
 CONFIG = "adapter_config.json"
 MOST_RANK = 4096

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.files import aside
-from sparse_vlm.photos import photo_of
-from sparse_vlm.preprocess import Preprocessor
+from sparse_vlm.images.photos import photo_of
+from sparse_vlm.images.preprocess import Preprocessor
+from sparse_vlm.utils.files import aside
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -47,7 +47,7 @@ class Picture:
         """Read a file, decoding no more of it than a tower of this preprocessing sees.
 
         Raises:
-            PhotoError: as `photos.load_image`.
+            PhotoError: as `images.photos.load_image`.
         """
         started = time.perf_counter()
         draft = photo_of(path).draft(*preprocessor.at_least)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm import store
 from sparse_vlm.errors import UserError
-from sparse_vlm.projectors import MLP, PROJECTORS
+from sparse_vlm.hub import store
+from sparse_vlm.vlm.projectors import MLP, PROJECTORS
 
 FORMAT = "sparse-vlm/vlm/1"
 MOST = 1 << 20  # of any number that it holds
@@ -22,7 +22,7 @@ class Described:
     """What `vlm.json` says.
 
     Attributes:
-        tower, llm: names or folders, as `store.part_of` finds them.
+        tower, llm: names or folders, as `hub.store.part_of` finds them.
         shape: of the projector: `tokens`, `tower_width`, `llm_width`, and `kind` where it is not LLaVA's.
         num_tokens: tokens a picture, where their number was chosen.
         holds: what the folder holds of each part, by keys and values of `FATES`.

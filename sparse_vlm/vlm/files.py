@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_vlm.files import aside
+from sparse_vlm.utils.files import aside
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:

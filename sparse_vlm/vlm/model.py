@@ -3,7 +3,7 @@
 Shape legend: B pictures, M tokens of the tower, N tokens a picture in the LLM (M unless a projector reduces them), d width of the tower, D
 width of the LLM.
 On disk it is `vlm.json`, `projector.safetensors`, and what training changed in the LLM: PEFT's `adapter_config.json` and
-`adapter_model.safetensors`, or `llm.safetensors` after full training; in the tower: a folder `tower_adapter` of the same two files, or
+`adapter_model.safetensors`, or `vlm.llm.safetensors` after full training; in the tower: a folder `tower_adapter` of the same two files, or
 `tower.safetensors`. Tower and LLM are named, not copied. `vlm.json` says under `holds` which of these there are.
 
 Notable: `VLM.model` is the stock `LlavaForConditionalGeneration` and `VLM.processor` the stock `LlavaProcessor`; both save and load without
@@ -24,23 +24,23 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from sparse_vlm import store
-from sparse_vlm.devices import native_dtype
 from sparse_vlm.errors import UserError, naming
-from sparse_vlm.files import write_text
-from sparse_vlm.llm import load_llm
-from sparse_vlm.preprocess import Preprocessor
-from sparse_vlm.projectors import DEFAULT_TOKENS, MLP, Projector, make_projector
+from sparse_vlm.hub import store
+from sparse_vlm.hub.weights import check_shapes, read_tensors
+from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.utils.devices import native_dtype
+from sparse_vlm.utils.files import write_text
 from sparse_vlm.vlm import adapters
 from sparse_vlm.vlm.described import FORMAT, HELD, read
 from sparse_vlm.vlm.files import write_tensors
+from sparse_vlm.vlm.llm import load_llm
+from sparse_vlm.vlm.projectors import DEFAULT_TOKENS, MLP, Projector, make_projector
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message, Renderer, extend_template, images_of
 from sparse_vlm.vlm.quantize import keep_differentiable, quantization
 from sparse_vlm.vlm.scoring import Score, score
 from sparse_vlm.vlm.stream import Memory, Stream
 from sparse_vlm.vlm.vocabulary import check_llm, give_rows
-from sparse_vlm.weights import check_shapes, read_tensors
 
 TOWER_ADAPTER = "tower_adapter"  # PEFT's folder of the tower's
 # Where the parts' tensors stand in `VLM.model`, and the file of each. An LLM whose head is not its table of embeddings has that as well.
@@ -60,7 +60,7 @@ class VLM:
             when that has; else None.
         folded: the adapters of `llm` and `tower` that are, as they are saved.
         llm_changed, tower_changed: whether its own weights were trained and are saved with the model.
-        projector_kind: `mlp`, or which of `sparse_vlm.projectors`.
+        projector_kind: `mlp`, or which of `sparse_vlm.vlm.projectors`.
         quantized: `4bit` or `8bit` when the LLM's weights are held so, else None.
         new_projector: whether the projector has learnt nothing yet; whoever trains it by other means than ours sets it to False.
     """
@@ -86,7 +86,7 @@ class VLM:
 
     @property
     def projector(self) -> LlavaMultiModalProjector | Projector:
-        """From (B, M, d) to (B, N, D): LLaVA's two-layer MLP, or one of `sparse_vlm.projectors`."""
+        """From (B, M, d) to (B, N, D): LLaVA's two-layer MLP, or one of `sparse_vlm.vlm.projectors`."""
         return self.model.model.multi_modal_projector
 
     @property
@@ -121,12 +121,12 @@ class VLM:
             num_tokens: tokens a picture: latent tokens of a tower that serves several budgets, or what a projector reduces the tower's to
                 (`DEFAULT_TOKENS` unless given).
             quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes.
-            projector: `mlp`, LLaVA's own, or a kind of `sparse_vlm.projectors` that reduces the tower's tokens.
+            projector: `mlp`, LLaVA's own, or a kind of `sparse_vlm.vlm.projectors` that reduces the tower's tokens.
 
         Raises:
             UserError: either cannot be loaded, the tower was not made for that number of tokens, or there is no bitsandbytes.
         """
-        from sparse_vlm.hosts.transformers import SparseFormerHostModel, SparseFormerImageProcessor, processor_counts
+        from sparse_vlm.hf.model import SparseFormerHostModel, SparseFormerImageProcessor, processor_counts
 
         dtype = dtype or native_dtype(device)
         plain = projector == MLP

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparse_vlm import store
 from sparse_vlm.errors import UserError
-from sparse_vlm.llm import load_tokenizer
-from sparse_vlm.projectors import DEFAULT_TOKENS, MLP
+from sparse_vlm.hub import store
 from sparse_vlm.tower.config import read_config
 from sparse_vlm.vlm.described import read
+from sparse_vlm.vlm.llm import load_tokenizer
+from sparse_vlm.vlm.projectors import DEFAULT_TOKENS, MLP
 from sparse_vlm.vlm.prompts import Renderer, add_image_token, extend_template
 
 

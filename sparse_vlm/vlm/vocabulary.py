@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.pretrained import as_user_error
+from sparse_vlm.hub.pretrained import as_user_error
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, add_image_token
 
 if TYPE_CHECKING:

@@ -1,0 +1,122 @@
+"""Pictures that cannot be used: finding them before the first step, and what a run does about them, now and when it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from sparse_vlm.data.dataset import Corpus
+from sparse_vlm.errors import UserError
+from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.utils.documents import parse_json
+from sparse_vlm.utils.files import write_text
+
+ON_BAD_IMAGE = {
+    "raise": "stop and name the sample",
+    "skip": "leave the samples out that show it",
+    "blank": "show a grey picture in its place",
+}
+DECISIONS = "bad-images.json"
+OnBad = Callable[[int, PhotoError], None]
+OnPhotos = Callable[[int], None]
+
+
+def blank(size: int, mean: tuple[float, float, float]) -> Image.Image:
+    """A picture of a tower's mean colour, which is zero after normalisation but for rounding.
+
+    Args:
+        size: of its sides in pixels.
+        mean: of each channel, from 0 to 1.
+    """
+    return Image.new("RGB", (size, size), tuple(round(255 * value) for value in mean))
+
+
+def absent(photos: Sequence[Photo], wanted: Sequence[int]) -> dict[int, str]:
+    """Those of the photos that have no file, and the line that says so; nothing is read."""
+    sizes = ((index, photos[index]) for index in wanted)
+    return {index: f"{photo.source}: no such picture" for index, photo in sizes if photo.size < 0}
+
+
+def broken(
+    photos: Sequence[Photo], wanted: Sequence[int], on_bad: OnBad, on_photos: OnPhotos = lambda photos: None, threads: int = 1
+) -> None:
+    """Read photos to their end, decoding of each as little as that takes.
+
+    Args:
+        on_bad: called with each photo that cannot be used, and why.
+        on_photos: called with the number of photos just decoded.
+        threads: that decode.
+    """
+
+    def look(index: int) -> PhotoError | None:
+        try:
+            photos[index].draft(1)
+        except PhotoError as error:
+            return error
+        return None
+
+    piece = 64 * threads
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(wanted), piece):
+            part = wanted[start : start + piece]
+            for index, error in zip(part, pool.map(look, part), strict=True):
+                if error:
+                    on_bad(index, error)
+            on_photos(len(part))
+
+
+def settle(
+    talks: Corpus, policy: str, out: Path, decides: bool = True, look: Callable[[Sequence[int], OnBad], None] = lambda wanted, on_bad: None
+) -> dict[int, str]:
+    """Find the pictures that a run cannot use; where it goes on, those that it could not use when it began.
+
+    Args:
+        policy: a key of `ON_BAD_IMAGE`.
+        out: the run's folder, where the decision is kept.
+        decides: whether this process finds them; others wait for what it finds.
+        look: reads photos and tells of those that cannot be used.
+
+    Returns:
+        Numbers of the photos that cannot be used, with the line that says why; empty where `policy` is `raise`.
+
+    Raises:
+        UserError: a picture that cannot be used, named with its sample, where `policy` is `raise` or the run had it before; or a folder
+            that holds the decision of another run.
+    """
+    path = out / DECISIONS
+    while not (decides or path.exists()):
+        time.sleep(0.2)
+    began, bad = path.exists(), {}
+    belongs = {"on_bad_image": policy, "data": talks.fingerprint()}
+    if began:
+        decided = parse_json(path.read_bytes(), str(path))
+        if not isinstance(decided, dict) or {name: decided.get(name) for name in belongs} != belongs:
+            raise UserError(
+                f"{path}: was decided for other data or another --on-bad-image; choose another --out, or remove it to start over"
+            )
+        bad = {int(number): why for number, why in decided["images"].items()}
+    if not decides:
+        return bad
+
+    def on_bad(number: int, why: PhotoError | str, others: int = 0) -> None:
+        name = talks.naming(number)
+        line = f"{name}: {str(why).removeprefix(f'{name}: ')}" + (f" (and {others:,} more)" if others else "")
+        if policy == "raise":
+            raise UserError(f"{line}; --check finds all that are bad, --on-bad-image skip or blank goes on without them")
+        if began:
+            raise UserError(f"{line}; this run began with it: restore it, or choose another --out")
+        bad[number] = str(why)
+
+    wanted = [photo for photo in talks.wanted() if photo not in bad]
+    missing = absent(talks.photos, wanted)
+    for number, why in missing.items():
+        on_bad(number, why, len(missing) - 1)
+    look([photo for photo in wanted if photo not in missing], on_bad)
+    if not began:
+        write_text(path, json.dumps({**belongs, "images": bad}, indent=1) + "\n")
+    return bad

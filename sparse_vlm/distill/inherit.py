@@ -1,0 +1,197 @@
+"""What a student takes over from its teacher, tensor by tensor, and what it begins with where there is nothing to take over.
+
+Shape legend: d width, p patch size, G x G patch grid, C channels of the map, P sampling points, O points after mixing.
+Every teacher tensor is inherited, or left out with a reason; every student tensor is inherited, or new. `plan` says so as data, `inherit`
+does it, and the command line prints it.
+Source: Bootstrapping SparseFormers (arXiv 2312.01987), section 3; the warm start is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_vlm.distill.recipes import Recipe
+from sparse_vlm.errors import UserError
+from sparse_vlm.teachers import Teacher, TeacherError
+from sparse_vlm.tower import SparseFormer
+
+BLOCK_TENSORS = tuple(
+    f"{module}.{kind}" for module in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")
+)
+Fate = Literal["tuned", "frozen", "left out", "new"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the mapping. `source` is empty for new tensors, `target` for those left out."""
+
+    source: str
+    target: str
+    fate: Fate
+    reason: str = ""
+
+
+def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
+    """The mapping, with every tensor of both sides in it.
+
+    Raises:
+        TeacherError: a tensor that neither is inherited nor has a reason to be left out, or shapes that do not fit.
+    """
+    spec, mapping = teacher.spec, recipe.mapping(teacher.spec)
+    units = [index for index, layer in enumerate(tower.layers) if layer in tower.units()]
+    if len(mapping) != len(units):
+        raise TeacherError(f"teacher {spec.name}: the recipe maps {len(mapping)} units, and its student has {len(units)}")
+    rows: list[Row] = []
+    for layer, (block, tuned) in zip(units, mapping, strict=True):
+        if block is None:
+            continue
+        fate: Fate = "tuned" if tuned else "frozen"
+        rows += [Row(f"blocks.{block}.{name}", f"layers.{layer}.{name}", fate) for name in BLOCK_TENSORS]
+    rows += [Row(f"norm.{kind}", f"norm.{kind}", "tuned") for kind in ("weight", "bias")]
+    rows += [Row(name, f"proj.{name.removeprefix('head.')}", "tuned") for name in teacher.tensors if name.startswith("head.")]
+    rows += [Row(name, name, "tuned") for name in teacher.tensors if name.startswith("pool.")]
+    if tower.glance is not None:
+        glance = tower.config.glance
+        resized = "" if glance.patch_size == spec.patch_size else f"resized from {spec.patch_size} to {glance.patch_size} px"
+        rows.append(Row("patch_embed.weight", "glance.patch_embed.weight", "tuned", resized))
+        moved = "" if glance.grid == spec.grid else f"resized to {glance.grid} x {glance.grid}"
+        rows.append(Row("pos_embed", "glance.pos_embed", "tuned", moved))
+        if spec.has_cls:
+            rows.append(Row("cls_token", "cls_embedding.weight", "tuned", "plus its position"))
+        if glance.norm_pre:
+            rows += [Row(f"norm_pre.{kind}", f"glance.norm_pre.{kind}", "tuned") for kind in ("weight", "bias")]
+    reasons = {
+        "patch_embed.weight": "the student looks at its own map instead of patches",
+        "pos_embed": "the student knows its RoIs instead of patch positions",
+        "cls_token": "the student's CLS token enters later and learns anew",
+        "norm_pre.weight": "normalises patch tokens, which the student does not have",
+        "norm_pre.bias": "normalises patch tokens, which the student does not have",
+    }
+    taken = {row.source for row in rows}
+    for name in teacher.tensors:
+        if name in taken:
+            continue
+        if name.startswith("blocks."):
+            reason = "block dropped by the recipe"
+        elif name in reasons:
+            reason = reasons[name]
+        else:
+            raise TeacherError(f"teacher tensor {name} is neither inherited nor known to be superfluous")
+        rows.append(Row(name, "", "left out", reason))
+    missing = taken - set(teacher.tensors)
+    if missing:
+        raise TeacherError(f"teacher {spec.name} has no tensor {', '.join(sorted(missing))}")
+    filled = {row.target for row in rows if row.target}
+    if strange := sorted(filled - set(tower.state_dict())):
+        raise TeacherError(f"teacher {spec.name}: the recipe's student has no {strange[0]}; the recipe does not fit this teacher's head")
+    rows += [Row("", name, "new", _beginning(name, teacher)) for name in tower.state_dict() if name not in filled]
+    rows = [replace(row, reason="; ".join(filter(None, (teacher.inventory.notes.get(row.source), row.reason)))) for row in rows]
+    return rows + [Row(source, "", "left out", reason) for source, reason in teacher.inventory.left_out.items()]
+
+
+def _beginning(name: str, teacher: Teacher) -> str:
+    """What a new tensor begins with where that is worth a word."""
+    return "the teacher has no projection: begins as the identity" if name == "proj.weight" and "head.weight" not in teacher.tensors else ""
+
+
+@torch.no_grad()
+def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
+    """Fill a fresh student with what it inherits, prepare its new parts for a warm start, and freeze what the recipe freezes.
+
+    Returns:
+        The mapping that was carried out.
+    """
+    rows = plan(tower, teacher, recipe)
+    targets = dict(tower.named_parameters())
+    for row in rows:
+        if not row.target or not row.source:
+            continue
+        value = teacher.tensors[row.source].float()
+        target = targets[row.target]
+        if row.target == "cls_embedding.weight":
+            value = (value + teacher.tensors["pos_embed"][0].float()).view(1, -1)
+        elif row.target == "glance.pos_embed":
+            value = resize_positions(value[int(teacher.spec.has_cls) :], tower.config.glance.grid)
+        elif row.target == "glance.patch_embed.weight":
+            value = resize_patch_embedding(value, tower.config.glance.patch_size)
+        if value.shape != target.shape:
+            raise TeacherError(f"teacher tensor {row.source} {tuple(value.shape)} does not fit {row.target} {tuple(target.shape)}")
+        target.copy_(value)
+        target.requires_grad_(row.fate != "frozen")
+    if "head.weight" not in teacher.tensors:
+        torch.nn.init.eye_(tower.proj.weight)
+    if tower.glance is not None:
+        _add_looks_as_zero_branches(tower)
+    return rows
+
+
+@torch.no_grad()
+def begin_from(tower: SparseFormer, rows: list[Row], other: SparseFormer, name: str) -> list[Row]:
+    """Give a student that was inherited the weights of another tower, to learn on from there; what that one lacks stays as it is.
+
+    Args:
+        rows: the mapping that `inherit` carried out.
+        other: with no tensor that the student lacks.
+        name: of the other tower, for messages and the mapping.
+
+    Returns:
+        The mapping, in which what the student has from the other tower is not new any more.
+
+    Raises:
+        UserError: the other tower has a tensor that the student lacks, or one of another shape.
+    """
+    own, given = tower.state_dict(), other.state_dict()
+    for tensor, value in given.items():
+        if tensor not in own:
+            raise UserError(
+                f"--init {name}: its tensor {tensor} has no place in this recipe's student; take the recipe that it was made by"
+            )
+        if own[tensor].shape != value.shape:
+            shapes = f"{tuple(value.shape)}, and the student's {tuple(own[tensor].shape)}"
+            raise UserError(f"--init {name}: its tensor {tensor} is {shapes}; take the recipe and the numbers that it was made by")
+        own[tensor].copy_(value)
+    trained = {target for target, parameter in tower.named_parameters() if parameter.requires_grad}
+    begun = [Row(tensor, tensor, "tuned" if tensor in trained else "frozen", f"from {name}") for tensor in given]
+    return begun + [row for row in rows if row.fate == "new" and row.target not in given]
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """Position embeddings of a square grid (G * G, d) to another grid, bicubic with antialiasing."""
+    side = math.isqrt(positions.shape[0])
+    if side == grid:
+        return positions
+    as_map = positions.T.reshape(1, -1, side, side)
+    return F.interpolate(as_map, size=(grid, grid), mode="bicubic", antialias=True).flatten(2)[0].T
+
+
+def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
+    """A patch embedding (d, 3, p, p) for patches of another size that answers as the old one does to the patch scaled to its size.
+
+    Scaling is linear, x -> A x A^T, so the new kernel is A^T W A (compare FlexiViT, arXiv 2212.08013, section 3.4).
+    """
+    old = weight.shape[-1]
+    if old == patch_size:
+        return weight
+    basis = torch.eye(patch_size).view(patch_size, 1, patch_size, 1).repeat(1, 1, 1, patch_size)
+    scale = F.interpolate(basis, size=(old, patch_size), mode="bicubic", antialias=True)[:, 0, :, 0].T  # (old, new)
+    return scale.T @ weight @ scale
+
+
+def _add_looks_as_zero_branches(tower: SparseFormer) -> None:
+    """Looking adds nothing at first: its output is zero, and its mixing starts as the identity over channels and points."""
+    for unit in tower.units():
+        if "SAMPLING_M" not in unit.ops:
+            continue
+        mixing = unit.adaptive_mixing
+        generator = mixing.parameter_generator[-1]
+        generator.weight.mul_(0.1)
+        identity = [torch.eye(mixing.channels).flatten(), torch.eye(mixing.out_points, mixing.in_points).flatten()]
+        generator.bias.copy_(torch.cat(identity))
+        mixing.out_proj.weight.zero_()
+        mixing.out_proj.bias.zero_()

@@ -1,0 +1,1 @@
+"""The tower as a model, a configuration and an image processor of transformers."""

@@ -1,0 +1,169 @@
+"""The tower as transformers knows towers: a vision model and a backbone for its Auto classes.
+
+    import sparse_vlm
+    LlavaForConditionalGeneration.from_pretrained(PATH)
+
+Shape legend: B batch, S side of the square input, N tokens, d width, E embedding, h x w latent tokens as the grid they begin as.
+Of whole images (`fit` of the tower's configuration) the size of each is `image_sizes` (B, 2); where a host leaves it out, it is read from
+the canvas, which is zero beyond its image.
+
+Notable: `import sparse_vlm` registers the classes with transformers' Auto classes (`sparse_vlm.integrations.after_import`).
+`LlavaForConditionalGeneration` is the stock one, there is no fork and no remote code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import AutoBackbone, AutoModel
+
+from sparse_vlm.hf.configuration import SparseFormerHostConfig, processor_counts
+from sparse_vlm.hf.image_processing import SparseFormerImageProcessor
+from sparse_vlm.roi import sizes_on
+from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower.groups import square_grid
+
+__all__ = ["SparseFormerBackbone", "SparseFormerHostConfig", "SparseFormerHostModel", "SparseFormerImageProcessor", "processor_counts"]
+
+
+class SparseFormerPreTrainedModel(PreTrainedModel):
+    """What model and backbone share: the tower, which has initialised itself, as their attribute `tower`."""
+
+    config_class = SparseFormerHostConfig
+    config: SparseFormerHostConfig
+    base_model_prefix = "sparseformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # The tower attends by SDPA whatever is asked for: that is meant for the LLM beside it, which transformers would refuse otherwise.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = frozenset({"initial_roi"})  # bfloat16 resolves one pixel in 256
+
+    def __init__(self, config: SparseFormerHostConfig, tower: SparseFormer | None = None) -> None:
+        super().__init__(config)
+        self.tower = SparseFormer(config.unwrap()) if tower is None else tower
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """The tower has initialised itself."""
+
+    @classmethod
+    def wrap(cls, tower: SparseFormer) -> Any:
+        """A tower, not copied."""
+        return cls(SparseFormerHostConfig.wrap(tower.config), tower)
+
+    def _sizes(self, pixel_values: Tensor, image_sizes: Any) -> Tensor | None:
+        """Sizes of the images on their canvases, (B, 2); None where every image fills its own."""
+        if image_sizes is None:
+            return sizes_on(pixel_values, self.tower.config.fit)
+        return torch.as_tensor(image_sizes, device=pixel_values.device)
+
+
+class _TokensOfEach:
+    """What stock Llava is told as the tower's `patch_size`.
+
+    It splits what is packed by `image_sizes // patch_size`, which counts Pixtral's patches; the product over the last dimension has to be
+    the number of an image's tokens, which here depends on no size.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __rfloordiv__(self, image_sizes: Tensor) -> Tensor:
+        return image_sizes.new_tensor([self.tokens, 1]).expand(len(image_sizes), 2)
+
+
+class SparseFormerHostModel(SparseFormerPreTrainedModel):
+    """The tower as a transformers vision model.
+
+    `hidden_states[-1]` is what a language model is given, (B, `config.num_tokens`, d), or, with `image_sizes`, all of it in one row,
+    (1, B * `config.num_tokens`, d), as stock Llava expects of every tower that takes sizes (Pixtral's); `last_hidden_state` has the CLS
+    token as well where the tower has one, and `pooler_output` is (B, E).
+    """
+
+    @property
+    def patch_size(self) -> _TokensOfEach:
+        """By which stock Llava splits packed tokens again."""
+        return _TokensOfEach(self.config.num_tokens)
+
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """(B, 3, S, S) normalised pixels, and the size of each image on its canvas (B, 2), to tokens."""
+        out = self.tower(pixel_values, image_sizes=self._sizes(pixel_values, image_sizes))
+        tokens = out.last_hidden_state[:, -self.config.num_tokens :]
+        hidden_states = (tokens if image_sizes is None else tokens.flatten(0, 1).unsqueeze(0),)
+        if return_dict is False:
+            return out.last_hidden_state, out.image_embeds, hidden_states
+        return BaseModelOutputWithPooling(
+            last_hidden_state=out.last_hidden_state, pooler_output=out.image_embeds, hidden_states=hidden_states
+        )
+
+
+class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
+    """The tower as a transformers backbone: one stage a unit, its latent tokens as a map (B, d, h, w), in the grid that they begin as.
+
+    The last stage is normalised as the tower's output is; earlier ones are what the next unit is given. CLS is in no map. Whole images have
+    the same grid whatever their aspect, and tokens begin in no other cells.
+
+    Raises:
+        ValueError: the tokens are no square.
+    """
+
+    def __init__(self, config: SparseFormerHostConfig, tower: SparseFormer | None = None) -> None:
+        side = config.grid_side()
+        super().__init__(config, tower)
+        self.side = side
+        self.num_features = [unit.width for unit in self.tower.config.units]
+
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BackboneOutput | tuple[tuple[Tensor, ...]]:
+        """(B, 3, S, S) normalised pixels, and the size of each image on its canvas (B, 2), to one map for each of `out_features`."""
+        maps = []
+        sizes = self._sizes(pixel_values, image_sizes)
+        units = self.tower.run_units(pixel_values, image_sizes=sizes, cells=square_grid(self.tower, len(pixel_values)))
+        for stage, (tokens, _) in zip(self.stage_names, units, strict=True):
+            if stage in self.out_features:
+                if stage == self.stage_names[-1]:
+                    tokens = self.tower.norm(tokens)
+                latent = tokens[:, -(self.side**2) :]
+                maps.append(latent.transpose(1, 2).unflatten(2, (self.side, self.side)).contiguous())
+        return (tuple(maps),) if return_dict is False else BackboneOutput(feature_maps=tuple(maps))
+
+
+def _let_folders_be_backbones() -> None:
+    """Folders of ours go to our class, everything else the stock way.
+
+    `AutoBackbone.from_pretrained` asks the hub for a model of that name before it looks at the disk, and the hub's client refuses
+    a path (as of transformers 5.24), so that no folder of any model loads.
+    """
+    stock = AutoBackbone.from_pretrained
+
+    def from_pretrained(cls: type[AutoBackbone], pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(Path(pretrained_model_name_or_path)):
+            return SparseFormerBackbone.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return stock(pretrained_model_name_or_path, *args, **kwargs)
+
+    AutoBackbone.from_pretrained = classmethod(from_pretrained)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return described.get("model_type") == SparseFormerHostConfig.model_type
+
+
+AutoModel.register(SparseFormerHostConfig, SparseFormerHostModel, exist_ok=True)
+AutoBackbone.register(SparseFormerHostConfig, SparseFormerBackbone, exist_ok=True)
+_let_folders_be_backbones()

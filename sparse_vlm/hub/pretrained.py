@@ -1,0 +1,192 @@
+"""The one way in for models of transformers: no code of theirs is run, nobody is asked whether to, and whatever is wrong is one line.
+
+Notable: a model that asks for code of its own (`auto_map`) is refused also where transformers knows its kind, because computing it by other
+code than its authors named would be a silent substitute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.hub.weights import check_finite, refuse_pointers
+
+LAYERS = 1024  # more than any published model has
+CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json")
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+@contextlib.contextmanager
+def as_user_error(name: str | Path, what: str = "a language model that transformers can load") -> Iterator[None]:
+    """Turn whatever transformers, tokenizers, safetensors, gguf and jinja raise into one line.
+
+    Raises:
+        UserError: naming the model.
+    """
+    try:
+        with asking_nobody():
+            yield
+    except UserError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"{name}: does not fit into memory ({one_line(error)})") from error
+    except BaseException as error:
+        # what a library written in Rust panics with is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{name}: not {what} ({one_line(error)})") from error
+
+
+def from_pretrained(auto: Any, source: str | Path, **options: Any) -> Any:
+    """An Auto class's `from_pretrained`, without code of the source's own.
+
+    Args:
+        auto: an Auto class of transformers.
+        source: a folder, or a name of the hub.
+
+    Raises:
+        UserError: a folder that asks for code of its own, or whose files are pointers of git-lfs.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        refuse_code(folder)
+        refuse_pointers(folder)
+    return auto.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def load_whole(auto: Any, source: str | Path, **options: Any) -> Any:
+    """A model, whose weights are all there and nothing else, and are numbers.
+
+    Args:
+        auto, source: as of `from_pretrained`.
+
+    Raises:
+        UserError: a configuration that the weights cannot be of, or tensors that are missing, left over, of another shape or not finite.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        from transformers import AutoConfig
+
+        packed = {key: options[key] for key in ("gguf_file",) if key in options}
+        check_size(folder, from_pretrained(AutoConfig, folder, **packed), auto)
+    model, report = from_pretrained(auto, source, output_loading_info=True, **options)
+    check_report(str(source), report)
+    check_finite(str(source), model.named_parameters())
+    return model
+
+
+def check_report(where: str, report: Mapping[str, Any]) -> None:
+    """Make sure that a model was loaded whole; transformers itself would begin what is missing with random numbers and go on.
+
+    Args:
+        report: what transformers returns where it is asked for `output_loading_info`.
+
+    Raises:
+        UserError: naming the first tensor.
+    """
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report.get("mismatched_keys", ())]
+    for names, why in (
+        (report.get("missing_keys", ()), "lack {count}, {name} for one; fetch the model again, or take the one that they are of"),
+        (mismatched, "hold {count} of another shape than its configuration says, {name} for one"),
+        (report.get("unexpected_keys", ()), "hold {count} that its configuration has no place for, {name} for one"),
+    ):
+        if names := sorted(map(str, names)):
+            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+            raise UserError(f"{where}: its weights {why.format(count=count, name=names[0])}")
+    if report.get("error_msgs"):
+        raise UserError(f"{where}: its weights do not fit ({str(report['error_msgs'][0]).strip().splitlines()[0]})")
+
+
+def check_size(folder: Path, config: Any, auto: Any) -> None:
+    """Make sure that a configuration can be of the weights beside it, before anything of its size is allocated.
+
+    Raises:
+        UserError: more layers than any model has, or more parameters than the weights have bits.
+    """
+    sides = [("", config), ("", config.get_text_config()), *((f"{name}.", getattr(config, name, None)) for name in config.sub_configs)]
+    for where, side in sides:
+        layers = getattr(side, "num_hidden_layers", None) or 0
+        if not isinstance(layers, int) or layers > LAYERS:
+            raise UserError(f"{folder}: its configuration says {where}num_hidden_layers {layers!r}; no model has more than {LAYERS}")
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file())
+    with torch.device("meta"):
+        ghost = auto.from_config(config, trust_remote_code=False)
+    said = sum(tensor.numel() for tensor in (*ghost.parameters(), *ghost.buffers()))
+    if held and said > 8 * held:
+        raise UserError(f"{folder}: its configuration says {said:,} parameters, its weights are {held:,} bytes; they are of two models")
+
+
+def refuse_code(folder: Path) -> None:
+    """Make sure that a model's folder asks for no code but transformers'.
+
+    Raises:
+        UserError: naming the file that does.
+    """
+    for name in CONFIGS:
+        try:
+            key = _asks_for_code(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # what is there and is no json, transformers says
+            continue
+        except RecursionError:
+            raise UserError(f"{folder / name}: nested too deep for a configuration") from None
+        if key:
+            raise UserError(
+                f"{folder / name}: asks for code of its own ({key}), which is never run; take a model of a kind that transformers knows, "
+                f"and if it does know this one, delete {key} there"
+            )
+
+
+def _asks_for_code(said: Any) -> str | None:
+    """The key of a configuration that brings in code; parts of it have configurations of their own."""
+    if not isinstance(said, dict):
+        return None
+    for key, value in said.items():
+        named = isinstance(value, str) and key.endswith("attn_implementation") and "/" in value  # a kernel of the hub
+        if value and (key in ("auto_map", "megatron_config") or named):
+            return key
+        if found := _asks_for_code(value):
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def asking_nobody() -> Iterator[None]:
+    """Other libraries' calls of transformers are refused what they do not say to trust; it would ask on standard input."""
+    from transformers import dynamic_module_utils
+
+    before, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and notes; its errors still come."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # the bar of reading a GGUF file asks nobody
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says that says something."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

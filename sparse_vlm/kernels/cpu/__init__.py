@@ -1,0 +1,1 @@
+"""Kernels for inference on CPUs, in C++."""

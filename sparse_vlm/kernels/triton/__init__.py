@@ -1,0 +1,1 @@
+"""Sampling and mixing, and the early convolution, as Triton kernels; needs triton."""

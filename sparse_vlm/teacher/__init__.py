@@ -1,6 +1,0 @@
-"""Teachers: vision transformers whose blocks a SparseFormer inherits and whose representation it learns to reproduce."""
-
-from sparse_vlm.teacher.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
-from sparse_vlm.teacher.load import is_teacher, load_teacher, split_tag
-
-__all__ = ["Teacher", "TeacherError", "TeacherOutput", "TeacherSpec", "is_teacher", "load_teacher", "split_tag"]

@@ -1,0 +1,193 @@
+"""Loading a teacher by name: which library it comes from, and which reader knows its class.
+
+Notable: a library is one entry in `LIBRARIES`, a class of models one entry in the table of its library; nothing else asks where a teacher
+came from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparse_vlm.errors import UserError
+from sparse_vlm.hub.pretrained import asking_nobody, check_report, check_size, from_pretrained, one_line, quiet, refuse_code
+from sparse_vlm.hub.weights import check_finite, refuse_pointer, refuse_pointers
+from sparse_vlm.teachers import open_clip_vit, sizes, timm_vit, transformers_vit
+from sparse_vlm.teachers.base import Teacher, TeacherError
+
+LOCATED = ("local-dir:", "hf-hub:")  # how open_clip names a model by where it lies
+Reader = Callable[[str, nn.Module, dict[str, Any], str], Teacher]
+
+OPEN_CLIP_READERS: dict[str, Reader] = {"VisionTransformer": open_clip_vit.read, "TimmModel": timm_vit.read_trunk}
+TIMM_READERS: dict[str, Reader] = {"VisionTransformer": timm_vit.read}
+TRANSFORMERS_READERS: dict[str, Reader] = {
+    "CLIPModel": transformers_vit.read_clip,
+    "SiglipModel": transformers_vit.read_siglip,
+    "Dinov2Model": transformers_vit.read_dinov2,
+}
+
+
+def load_teacher(name: str) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        name: of open_clip `local-dir:PATH`, `hf-hub:ORG/NAME`, or a model and the tag of its weights, such as
+            `ViT-B-16-quickgelu@openai`; of timm `timm:NAME`, or `timm:NAME@FILE` with a checkpoint of one's own; of transformers
+            `transformers:ORG/NAME`, `transformers:ORG/NAME@REVISION` or `transformers:PATH`.
+
+    Raises:
+        TeacherError: unknown name, no weights, weights that do not cover the model, or an architecture that no reader knows.
+    """
+    model, tag = split_tag(name)
+    library, _, rest = model.partition(":")
+    return LIBRARIES[library](name, rest, tag) if rest and library in LIBRARIES else _from_open_clip(name, model, tag)
+
+
+def split_tag(name: str) -> tuple[str, str | None]:
+    """`ViT-B-16@openai` as (model, tag); what open_clip finds by where it lies has no tag."""
+    if name.startswith(LOCATED) or "@" not in name:
+        return name, None
+    model, _, tag = name.partition("@")
+    return model, tag
+
+
+def is_teacher(name: str) -> bool:
+    """Whether a name is a teacher's and not a tower's."""
+    return name.startswith((*LOCATED, *(f"{library}:" for library in LIBRARIES))) or "@" in name
+
+
+def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise TeacherError(f"loading a teacher needs open_clip: pip install 'sparse-vlm[train]' ({error})") from None
+    located = name.startswith(LOCATED)
+    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+    if folder is not None and not (folder / "open_clip_config.json").is_file():
+        raise TeacherError(f"teacher {name}: no open_clip_config.json in that folder")
+    if not located and tag is None:
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        known = f"its tags are {', '.join(tags)}" if tags else "open_clip knows no such model"
+        raise TeacherError(f"teacher {name}: say which weights with NAME@TAG; {known}")
+    if tag is not None:
+        _refuse_lost_quick_gelu(name, model_name, tag)
+    try:
+        if folder is not None:
+            refuse_code(folder)
+            refuse_pointers(folder)
+            sizes.check_size(folder)
+        with asking_nobody():  # open_clip has text sides of transformers
+            model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
+        licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
+    except Exception as error:
+        raise TeacherError(f"teacher {name}: open_clip could not load it ({one_line(error)})") from error
+    return read_open_clip(name, model, licence)
+
+
+def read_open_clip(name: str, model: nn.Module, licence: str = "") -> Teacher:
+    """The teacher that a model of open_clip is.
+
+    Raises:
+        TeacherError: its image tower is of no class that a reader knows.
+    """
+    import open_clip
+
+    return _reader(name, model.visual, OPEN_CLIP_READERS)(name, model.visual, open_clip.get_model_preprocess_cfg(model), licence)
+
+
+def _refuse_lost_quick_gelu(name: str, model_name: str, tag: str) -> None:
+    """Weights that learnt with QuickGELU, in a model without it, are loaded by open_clip with no more than a warning."""
+    import open_clip
+
+    learnt = (open_clip.get_pretrained_cfg(model_name, tag) or {}).get("quick_gelu", False)
+    if learnt and not (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False):
+        twin = f"{model_name}-quickgelu@{tag}"
+        raise TeacherError(f"teacher {name}: its weights learnt with QuickGELU, which {model_name} does not compute; give {twin}")
+
+
+def _from_timm(name: str, rest: str, checkpoint: str | None) -> Teacher:
+    try:
+        import timm
+    except ImportError as error:
+        raise TeacherError(f"loading a teacher of timm needs it: pip install 'sparse-vlm[train]' ({error})") from None
+    if not timm.is_model(rest):
+        near = timm.list_models(f"*{rest.split('.')[0][:12]}*")[:5]
+        raise TeacherError(f"teacher {name}: timm knows no such model{'; near it are ' + ', '.join(near) if near else ''}")
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise TeacherError(f"teacher {name}: {checkpoint}: no such file")
+    try:
+        if checkpoint is not None:
+            refuse_pointer(Path(checkpoint))
+        model = timm.create_model(rest, pretrained=checkpoint is None, checkpoint_path=checkpoint or "")
+    except Exception as error:
+        raise TeacherError(f"teacher {name}: timm could not load it ({one_line(error)})") from error
+    licence = (model.pretrained_cfg or {}).get("license") or ""
+    return _reader(name, model, TIMM_READERS)(name, model, timm.data.resolve_model_data_config(model), licence)
+
+
+def _from_transformers(name: str, rest: str, revision: str | None) -> Teacher:
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import cached_file
+
+    if rest.startswith((".", "/", "~")) and not Path(rest).is_dir():
+        raise TeacherError(f"teacher {name}: {rest}: no such folder")
+    where = {"revision": revision} if revision else {}
+    try:
+        folder = Path(rest)
+        if folder.is_dir():
+            check_size(folder, from_pretrained(AutoConfig, folder), AutoModel)
+        with quiet():  # what does not fit is in `found`, and the line below names it
+            model, found = from_pretrained(AutoModel, rest, output_loading_info=True, ignore_mismatched_sizes=True, **where)
+        processor = json.loads(Path(cached_file(rest, "preprocessor_config.json", **where)).read_text(encoding="utf-8"))
+        preprocess = {"mean": processor["image_mean"], "std": processor["image_std"]}
+    except Exception as error:
+        raise TeacherError(f"teacher {name}: transformers could not load it ({one_line(error)})") from error
+    try:
+        check_report(f"teacher {name}", {**found, "unexpected_keys": ()})
+    except UserError as error:
+        raise TeacherError(str(error)) from None
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise TeacherError(f"teacher {name}: its weights are quantised, and a student cannot inherit such; take the model as it was before")
+    readme = Path(rest) if Path(rest).is_dir() else _hub_file(rest, "README.md", **where)
+    return _reader(name, model, TRANSFORMERS_READERS)(name, model, preprocess, stated_licence(readme))
+
+
+LIBRARIES: dict[str, Callable[[str, str, str | None], Teacher]] = {"timm": _from_timm, "transformers": _from_transformers}
+
+
+def _reader(name: str, model: nn.Module, readers: dict[str, Reader]) -> Reader:
+    kind = type(model).__name__
+    if kind not in readers:
+        raise TeacherError(f"teacher {name}: a {kind} is not supported; known are {', '.join(readers)}")
+    try:
+        check_finite(f"teacher {name}", model.named_parameters())
+    except UserError as error:
+        raise TeacherError(str(error)) from None
+    return readers[kind]
+
+
+def _hub_file(repository: str, file: str, **where: str) -> Path | None:
+    """A file of a hub's repository; None where it has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, **where))
+    except EntryNotFoundError:
+        return None
+
+
+def stated_licence(card: Path | None) -> str:
+    """The licence in the front matter of a model card, or of the README.md of a folder; empty where none is stated."""
+    if card is not None and card.is_dir():
+        card = card / "README.md"
+    if card is None or not card.is_file():
+        return ""
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    stated = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
+    return stated[1] if stated else ""
