@@ -83,7 +83,7 @@ def test_a_page_of_the_same_files_is_the_same(tmp_path: Path) -> None:
 def test_the_page_is_installed_with_the_package() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read toml")
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
-    assert [p.name for p in (ROOT / "sparse_vlm" / "bench").iterdir() if p.suffix not in ("", ".py")] == data["sparse_vlm.bench"]
+    assert [p.name for p in (ROOT / "sparse_vlm" / "report").iterdir() if p.suffix not in ("", ".py")] == data["sparse_vlm.report"]
 
 
 def test_folders_do_not_travel_with_the_page(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def render(subject: Subject) -> str:
     from jinja2 import Environment, StrictUndefined
 
     machine = subject.document["machine"]
-    text = files("sparse_vlm.bench").joinpath("page.html").read_text(encoding="utf-8")
+    text = files("sparse_vlm.report").joinpath("page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
     return template.render(
         now=subject.now,
