@@ -59,11 +59,11 @@ def check_question(text: str, where: str) -> None:
     """Make sure that a question can be asked, before the model is asked anything.
 
     Raises:
-        UserError: its text holds the mark of a picture, or half of a character; the line begins with `where`.
+        UserError: its text holds the mark of an image, or half of a character; the line begins with `where`.
     """
     if IMAGE_TOKEN in text:
         raise UserError(
-            f"{where}: its text holds {IMAGE_TOKEN}, where a picture would be shown; take the mark out, the picture comes by itself"
+            f"{where}: its text holds {IMAGE_TOKEN}, where an image would be shown; take the mark out, the image comes by itself"
         )
     if not whole(text):
         raise UserError(f"{where}: its text holds half of a character (a surrogate alone); write the whole one")

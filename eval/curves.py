@@ -59,7 +59,7 @@ def panels(report: Report) -> dict[str, Panel]:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the picture. A model of several budgets is a line, one of a single number of tokens a mark, the teacher a dashed line."""
+    """Write the image. A model of several budgets is a line, one of a single number of tokens a mark, the teacher a dashed line."""
     import matplotlib
 
     matplotlib.use("Agg")

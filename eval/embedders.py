@@ -43,8 +43,8 @@ class Embedder(Protocol):
         kind: "tower" or "teacher".
         width: of its embeddings (E).
         dtype: that it computes in.
-        tokens: tokens it emits for one picture.
-        macs: multiply-accumulates for one picture.
+        tokens: tokens it emits for one image.
+        macs: multiply-accumulates for one image.
         parameters: number of weights.
         size: side of the squares that it was trained on, or of the largest canvas, in pixels (S).
     """
@@ -67,7 +67,7 @@ class Embedder(Protocol):
         """(B, E) float32 on the CPU, not normalised.
 
         Args:
-            region: (B, 4), relative to the picture: what to look at of each; all of it by default.
+            region: (B, 4), relative to the image: what to look at of each; all of it by default.
         """
         ...
 
@@ -173,7 +173,7 @@ def tower_embedder(
 
     def look(inputs: Inputs, region: Tensor | None) -> Tensor:
         if region is not None and not config.zooms:
-            raise UserError(f"{name} cannot begin in a region of a picture; measure zoom on a tower that can, as of the recipe elastic")
+            raise UserError(f"{name} cannot begin in a region of an image; measure zoom on a tower that can, as of the recipe elastic")
         return tower(inputs.pixels, region=region, image_sizes=inputs.image_sizes).image_embeds
 
     embedder = ModuleEmbedder(
@@ -214,7 +214,7 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
 
 
 def _cut_out(pixels: Tensor, region: Tensor, size: int) -> Tensor:
-    """What lies in each picture's region, (B, 3, size, size)."""
+    """What lies in each image's region, (B, 3, size, size)."""
     return crop_rois(pixels, region.unsqueeze(1), size).squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""ScienceQA (questions with a picture) and MMBench: lettered options, answered in the model's own words.
+"""ScienceQA (questions with an image) and MMBench: lettered options, answered in the model's own words.
 
 Sources: ScienceQA (Lu et al. 2022), scored as LLaVA does; MMBench (Liu et al. 2023): each question is asked once for every rotation of its
 options, and counts where every round is right ("circular evaluation", section 4.2). Letters: `sparse_vlm.eval.letters`.
@@ -34,14 +34,14 @@ ASKED = f"question, options, '{ANSWER_WITH_A_LETTER}'; greedy, at most {MAX_NEW_
 
 
 class ScienceQA(OfficialTask):
-    """Questions of ScienceQA's test split that have a picture; the details hold its subjects."""
+    """Questions of ScienceQA's test split that have an image; the details hold its subjects."""
 
     max_new_tokens = MAX_NEW_TOKENS
     files = ("scienceqa/problems.json", "scienceqa/pid_splits.json", "scienceqa/images/test")
     protocol: ClassVar[str] = f"hint, {ASKED}; 'B', 'B. ...' or 'The answer is B', anything else is wrong"
 
     def entries(self, data: Data) -> list[Entry]:
-        """Every question of the split that has a picture."""
+        """Every question of the split that has an image."""
         problems, splits, folder = self.files
         found = []
         for number in data.document(splits)["test"]:
@@ -60,7 +60,7 @@ class ScienceQA(OfficialTask):
 
 @dataclass(frozen=True)
 class EncodedPhoto(Photo):
-    """A picture that a table holds in base64; its offset is the line."""
+    """An image that a table holds in base64; its offset is the line."""
 
     encoded: str = field(default="", repr=False, compare=False)
 
@@ -73,7 +73,7 @@ class EncodedPhoto(Photo):
         try:
             return base64.b64decode(self.encoded, validate=True)
         except binascii.Error as error:
-            raise PhotoError(f"{self.source.name}:{self.key}: its picture is not base64 ({error})") from None
+            raise PhotoError(f"{self.source.name}:{self.key}: its image is not base64 ({error})") from None
 
 
 class MMBench(OfficialTask):
@@ -92,7 +92,7 @@ class MMBench(OfficialTask):
 
     def _rows(self, data: Data) -> Iterator[Entry]:
         path = data.root / self.files[0]
-        csv.field_size_limit(sys.maxsize)  # a field is a picture
+        csv.field_size_limit(sys.maxsize)  # a field is an image
         with path.open(encoding="utf-8-sig", newline="") as stream:
             for row in csv.DictReader(stream, delimiter="\t"):
                 if int(row["index"]) >= FIRST_ROTATION:

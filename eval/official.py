@@ -1,6 +1,6 @@
-"""Benchmarks in the layout of their own files: entries with the pictures they are about, and a model's answers credited one by one.
+"""Benchmarks in the layout of their own files: entries with the images they are about, and a model's answers credited one by one.
 
-Notable: pictures are looked for before the model is asked anything, so that one that is missing does not end a run halfway.
+Notable: images are looked for before the model is asked anything, so that one that is missing does not end a run halfway.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Entry:
 
 
 class FilePhoto(Photo):
-    """A picture in a file of its own, which is not looked for before it is read: a benchmark can name a hundred thousand."""
+    """An image in a file of its own, which is not looked for before it is read: a benchmark can name a hundred thousand."""
 
     def read(self) -> bytes:
         """The encoded bytes."""
@@ -57,7 +57,7 @@ class FilePhoto(Photo):
 
 
 def photo_file(folder: Path, name: str) -> Photo:
-    """The picture of this name in a folder."""
+    """The image of this name in a folder."""
     return FilePhoto(name, folder / name, 0, -1)
 
 
@@ -96,13 +96,13 @@ def looked_at(data: Data, rows: Sequence[tuple[Photo, Row]], where: Path) -> tup
         where: the file that asks.
 
     Raises:
-        UserError: a picture that is not there, or fewer than two.
+        UserError: an image that is not there, or fewer than two.
     """
     photos = data.cut(list(dict.fromkeys(photo for photo, _ in rows)))
     if len(photos) < 2:
-        raise UserError(f"{where}: fewer than two pictures are asked about; raise --limit or check the file")
+        raise UserError(f"{where}: fewer than two images are asked about; raise --limit or check the file")
     if missing := [photo for photo in photos if not os.path.isfile(photo.source)]:
-        raise UserError(f"{where}: {len(missing)} of {len(photos)} pictures are not there, such as {missing[0].source}")
+        raise UserError(f"{where}: {len(missing)} of {len(photos)} images are not there, such as {missing[0].source}")
     numbers = {photo: number for number, photo in enumerate(photos)}
     return photos, [(numbers[photo], row) for photo, row in rows if photo in numbers]
 
@@ -133,7 +133,7 @@ class OfficialTask(VLMTask):
         """The photos that are looked at, and each of their questions with its photo's number.
 
         Raises:
-            UserError: a file in another layout, a question that cannot be asked, a picture that is not there, or fewer than two photos.
+            UserError: a file in another layout, a question that cannot be asked, an image that is not there, or fewer than two photos.
         """
         where = data.root / self.files[0]
         entries = in_own_layout(data, where, lambda: self.entries(data))

@@ -127,7 +127,7 @@ class InTar(Questions):
 
 
 class Published(Questions):
-    """Questions in a benchmark's own files; the last of `files` is the folder of its pictures.
+    """Questions in a benchmark's own files; the last of `files` is the folder of its images.
 
     Attributes:
         field: of a tar that holds the same questions, a key of `RECORDS`.
@@ -137,7 +137,7 @@ class Published(Questions):
 
     @abstractmethod
     def rows(self, data: Data) -> list[tuple[str, dict[str, Any]]]:
-        """The name of the picture, and the question in the form in which a tar holds it."""
+        """The name of the image, and the question in the form in which a tar holds it."""
 
     def look_up(self, data: Data) -> None:
         """Look for each file."""

@@ -147,7 +147,7 @@ def evaluate(
         controls: for VLM tasks keys of `CONTROLS`, all by default; for image tasks of `TOWER_CONTROLS`, where `none` is the default.
         limit: photos a set.
         on_progress: called with (what, done, total).
-        budgets: tokens a picture at which each model is measured, for models that serve several; their own number by default, and for
+        budgets: tokens an image at which each model is measured, for models that serve several; their own number by default, and for
             towers of one number beside them.
         on_result: called with all that is known whenever a task has been done for a column, so that what is finished outlives an error.
 

@@ -1,6 +1,6 @@
-"""Milliseconds of one picture, of all models of a run side by side.
+"""Milliseconds of one image, of all models of a run side by side.
 
-Notable: machines are noisy, so models take turns, picture by picture, and the median counts. What is timed begins with pixels and ends with
+Notable: machines are noisy, so models take turns, image by image, and the median counts. What is timed begins with pixels and ends with
 the embedding; decoding and resizing are the same for all.
 """
 

@@ -1,4 +1,4 @@
-"""What a zoom is worth: photos that are a sixteenth of a large picture, named from the whole and from inside their region.
+"""What a zoom is worth: photos that are a sixteenth of a large image, named from the whole and from inside their region.
 
 Shape legend: P photos, C classes, E embedding, T x T photos in a collage.
 """
@@ -19,7 +19,7 @@ from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import load_crop
 
 SIDE = 4  # T
-AT_ONCE = 4  # regions of a large picture in a batch
+AT_ONCE = 4  # regions of a large image in a batch
 
 
 class Zoom(ImageTask):

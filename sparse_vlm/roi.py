@@ -261,14 +261,14 @@ def span_weights(low: Tensor, high: Tensor, cells: int, parts: int, samples: int
 
 
 def crop_boxes(pictures: Tensor, boxes: Tensor, size: int, samples: int) -> Tensor:
-    """What `crop_rois` makes of one box in each picture, as two matrix products.
+    """What `crop_rois` makes of one box in each image, as two matrix products.
 
     A regular grid in an axis-parallel box is read row by row and column by column. That is more arithmetic than reading four cells a
     sample, and all of it in products, with nothing as large as the samples in memory.
 
     Args:
         pictures: (B, 3, H, W) float32.
-        boxes: (B, 4) relative to the picture.
+        boxes: (B, 4) relative to the image.
         samples: a side, that each pixel of the result is the mean of.
 
     Returns:

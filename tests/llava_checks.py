@@ -123,7 +123,7 @@ def photos(model: Any, *files: str) -> Any:
 
 
 def answer(model: Any, images: Any, **more: Any) -> Any:
-    """One text a picture: four tokens and a photo."""
+    """One text an image: four tokens and a photo."""
     import torch
     from llava.constants import IMAGE_TOKEN_INDEX
 
@@ -237,7 +237,7 @@ def check_a_frozen_tower_feeds_the_projector(tower: str) -> None:
         pixels = photos(model, "chelsea.jpg", "coffee.jpg")
         out = answer(model, pixels)
         assert out.logits.shape[:2] == (2, 4 + tokens)
-        assert not (out.logits[0] == out.logits[1]).all(), "the pictures are not told apart"
+        assert not (out.logits[0] == out.logits[1]).all(), "the images are not told apart"
         listed = answer(model, list(pixels))
         assert (listed.logits - out.logits).abs().max() < 1e-5
         out.loss.backward()

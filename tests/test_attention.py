@@ -1,4 +1,4 @@
-"""Which attention kernel ran, as torch's profiler says; on a processor for real, and by name what other devices would record."""
+"""Which attention kernel ran, as torch's profiler says; on a CPU for real, and by name what other devices would record."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ def test_requests_are_put_together_from_pieces(document: dict[str, Any]) -> None
 
 
 def test_saturation_is_where_a_larger_batch_does_no_more() -> None:
-    """Ten pictures a second, 19, 19.8 and 19.9: two at once are enough. Answers: the largest batch still writes a tenth more."""
+    """Ten images a second, 19, 19.8 and 19.9: two at once are enough. Answers: the largest batch still writes a tenth more."""
     about = {"model": "m", "llm": "l", "dtype": "float32", "compiled": False, "tokens": 49}
     rates = {8: (19.9, 110.0), 1: (10.0, 50.0), 4: (19.8, 100.0), 2: (19.0, 90.0)}
     rows = [about | {"batch": batch, "images_per_second": i, "answer_tokens_per_second": a} for batch, (i, a) in rates.items()]

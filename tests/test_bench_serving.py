@@ -33,7 +33,7 @@ def test_serving_by_hand() -> None:
     document["machine"] = {"accelerator": {"name": "g", "memory_bytes": 10**6}, "memory_bytes": 2000}
     found = serving(document)
     few, many = found["rows"][:2]
-    assert few["shares"]["picture"] == 0.0 and many["batch"] == 9, "pictures are decoded beside a GPU"
+    assert few["shares"]["picture"] == 0.0 and many["batch"] == 9, "images are decoded beside a GPU"
     (line,) = found["no_help"]
     assert line.startswith("x, float32: few (10 tokens) against many (110 tokens), requests a second: -")
     assert "at answers of 10 tokens" in line and "at answers of 1000 tokens, where writing the answer takes 100% of the time" in line

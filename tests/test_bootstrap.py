@@ -1,4 +1,4 @@
-"""Inheriting from a teacher and learning from it, with a real open_clip ViT of toy size and generated pictures."""
+"""Inheriting from a teacher and learning from it, with a real open_clip ViT of toy size and generated images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from sparse_vlm.teachers import Teacher, TeacherError, load_teacher  # noqa: E40
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of coloured rectangles on noise."""
+    """Images of coloured rectangles on noise."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(160):

@@ -114,7 +114,7 @@ def test_a_region_is_looked_at_as_if_it_were_all_there_is() -> None:
         second = tower(pixels[1:, :, :56, 112:168])
     assert torch.allclose(one.last_hidden_state, alone.last_hidden_state, atol=1e-4)
     assert torch.allclose(each.image_embeds[1:], second.image_embeds, atol=1e-4)
-    assert torch.allclose(one.rois[0, 0], torch.tensor([0.25, 0.5, 0.3125, 0.625])), "RoIs are of the whole picture"
+    assert torch.allclose(one.rois[0, 0], torch.tensor([0.25, 0.5, 0.3125, 0.625])), "RoIs are of the whole image"
 
 
 def test_cells_are_square_whatever_the_pictures_shape() -> None:
@@ -241,5 +241,5 @@ def test_a_tower_that_sees_whole_pictures_is_not_measured_on_regions(tmp_path: P
     embedder, corner = tower_embedder(str(tmp_path)), torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     with pytest.raises(UserError, match="cannot begin in a region"):
         embedder.answer(embedder.pixels([tiny_vlm.picture("red")]), corner)
-    with pytest.raises(ValueError, match="sees whole pictures"):
+    with pytest.raises(ValueError, match="sees whole images"):
         pools(torch.rand(1, 3, 56, 56), region=corner)

@@ -52,7 +52,7 @@ def picture(name: str) -> Picture:
 
 
 def shape(messages: list[dict]) -> list[str]:
-    """Messages in a few letters: who, and how many pictures before the text."""
+    """Messages in a few letters: who, and how many images before the text."""
     return [f"{m['role'][0]}{sum(part['type'] == 'image' for part in m['content'])}:{m['content'][-1]['text']}" for m in messages]
 
 

@@ -34,7 +34,7 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A VLM folder with random weights: 9 tokens a picture, an LLM that writes letters and never ends by itself."""
+    """A VLM folder with random weights: 9 tokens an image, an LLM that writes letters and never ends by itself."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -163,7 +163,7 @@ def test_the_command_exits_with_1_and_starts_no_model(command, parts, tmp_path):
     assert done.returncode == 1, done.stderr
     assert list(json.loads(done.stdout)["problems"]) == ["image marks"]
     (tmp_path / "data.json").write_text(json.dumps([sample("<image>", image="red.png")]))
-    with pytest.raises(UserError, match="say where pictures lie with --images"):
+    with pytest.raises(UserError, match="say where images lie with --images"):
         train_command(data=where[1:2], check=True, **parts)
     with pytest.raises(UserError, match="--out is missing"):
         train_command(data=["x"])

@@ -93,7 +93,7 @@ def test_image_tasks(data: Path, fakes: dict[str, FakeEmbedder], tmp_path: Path)
 
 def test_a_zoom_tells_apart_what_is_in_one_picture(data: Path, fakes: dict[str, FakeEmbedder]) -> None:
     (result,) = run.evaluate(["good"], ["zoom"], data, text="words").results["zoom"].values()
-    # sixteen photos of one colour each in a picture: told apart when zoomed in, one answer for all of them on the whole
+    # sixteen photos of one colour each in an image: told apart when zoomed in, one answer for all of them on the whole
     assert len(result.predictions) == 16
     assert len({answer["whole"] for answer in result.predictions}) == 1
     assert all(answer["zoomed"] == answer["zoomed, small"] == answer["label"] for answer in result.predictions)
@@ -294,7 +294,7 @@ def test_a_tower_kept_from_looking(tower_folder: Path, tmp_path: Path) -> None:
     pictures = [Image.new("RGB", (32, 32), name) for name in ("red", "blue")]
     seeing, kept = (tower_embedder(str(tower_folder), control) for control in ("none", "no-looks"))
     assert not torch.equal(*seeing.answer(seeing.pixels(pictures)))
-    assert torch.equal(*kept.answer(kept.pixels(pictures))), "without looks nothing of the picture is left in this tower"
+    assert torch.equal(*kept.answer(kept.pixels(pictures))), "without looks nothing of the image is left in this tower"
     assert kept.name == f"{seeing.name}, no-looks"
     with pytest.raises(UserError, match="blind does not look"):
         tower_embedder(str(tmp_path / "blind"), "no-looks")

@@ -1,4 +1,4 @@
-"""The picture of what a model is worth against its number of tokens."""
+"""The image of what a model is worth against its number of tokens."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_simple_form_puts_pictures_first_or_where_the_marks_are(model: Callable[
     assert parts("What?", 2) == ["IMAGE", "IMAGE", "What?"]
     assert parts("This <image> and <image>?", 2) == ["This ", "IMAGE", " and ", "IMAGE", "?"]
     assert parts("What?", 0) == ["What?"]
-    with pytest.raises(UserError, match="photos, document 0: 1 marks <image> in its text, but 2 pictures"):
+    with pytest.raises(UserError, match="photos, document 0: 1 marks <image> in its text, but 2 images"):
         parts("This <image>?", 2)
 
 
@@ -172,9 +172,9 @@ def test_settings_of_a_task() -> None:
 
 def test_mistakes(model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapter = model("SparseVLMChat")
-    with pytest.raises(UserError, match="photos, document 2: holds video; sparse_vlm takes pictures and text"):
+    with pytest.raises(UserError, match="photos, document 2: holds video; sparse_vlm takes images and text"):
         adapter.generate_until([chat(2, {}, part={"type": "video", "url": "a.mp4"})])
-    with pytest.raises(UserError, match="document 0: a picture is a bytes, expected an image or a path"):
+    with pytest.raises(UserError, match="document 0: an image is a bytes, expected an image or a path"):
         adapter.generate_until([chat(0, {}, part={"type": "image", "url": b"png"})])
     with pytest.raises(UserError, match="nowhere.jpg: no such file"):
         adapter.generate_until([chat(0, {}, part={"type": "image", "url": str(tmp_path / "nowhere.jpg")})])

@@ -286,7 +286,7 @@ def test_a_picture_that_is_no_base64_is_named(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "mmbench/MMBench_DEV_EN.tsv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], lines[2] + "?", *lines[3:]]))
-    with pytest.raises(UserError, match=r"MMBench_DEV_EN.tsv:1: its picture is not base64"):
+    with pytest.raises(UserError, match=r"MMBench_DEV_EN.tsv:1: its image is not base64"):
         measure(monkeypatch, {"m": Says(option)}, "mmbench", tmp_path)
 
 

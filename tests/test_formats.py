@@ -1,4 +1,4 @@
-"""Pictures of every mode and format, as they come: the same shown of a file and of what PIL made of it, and nothing hostile decoded."""
+"""Images of every mode and format, as they come: the same shown of a file and of what PIL made of it, and nothing hostile decoded."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_floats_go_from_black_to_white_or_are_refused():
             decode_image(encoded(Image.fromarray(values), "TIFF"), "depth")
     with pytest.raises(PhotoError, match="labels: grey of 32 bits"):
         decode_image(encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "labels")
-    with pytest.raises(PhotoError, match="picture 0: grey of 32 bits"):
+    with pytest.raises(PhotoError, match="image 0: grey of 32 bits"):
         preprocess(colours().convert("I"), 56, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -139,7 +139,7 @@ def test_odd_exif_is_no_error(exif, size):
 
 
 def test_only_named_formats_are_decoded(tmp_path, monkeypatch):
-    """PostScript under a picture's name would start Ghostscript."""
+    """PostScript under an image's name would start Ghostscript."""
     (tmp_path / "bin").mkdir()
     for name in ("gs", "gswin64c"):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
@@ -166,7 +166,7 @@ def test_suffixes_are_those_of_the_formats(tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 60_000), (30_000, 2), (5000, 40)])
 def test_strips_are_cropped_before_they_are_scaled(tmp_path, size):
-    """As much of the picture is seen as of one that is scaled whole."""
+    """As much of the image is seen as of one that is scaled whole."""
     across = np.linspace(0, 255, max(size))
     pixels = np.tile(across, (min(size), 1)) if size[0] > size[1] else np.tile(across[:, None], (1, min(size)))
     (tmp_path / "strip.png").write_bytes(encoded(Image.fromarray(pixels.astype(np.uint8))))

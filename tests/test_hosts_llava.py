@@ -285,7 +285,7 @@ def test_the_image_processor_takes_pictures_alone() -> None:
     picture = Image.new("L", (300, 40), 200)
     assert processor(picture)["pixel_values"].shape == (1, 3, 224, 224)
     assert processor.preprocess([picture] * 2, return_tensors="pt")["pixel_values"].shape == (2, 3, 224, 224)
-    with pytest.raises(UserError, match="takes PIL pictures, not Tensor"):
+    with pytest.raises(UserError, match="takes PIL images, not Tensor"):
         processor(torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match="return_tensors='pt', not 'np'"):
         processor(picture, return_tensors="np")

@@ -275,17 +275,17 @@ def test_pruned_model_has_the_same_features():
 def test_tokens_in_no_square_grid_are_a_list():
     _, model = both(tower_config(7))  # six latent tokens
     pixels = torch.randn(1, 3, 32, 32)
-    with pytest.raises(UserError, match="6 tokens of a picture of 32 x 32 pixels begin in no square grid; take them as a list"):
+    with pytest.raises(UserError, match="6 tokens of an image of 32 x 32 pixels begin in no square grid; take them as a list"):
         model.forward_intermediates(pixels)
     assert model.forward_intermediates(pixels, indices=1, output_fmt="NLC", intermediates_only=True)[0].shape == (1, 6, 64)
     with pytest.raises(
         UserError, match="sparseformer_btsp_augreg_base: its 48 tokens begin in no square grid, so there are no feature maps"
     ):
         timm.create_model("sparseformer_btsp_augreg_base", features_only=True)
-    # a tower of several budgets lays its cells over the picture's own shape
+    # a tower of several budgets lays its cells over the image's own shape
     _, elastic = both(dataclasses.replace(tower_config(), budgets=(2, 9)))
     assert elastic.forward_intermediates(pixels, intermediates_only=True)[0].shape == (1, 64, 2, 2)
-    with pytest.raises(UserError, match="4 tokens of a picture of 64 x 32 pixels"):
+    with pytest.raises(UserError, match="4 tokens of an image of 64 x 32 pixels"):
         elastic.forward_intermediates(torch.randn(1, 3, 32, 64))
     with pytest.raises(UserError, match=r"units \[2\]: this tower has 2, 0 to 1"):
         elastic.forward_intermediates(pixels, indices=[2])

@@ -88,7 +88,7 @@ def test_published_shapes_say_the_same(name: str) -> None:
     pixels = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
         out = tower(pixels, output_rois=True)
-    assert (out.last_hidden_state[0] - out.last_hidden_state[1]).abs().max() > 1e-2, "a tower that does not see its picture shows nothing"
+    assert (out.last_hidden_state[0] - out.last_hidden_state[1]).abs().max() > 1e-2, "a tower that does not see its image shows nothing"
     assert (out.rois_per_unit[0] - tower.initial_rois()).abs().max() > 1e-4
     assert differences(tower, optimized(tower), pixels) < 1e-4
 
@@ -117,7 +117,7 @@ def test_one_optimized_tower_serves_sizes_regions_and_numbers_in_any_order(tiny:
     fast = optimized(tiny)
     boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 1.0]])
     for pixels, asked in (
-        (photos, {"region": (0.25, 0.25, 0.75, 0.75)}),  # before anything is known of whole pictures
+        (photos, {"region": (0.25, 0.25, 0.75, 0.75)}),  # before anything is known of whole images
         (photos[:2], {"region": boxes}),
         (photos, {}),
         (photos[:2], {"region": boxes}),
@@ -130,7 +130,7 @@ def test_one_optimized_tower_serves_sizes_regions_and_numbers_in_any_order(tiny:
 
 
 def test_a_tower_that_starts_blind_knows_its_start_only_where_it_is_its_own() -> None:
-    """Without a glance all up to the first look is the same for every picture, unless a region moves where it begins."""
+    """Without a glance all up to the first look is the same for every image, unless a region moves where it begins."""
     unit = UnitConfig(64, ("ATTN", "ROI_ADJ", "SAMPLING_M", "PE_INJECT", "MLP"), repeats=2, activation="quick_gelu")
     config = SparseFormerConfig(
         units=(unit, UnitConfig(64, ("ATTN", "MLP"))), num_latent_tokens=9, embed_dim=32, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,

@@ -288,7 +288,7 @@ def test_what_is_known_of_a_photo_has_its_types(tmp_path, key, value):
 
 
 def test_cached_tokens_are_those_of_the_pictures_that_are_there(tmp_path):
-    """Pictures of one name and one size in bytes, in another folder or in the old ones' place."""
+    """Images of one name and one size in bytes, in another folder or in the old ones' place."""
     from sparse_vlm import SparseFormer
     from sparse_vlm.data.samples import TokenBank
 

@@ -49,7 +49,7 @@ def test_the_kernels_can_be_turned_off_for_a_process(chosen, path):
 
 
 def test_by_themselves_they_run_where_they_are_faster(monkeypatch):
-    """A GPU that is not there, with many pictures, or few of a tower that is captured; not on a processor, nor where something learns."""
+    """A GPU that is not there, with many images, or few of a tower that is captured; not on a CPU, nor where something learns."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     still, learning = torch.zeros(1), torch.zeros(1, requires_grad=True)
     assert dispatch._wanted("cuda", 64, (still,)) and not dispatch._wanted("cuda", 63, (still,))

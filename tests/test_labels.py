@@ -172,5 +172,5 @@ def test_image_token_in_words_is_refused(tmp_path):
 
 def test_wrong_number_of_placeholders_names_sample_and_both_counts(tmp_path):
     r = renderer(tmp_path)
-    with pytest.raises(UserError, match="photo 7: 3 image placeholders, but 2 pictures give 6 tokens"):
+    with pytest.raises(UserError, match="photo 7: 3 image placeholders, but 2 images give 6 tokens"):
         r.check_count(r.render(TALK).ids, 2, "photo 7")

@@ -1,4 +1,4 @@
-"""LLaVA's files as people have them: read where they stand, mixed, rendered when needed, with pictures that cannot be used."""
+"""LLaVA's files as people have them: read where they stand, mixed, rendered when needed, with images that cannot be used."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_step_names_the_sample_whose_pictures_do_not_fit(vlm, tmp_path):
     [one] = build_samples(corpus_of(tmp_path, sample("<image> or <image>?", id="x", image=["red.png"] * 2)), vlm.renderer)
     tokens = torch.zeros(2, 5, 64)
     assert Gather(vlm)([(one, tokens)])["names"] == [one.name]
-    with pytest.raises(UserError, match=r"data.json:0 \(id x\): 10 image placeholders, but 1 pictures give 5 tokens"):
+    with pytest.raises(UserError, match=r"data.json:0 \(id x\): 10 image placeholders, but 1 images give 5 tokens"):
         Gather(vlm)([(one, tokens[:1])])
 
 
@@ -206,7 +206,7 @@ def test_a_sample_that_is_not_as_it_must_be_is_named(tmp_path, entry, message):
 def test_what_else_is_wrong_with_a_file(vlm, tmp_path):
     with pytest.raises(UserError, match="data.json: holds no samples"):
         corpus_of(tmp_path)
-    with pytest.raises(UserError, match="names the picture red.png; say where pictures lie with --images"):
+    with pytest.raises(UserError, match="names the image red.png; say where images lie with --images"):
         LlavaFile(tmp_path / "data.json", None, {}) if corpus_of(tmp_path, sample("<image>", image="red.png")) else None
     talks = corpus_of(tmp_path, sample("Hi"), sample("Ho"))
     (tmp_path / "data.json").write_text("[]")
@@ -261,7 +261,7 @@ def test_files_and_tars_are_mixed_by_weight(tmp_path):
     def questions(*weights: str, epochs: int = 1) -> list[str]:
         data = [f"{tmp_path}/{name}{weight}" for name, weight in zip(("a.json", "b*.jsonl", "c.tar"), weights, strict=True)]
         talks = read_corpus(files_of(data), photos_of(data), tmp_path, MIXES["align"], epochs)
-        # the pictures of the files are one, and are numbered after those of the tar
+        # the images of the files are one, and are numbered after those of the tar
         assert [photo.key for photo in talks.photos] == ["0", "1", "2", "3", "red.png"]
         assert all(
             talks.photos[number] == photo for i, talk in enumerate(talks) for number, photo in zip(talks.shown(i), talk.photos, strict=True)
@@ -317,12 +317,12 @@ def test_words_of_many_talks_come_from_some(vlm, tmp_path, monkeypatch):
     assert words_of(talks, Vocabulary()).photos == (0, 3, 6, 9)
 
 
-# ---- pictures that cannot be used
+# ---- images that cannot be used
 
 
 @pytest.fixture
 def damaged(tmp_path) -> dict:
-    """Arguments of a run over twenty samples, of whose pictures three cannot be used, and a tar, one of whose photos cannot."""
+    """Arguments of a run over twenty samples, of whose images three cannot be used, and a tar, one of whose photos cannot."""
     for i in range(20):
         picture("red", (40 + i, 40)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").unlink()
@@ -350,7 +350,7 @@ def settings(out) -> dict:
 
 def test_a_bad_image_stops_a_run_and_names_its_sample(parts, damaged, tmp_path):
     run = {**damaged, "tower": parts[0], "llm": parts[1]}
-    with pytest.raises(UserError, match=r"data.json:3 \(id 3\): .*3.png: no such picture; --check finds all"):
+    with pytest.raises(UserError, match=r"data.json:3 \(id 3\): .*3.png: no such image; --check finds all"):
         train_command(**run)
     picture("red").save(tmp_path / "3.png")
     with pytest.raises(UserError, match=r"^photos.tar:0: not an image .*--on-bad-image skip"):
@@ -369,12 +369,12 @@ def test_samples_of_bad_images_are_left_out_also_when_a_run_goes_on(parts, damag
     found = settings(damaged["out"])
     assert found["samples"] == 20 and found["on_bad_image"] == "skip"
     assert [why.rsplit("/")[-1].split(":")[0] for why in found["bad_images"].values()] == ["3.png", "photos.tar", "4.png", "6.png"]
-    # a picture that is there by now is left out as before; the cache is another, as one picture is
+    # an image that is there by now is left out as before; the cache is another, as one image is
     picture("red").save(tmp_path / "3.png")
     train_command(**run)
     assert settings(damaged["out"]) == found
     (tmp_path / "9.png").unlink()
-    with pytest.raises(UserError, match=r"data.json:9 \(id 9\): .*9.png: no such picture; this run began with it"):
+    with pytest.raises(UserError, match=r"data.json:9 \(id 9\): .*9.png: no such image; this run began with it"):
         train_command(**run)
 
 
@@ -402,7 +402,7 @@ def test_a_decision_is_of_one_run(tmp_path):
     # other processes take over what the first one found, and find nothing themselves
     (tmp_path / "red.png").unlink()
     assert settle(talks, "skip", tmp_path / "run", decides=False) == bad
-    with pytest.raises(UserError, match="data.json:0: .*red.png: no such picture; this run began with it"):
+    with pytest.raises(UserError, match="data.json:0: .*red.png: no such image; this run began with it"):
         settle(talks, "skip", tmp_path / "run")
     for other, policy in ((talks, "blank"), (talks.select([1]), "skip")):
         with pytest.raises(UserError, match="bad-images.json: was decided for other data or another --on-bad-image"):
@@ -411,7 +411,7 @@ def test_a_decision_is_of_one_run(tmp_path):
 
 def test_nothing_left_is_an_error(parts, damaged, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([sample("<image>\nWhat?", image="3.png")]))
-    with pytest.raises(UserError, match="--on-bad-image skip: no sample is left, as 1 pictures cannot be used"):
+    with pytest.raises(UserError, match="--on-bad-image skip: no sample is left, as 1 images cannot be used"):
         train_command(**{**damaged, "data": damaged["data"][:1]}, tower=parts[0], llm=parts[1], on_bad_image="skip")
 
 

@@ -1,4 +1,4 @@
-"""What the tokens look at: numbers read back from the points, the crop on the photo, and the picture itself."""
+"""What the tokens look at: numbers read back from the points, the crop on the photo, and the image itself."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rois_are_read_back_from_points():
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 451), (64, 64), (50, 40)])
 def test_crop_box_is_what_the_tower_sees(size):
-    """A picture whose pixels say where they are: the crop's own corners must agree with the box."""
+    """An image whose pixels say where they are: the crop's own corners must agree with the box."""
     width, height = size
     across = np.broadcast_to(np.linspace(0, 255, width), (height, width))
     down = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))

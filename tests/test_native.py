@@ -78,7 +78,7 @@ def normalised(x: Tensor, by: nn.LayerNorm) -> Tensor:
 
 
 def boxes(batch: int, n: int) -> Tensor:
-    """Some of them partly outside of the picture."""
+    """Some of them partly outside of the image."""
     corners = torch.rand(batch, n, 2) * 1.2 - 0.2
     return torch.cat([corners, corners + torch.rand(batch, n, 2)], dim=-1)
 

@@ -1,4 +1,4 @@
-"""What a student is told to follow: its embedding, also after whitening, and how pictures lie among each other."""
+"""What a student is told to follow: its embedding, also after whitening, and how images lie among each other."""
 
 from __future__ import annotations
 

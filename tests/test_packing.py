@@ -48,7 +48,7 @@ def learning(parts: tuple[str, str]) -> VLM:
 
 
 def items(vlm: VLM, trees: bool = True) -> list[tuple[Sample, torch.Tensor | None]]:
-    """Samples of every kind with their pictures' tokens; without the tree, plain conversations alone."""
+    """Samples of every kind with their images' tokens; without the tree, plain conversations alone."""
     conversations = {"a tree": TREE} if trees else {}
     conversations |= {name: [talk] for name, talk in CHAINS.items()}
     pictures = torch.stack([vlm.tower.visual_tokens(pixels(vlm, colour))[0] for colour in ("red", "blue")])

@@ -133,7 +133,7 @@ def test_a_data_set_of_hugging_face_becomes_photos(tmp_path: Path, monkeypatch: 
     assert [(p.info["captions"], p.info["label"], p.info["label_name"]) for p in photos] == [(["one"], 1, "b"), (["two"], 0, "a")]
     with pytest.raises(UserError, match="name the split"):
         PhotoSet("hf:somebody/something")
-    with pytest.raises(UserError, match="needs one column of pictures"):
+    with pytest.raises(UserError, match="needs one column of images"):
         rows.remove_columns("image").to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
         PhotoSet(f"hf:{tmp_path}/set/:train")
     assert not list((tmp_path / "home").rglob("*.part"))

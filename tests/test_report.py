@@ -133,7 +133,7 @@ def test_pairs_that_are_none_are_refused(tmp_path: Path, pairs: list[str], line:
 
 def test_a_vlm_does_not_stand_beside_the_cost_of_other_tokens(tmp_path: Path) -> None:
     document = bench_of({"vit": (256, 80.0, 6.0), "tiny": (49, 30.0, 1.6)})
-    with pytest.raises(UserError, match="tiny-chat was measured with 49 tokens a picture, vit has 256"):
+    with pytest.raises(UserError, match="tiny-chat was measured with 49 tokens an image, vit has 256"):
         entries_of(tmp_path, document, [eval_of(CHATS)], ["tiny-chat=vit"])
 
 
@@ -248,7 +248,7 @@ def test_what_changes_is_worked_out_by_hand(tmp_path: Path) -> None:
     assert (first["now"], first["then"], first["change"]) == ("135 [122, 148]", "85 [76.5, 93.5]", "−37 %")
     assert rows["tower, GMACs a picture"]["change"] == "−73 %"
     assert rows["reading the prompt, ms"]["change"] == "the same"
-    # picture, tower and projector, prompt, and 128 tokens of 10 ms: 5 + 31 + 49 + 1280 and 50 ms more of the other tower
+    # image, tower and projector, prompt, and 128 tokens of 10 ms: 5 + 31 + 49 + 1280 and 50 ms more of the other tower
     end = rows["to the end of the answer, s, estimated"]
     assert (end["now"], end["then"]) == ("1.42", "1.37")
     assert rows["requests a second, estimated"]["then"] == "0.733"
@@ -262,7 +262,7 @@ def test_a_change_within_the_spread_is_called_so(tmp_path: Path) -> None:
 
 
 def test_quartiles_of_a_sum_of_pieces_are_added(tmp_path: Path) -> None:
-    """In batches of 8 the first token was not measured in one go: 8 pictures of 5 ms, towers, projector and prompt."""
+    """In batches of 8 the first token was not measured in one go: 8 images of 5 ms, towers, projector and prompt."""
     subject = subject_of(tmp_path, bench_of(TWO), [], [], Case("135m", "bfloat16", 8, 128))
     entries = subject.entries
     assert entries[1].request["ms"]["ttft"] == 8 * (5.0 + 30.0 + 1.0 + 49.0)

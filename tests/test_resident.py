@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smooth pictures, wide, high and square, and one file that is none; enough that some are held out."""
+    """Smooth images, wide, high and square, and one file that is none; enough that some are held out."""
     folder = tmp_path_factory.mktemp("photos")
     chance = np.random.default_rng(0)
     for i in range(160):
@@ -57,7 +57,7 @@ def test_a_devices_views_are_those_of_pillow(photos: Path) -> None:
     apart = (found - wanted).abs().mean((1, 2, 3))
     assert apart.max() < 2.5  # of 255
     mirrored = (found.flip(-1) - wanted).abs().mean((1, 2, 3))
-    assert (mirrored > 3 * apart).all(), "a picture of these does not look like its mirror image"
+    assert (mirrored > 3 * apart).all(), "an image of these does not look like its mirror image"
 
 
 def test_two_sizes_are_the_same_views(photos: Path) -> None:

@@ -286,7 +286,7 @@ def test_a_batch_in_parts_teaches_what_the_whole_does(parts, photos, tmp_path, m
 
 
 def test_parts_of_a_batch(parts, photos, tmp_path):
-    """Four photos at once at most on a processor, all on a GPU and under DeepSpeed; what was asked for if it divides the batch."""
+    """Four photos at once at most on a CPU, all on a GPU and under DeepSpeed; what was asked for if it divides the batch."""
     assert [Engine().part(size, "cpu") for size in (16, 6, 7, 3, 2, 1)] == [4, 3, 1, 3, 2, 1]
     assert Engine().part(16, "cuda") is None and Engine(deepspeed={}).part(16, "cpu") is None
     assert Engine(at_once=8).part(16, "cpu") == Engine(at_once=8).part(16, "cuda") == 8
@@ -473,7 +473,7 @@ def test_the_command_refuses_what_contradicts_itself(tmp_path):
 
     with pytest.raises(UserError, match="--tune-tower and --tower-lora: .* not both"):
         run(stage="instruct", tune_tower=True, tower_lora=4)
-    with pytest.raises(UserError, match="in stage read words stand in a picture's place"):
+    with pytest.raises(UserError, match="in stage read words stand in an image's place"):
         run(stage="read", tune_tower=True)
     with pytest.raises(UserError, match="--lr-tower: the tower is frozen"):
         run(stage="instruct", lr_tower=1e-4)

@@ -30,7 +30,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
             {"from": "gpt", "value": f"It is {colour}{' indeed' * (number % 5)}."},
         ]
         samples.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    # and steps in which one process, or both, have no picture
+    # and steps in which one process, or both, have no image
     talk = [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}]
     samples += [{"id": f"text {number}", "conversations": talk} for number in range(12)]
     (tmp_path / "data.json").write_text(json.dumps(samples))

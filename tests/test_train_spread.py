@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 @pytest.fixture(scope="module")
 def verb(tmp_path_factory) -> list[str]:
-    """A run on photos and, as often, text alone: of two samples a step, one a process, every other step one process has no picture."""
+    """A run on photos and, as often, text alone: of two samples a step, one a process, every other step one process has no image."""
     folder = tmp_path_factory.mktemp("data")
     samples = []
     for number, colour in enumerate(["red", "blue", "green", "yellow"] * 2):

@@ -115,7 +115,7 @@ def test_memory_saves_reading_and_changes_nothing(parts, vlm):
     assert stream.timings.read_tokens < stream.timings.prompt_tokens
     fresh = VLM.build(*parts, dtype=torch.float32)
     assert answer == "".join(fresh.stream(follow, 6))
-    # the same words about another picture are read anew, from that picture on
+    # the same words about another image are read anew, from that image on
     other = vlm.stream(ask("What is it?", picture("green")), 6)
     assert "".join(other) == "".join(fresh.stream(ask("What is it?", picture("green")), 6))
     assert other.timings.tower_ms > 0
@@ -319,7 +319,7 @@ def test_visits_differ_and_repeat_by_seed(tmp_path):
 def test_wrong_placeholders_name_the_sample(vlm, tmp_path):
     [photo] = photos_of(tmp_path, ["red"])
     talk = Talk("red one", (photo,), ((user("What?"), assistant("A wall.")),))
-    with pytest.raises(UserError, match="red one: 0 image placeholders, but 1 pictures give 5 tokens"):
+    with pytest.raises(UserError, match="red one: 0 image placeholders, but 1 images give 5 tokens"):
         build_samples(Corpus.of([talk]), vlm.renderer)
 
 

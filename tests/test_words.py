@@ -138,7 +138,7 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
         assert train(vlm, groups, stage, samples, pictures, folder, {"stage": "read"})
         return [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["history"] if "loss" in entry][-1]
 
-    assert last_loss(["w"] * 120) - last_loss(letters) > 0.3, "a letter is told from the picture alone"
+    assert last_loss(["w"] * 120) - last_loss(letters) > 0.3, "a letter is told from the image alone"
     after = {name.replace(".base_layer", ""): t for name, t in vlm.model.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     with pytest.raises(UserError, match="its projector has learnt nothing yet"):

@@ -121,7 +121,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def picture(color: str, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A plain picture."""
+    """A plain image."""
     return Image.new("RGB", size, color)
 
 

@@ -4,7 +4,7 @@ Which kernel `scaled_dot_product_attention` takes depends on device, dtype, mask
 it. Each part is run once, small and for real, under torch's profiler, and what it recorded is named.
 
 Notable: names are those of torch's operators (its native_functions.yaml) and of flash-attn's, which each call records once whatever kernels
-it launches, on a processor as on a GPU. Attention without such an operator shows as the softmax of a four-dimensional tensor of scores.
+it launches, on a CPU as on a GPU. Attention without such an operator shows as the softmax of a four-dimensional tensor of scores.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _used(part: str, call: Callable[[], Any]) -> Attended:
 
 
 def _told(vlm: VLM, prompts: list[list[Message]], photo: Image.Image, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the LLM is told: embeddings of the prompts, padded, in which `seen` (1, N, D) stands for each picture."""
+    """What the LLM is told: embeddings of the prompts, padded, in which `seen` (1, N, D) stands for each image."""
     texts = [vlm.renderer.text(prompt, answer_next=True) for prompt in prompts]
     made = vlm.processor(text=texts, images=[photo] * len(prompts), padding=True, add_special_tokens=False, return_tensors="pt")
     ids = made["input_ids"].to(vlm.model.device)

@@ -1,6 +1,6 @@
 """`python tools/check_kernels.py`: the kernels verified against float64, and on a GPU timed against torch alone.
 
-Shape legend: B pictures, n tokens, P sampling points, C channels, O points after mixing, g width of the hidden vector, H x W the map.
+Shape legend: B images, n tokens, P sampling points, C channels, O points after mixing, g width of the hidden vector, H x W the map.
 
 Notable: on a GPU it verifies the shapes of the published families, in float32 and bfloat16, then times one look and the whole
 SparseFormer-B. Times are medians of rounds in which the ways take turns. Where there is no GPU nothing is timed: --interpret verifies small

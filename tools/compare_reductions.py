@@ -33,7 +33,7 @@ METRICS = {("captions", "CIDEr"): 100.0, ("pope", "accuracy"): 100.0, ("aokvqa",
 
 @dataclass(frozen=True)
 class Rival:
-    """One row: how a picture becomes tokens. `tower` None stands for the whole ViT."""
+    """One row: how an image becomes tokens. `tower` None stands for the whole ViT."""
 
     name: str
     what: str
@@ -86,7 +86,7 @@ class Plan:
         ]
 
     def tower_gmacs(self, rival: Rival) -> float:
-        """What the tower of a row costs for a picture, in billions of multiply-accumulates; its projector is not in it."""
+        """What the tower of a row costs for an image, in billions of multiply-accumulates; its projector is not in it."""
         tower = SparseFormer.from_pretrained(rival.tower or self.vit, num_tokens=self.tokens if rival.tower else None)
         return count_macs(tower.config).total / 1e9
 
@@ -153,7 +153,7 @@ def main(
     eval_data: Annotated[str, typer.Option(help="As --data of sparse-vlm eval.")],
     only: Annotated[list[str] | None, typer.Option(help="Rows; repeat it. All unless given.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeat it. [default: 0, 1, 2]")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens a picture, of every row.", min=1)] = 49,
+    tokens: Annotated[int, typer.Option(help="Tokens an image, of every row.", min=1)] = 49,
     align_steps: Annotated[int, typer.Option(help="Steps of the stage align.", min=1)] = 30,
     samples: Annotated[int, typer.Option(help="Photos of the stage instruct.", min=1)] = 960,
     out: Annotated[Path, typer.Option(help="Folder of the runs and of results.json.")] = Path("build/comparison"),

@@ -1,4 +1,4 @@
-"""What the campaigns begin with: pictures, towers, language models and teachers small enough that reading them takes no time."""
+"""What the campaigns begin with: images, towers, language models and teachers small enough that reading them takes no time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVIL = "from pathlib import Path\n\nPath(__file__).with_name('CANARY').touch()\n
 
 
 def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
-    """A picture of noise, RGB."""
+    """An image of noise, RGB."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
@@ -33,7 +33,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write_photos(path: Path, count: int = 4, info: Callable[[int], dict[str, Any]] = lambda i: {}) -> None:
-    """A webdataset tar of plain pictures with what is known of them."""
+    """A webdataset tar of plain images with what is known of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for i in range(count):
@@ -68,7 +68,7 @@ def asked(i: int) -> dict[str, Any]:
 
 
 def write_noise(folder: Path, count: int) -> None:
-    """Pictures of noise, a few of which a bootstrap holds out."""
+    """Images of noise, a few of which a bootstrap holds out."""
     from sparse_vlm.images.photos import Photo
     from sparse_vlm.train.lessons import held_out
 

@@ -65,7 +65,7 @@ def command(*arguments: str | Path, fine: tuple[int, ...] = (0,)) -> None:
         raise RuntimeError(f"exit code {code}")
 
 
-# ---- pictures and photos
+# ---- images and photos
 
 
 def _save_pictures(suffix: str, kinds: dict[str, dict[str, Any]]) -> Callable[[Path], None]:
@@ -84,7 +84,7 @@ def _save_pictures(suffix: str, kinds: dict[str, dict[str, Any]]) -> Callable[[P
 
 
 def read_pictures(folder: Path) -> Any:
-    """As a picture that is shown, and as a photo that is learnt from, cropped and whole; each file may be refused for itself."""
+    """As an image that is shown, and as a photo that is learnt from, cropped and whole; each file may be refused for itself."""
     from sparse_vlm.errors import UserError
     from sparse_vlm.images.photos import PhotoSet, load_image
     from sparse_vlm.images.preprocess import Preprocessor
@@ -148,7 +148,7 @@ def read_llava(folder: Path) -> None:
 
 
 def read_tower(folder: Path) -> Any:
-    """Load it and look at a picture."""
+    """Load it and look at an image."""
     from sparse_vlm import SparseFormer
 
     tower = SparseFormer.from_pretrained(folder / "tower")
@@ -170,7 +170,7 @@ def _make_vlm(folder: Path) -> None:
 
 
 def talk_to(vlm: Any) -> Any:
-    """What a VLM says about a picture, and how likely."""
+    """What a VLM says about an image, and how likely."""
     from tiny_vlm import ask, picture
 
     question = ask("What is it?", picture("red"))
@@ -277,7 +277,7 @@ def _make_vit(folder: Path) -> None:
 
 
 def ask_teacher(name: str) -> Any:
-    """Load a teacher and show it a picture."""
+    """Load a teacher and show it an image."""
     from sparse_vlm.teachers import load_teacher
 
     teacher = load_teacher(name)
@@ -321,7 +321,7 @@ def _make_unfinished(folder: Path) -> None:
 
 
 def read_cache(folder: Path) -> Any:
-    """A run that finds the teacher's answers cached."""
+    """A run that finds the teacher's outputs cached."""
     shutil.rmtree(folder / "run")
     command(*run_command(folder))
     return weights(folder / "run")

@@ -1,7 +1,7 @@
 """`python tools/fuzz.py --files 2000 --seed 0`: damage every file format that we read, and see what becomes of it.
 
 Each damaged file is read in a process of its own, forked from this one when everything has been imported, with 3 GB of memory beyond what
-this one has and 20 s of a processor (three times as long by the clock, for machines that do other things as well). What must come of it:
+this one has and 20 s of a CPU (three times as long by the clock, for machines that do other things as well). What must come of it:
 the file is read and every number is finite; or it is refused by a `UserError` of one line that names it. Anything else is a fault: another
 exception, a crash, no end, too much memory, numbers that are not finite, a control character in what is said, something written or removed
 outside the example's folder, another program or foreign code run.
@@ -47,7 +47,7 @@ from formats import FORMATS, Format, Refused, finite
 from mutate import mutate
 
 MORE_BYTES = 3 << 30
-LIMIT_S, WALL = 20.0, 3  # of a processor, and times as much by the clock
+LIMIT_S, WALL = 20.0, 3  # of a CPU, and times as much by the clock
 READ, REFUSED, FAULT = "read", "refused", "FAULT"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 OURS = tuple(str(ROOT / folder) + os.sep for folder in ("sparse_vlm", "train", "eval"))

@@ -1,11 +1,11 @@
 """`python tools/preprocessing_cost.py`: what it costs to make a tower's pixels of a photo's file, beside the tower itself, and whether
 the ways of doing so agree.
 
-Shape legend: S side of a tower's picture in pixels.
+Shape legend: S side of a tower's image in pixels.
 
 Notable: photos of 0.3, 2 and 12 megapixels are made of the given ones, so that all sizes show the same: enlarged, and then given the grain
 of a sensor, without which a large file would hold fewer bits, and be read sooner, than a camera's. Everything takes turns in one process.
-A picture is always decoded by one thread; several threads decode several pictures.
+An image is always decoded by one thread; several threads decode several images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ QUALITY = 92
 AT_ONCE = 4  # photos that are timed together, at most
 THREADS = (1, 2)
 TOWERS = ("tiny", "sparseformer-b")
-SIZE = 224  # of the towers' pictures
+SIZE = 224  # of the towers' images
 MEAN = STD = (0.5, 0.5, 0.5)  # normalising costs the same whatever the numbers
 Way = Callable[[Photo], Tensor]  # to (3, S, S), normalised float32
 PLAIN = "Pillow, whole"
@@ -55,12 +55,12 @@ PLAIN = "Pillow, whole"
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds of a picture: median and quartiles.
+    """Milliseconds of an image: median and quartiles.
 
     Attributes:
         what: a way, or a tower.
         megapixels: None for a tower.
-        batch: pictures in one turn.
+        batch: images in one turn.
     """
 
     what: str
@@ -75,7 +75,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Cosines between a model's embeddings of pixels that come of a way and of those that come of the whole picture by Pillow."""
+    """Cosines between a model's embeddings of pixels that come of a way and of those that come of the whole image by Pillow."""
 
     model: str
     megapixels: float
@@ -124,7 +124,7 @@ def grow(image: Image.Image, megapixels: float, seed: int = 0) -> bytes:
 
 
 def write_photos(images: Iterable[Image.Image], folder: Path) -> dict[float, list[Photo]]:
-    """Each picture at each of `MEGAPIXELS`, in files."""
+    """Each image at each of `MEGAPIXELS`, in files."""
     found: dict[float, list[Photo]] = {megapixels: [] for megapixels in MEGAPIXELS}
     for number, image in enumerate(images):
         for megapixels, photos in found.items():
@@ -208,7 +208,7 @@ def agree(photos: dict[float, list[Photo]], how: dict[str, Way], teacher: str | 
 
 
 def as_table(times: Sequence[Time], agreements: Sequence[Agreement]) -> str:
-    """Markdown: milliseconds of a picture, and cosines."""
+    """Markdown: milliseconds of an image, and cosines."""
     heads = [f"{megapixels:g} MP" for megapixels in MEGAPIXELS]
     lines: list[str] = []
     for first, columns, own in (
@@ -236,7 +236,7 @@ def _spread(time: Time) -> str:
 
 
 def main(
-    image: Annotated[list[str] | None, typer.Option(help="Photos: a picture, folder or tar; repeat it. One is made unless given.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Photos: an image, folder or tar; repeat it. One is made unless given.")] = None,
     limit: Annotated[int, typer.Option(help="Photos at most, evenly spread.", min=1)] = 8,
     teacher: Annotated[str | None, typer.Option(help="A teacher whose embeddings are compared as well.")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each after the warm-up, of which the median counts; 0 leaves times out.")] = 7,

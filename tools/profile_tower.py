@@ -236,7 +236,7 @@ def as_table(peak: dict[str, Any], model: dict[str, Any]) -> str:
 def main(
     model: Annotated[list[str], typer.Option(help="A tower: a folder, a name of the zoo, or a rival such as sparseformer-b; repeat it.")],
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. Both unless given.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images at once.", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Forward passes of each tower, of which the median counts.")] = 15,
     optimized: Annotated[bool, typer.Option("--optimized", help="Fold the towers for inference before.")] = False,

@@ -4,7 +4,7 @@
 
 Notable: a view costs the teacher's forward pass (once, if its answers are cached) and the student's forward and backward pass. A backward
 pass costs one forward pass for the gradients of the activations, from the first trained unit on, and one for those of the trained
-weights. A device learns no faster than the processors beside it decode photos.
+weights. A device learns no faster than the CPUs beside it decode photos.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def view_cost(recipe: Recipe, spec: TeacherSpec) -> ViewCost:
 def main(
     rate: Annotated[float, typer.Option(help="TMAC/s of one device at its best: an H100 is sold with 495 in bfloat16.")] = 495.0,
     share: Annotated[float, typer.Option(help="Share of it that a run gets.", min=0.01, max=1.0)] = 0.4,
-    photos: Annotated[float, typer.Option(help="Views a second that the processors beside a device decode and crop.", min=1)] = 3600.0,
+    photos: Annotated[float, typer.Option(help="Views a second that the CPUs beside a device decode and crop.", min=1)] = 3600.0,
     devices: Annotated[list[int] | None, typer.Option(help="How many devices; repeat it.")] = None,
 ) -> None:
     """Hours of the runs that the paper's recipes ask for, at a given rate. Estimates, not measurements."""

@@ -94,7 +94,7 @@ def ratios(
 
     Args:
         dtypes: keys of `DTYPES`.
-        batches: numbers of pictures; they are noise, because a time does not depend on them either.
+        batches: numbers of images; they are noise, because a time does not depend on them either.
         rounds: turns of each model after the warm-up.
         limit_s: a model that took so many seconds takes no more turns than it must.
         forms: of `FORMS`.
@@ -165,7 +165,7 @@ def document(found: Iterable[Ratio]) -> dict[str, Any]:
 def main(
     beside: Annotated[list[str] | None, typer.Option(help="Rivals to compare with; repeat it. All unless given.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. Both unless given.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Pictures at once; repeat it. 1 and 8 unless given.", min=1)] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeat it. 1 and 8 unless given.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
     form: Annotated[list[str] | None, typer.Option(help="plain or optimized, of both sides; repeat it. Both unless given.")] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each model after the warm-up, of which the median counts.")] = 10,

@@ -12,7 +12,7 @@ SHOWN = 500  # samples that are counted one by one
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Tokens of samples: those of pictures, those of text, and those that carry loss; mean and largest of a sample.
+    """Tokens of samples: those of images, those of text, and those that carry loss; mean and largest of a sample.
 
     Attributes:
         samples: that were counted.
@@ -27,7 +27,7 @@ class TokenCost:
 
     @property
     def image_share(self) -> float:
-        """Of a sample's tokens those of pictures, on average."""
+        """Of a sample's tokens those of images, on average."""
         return self.image[0] / (self.image[0] + self.text[0])
 
     def lines(self) -> list[str]:

@@ -1,10 +1,10 @@
-"""What the Trainer trains: token trees and pictures in, the loss out; and the Trainer itself.
+"""What the Trainer trains: token trees and images in, the loss out; and the Trainer itself.
 
-Shape legend: N tokens a picture, d width of the tower, D width of the LLM, h x w pixels of an image, H x W of a batch's canvas.
+Shape legend: N tokens an image, d width of the tower, D width of the LLM, h x w pixels of an image, H x W of a batch's canvas.
 Images come as the tower's cached tokens (N, d), as pixels (3, h, w) where the tower learns, or as embeddings (N, D) that stand in an
 image's place (`train.reading`).
 
-Notable: a batch without pictures runs projector and tower all the same, on zeros whose output counts nothing: several processes wait for
+Notable: a batch without images runs projector and tower all the same, on zeros whose output counts nothing: several processes wait for
 each other at every module whose weights they share, and for every gradient.
 """
 
@@ -60,7 +60,7 @@ class LivePictures:
         self._read.update(missing)
 
     def stand_in(self, photos: Collection[int]) -> None:
-        """Show a blank picture in the place of some photos."""
+        """Show a blank image in the place of some photos."""
         self._blank = frozenset(photos)
 
     def __getitem__(self, index: int) -> Tensor:
@@ -73,7 +73,7 @@ class Learner(nn.Module):
     """What the Trainer sees; its state dict is what is trained.
 
     Args:
-        project: whether pictures go through the projector; else they are in the LLM's width already.
+        project: whether images go through the projector; else they are in the LLM's width already.
     """
 
     def __init__(self, vlm: VLM, project: bool = True) -> None:
@@ -82,7 +82,7 @@ class Learner(nn.Module):
         self.live = any(parameter.requires_grad for parameter in vlm.tower.parameters())
         self.attention = vlm.model.model.language_model.config._attn_implementation
         side = vlm.tower.config.image_size
-        # what a batch without pictures shows
+        # what a batch without images shows
         self.nothing = (1, 3, side, side) if self.live else (1, vlm.tower.config.visual_tokens, vlm.tower.config.width)
 
     def forward(
@@ -91,7 +91,7 @@ class Learner(nn.Module):
         """Negative log-likelihood of the targets.
 
         Args:
-            pictures: (pictures, N, d) of the tower, `Inputs` of it where it learns, or (pictures, N, D); None without pictures.
+            pictures: (images, N, d) of the tower, `Inputs` of it where it learns, or (images, N, D); None without images.
             chains: whether every tree is one conversation, which needs no mask of its own.
             count: targets to divide the sum by; those of these trees, for a mean, unless given.
         """
@@ -104,7 +104,7 @@ class Learner(nn.Module):
         return {"loss": loss}
 
     def features(self, pictures: Tensor | Inputs) -> Tensor:
-        """Pictures to tokens in the LLM's width: (pictures, N, D)."""
+        """Images to tokens in the LLM's width: (images, N, D)."""
         if self.live:
             pictures = self.model.model.vision_tower.tower.visual_tokens(*pictures)
         return self.model.model.multi_modal_projector(pictures.float())
@@ -131,7 +131,7 @@ class Learner(nn.Module):
 
 
 class Samples(Dataset):
-    """Samples in the order in which they are learnt from, each with its pictures as the bank holds them."""
+    """Samples in the order in which they are learnt from, each with its images as the bank holds them."""
 
     def __init__(self, samples: Sequence[Sample], bank: TokenBank | LivePictures | WordPictures) -> None:
         self.samples, self.bank = samples, bank
@@ -145,7 +145,7 @@ class Samples(Dataset):
 
 
 class Gather:
-    """Samples and their pictures to a batch: what `Learner` takes, and the samples' names; packed for flash-attention."""
+    """Samples and their images to a batch: what `Learner` takes, and the samples' names; packed for flash-attention."""
 
     def __init__(self, vlm: VLM) -> None:
         self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id

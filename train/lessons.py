@@ -33,7 +33,7 @@ Lesson = dict[str, Tensor]
 
 
 class CachedViews(Dataset):
-    """Views as the student takes them with the teacher's answers: `pixels` (3, h, w) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
+    """Views as the student takes them with the teacher's outputs: `pixels` (3, h, w) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
 
     def __init__(self, cache: TeacherCache, rows: Sequence[int], size: int) -> None:
         self.cache, self.rows, self.size = cache, rows, size
@@ -91,7 +91,7 @@ class Show:
     """Turns what a loader brought into pixels, where the teacher is asked at every step: views made here, some of them mixed.
 
     Args:
-        size: of the student's pictures.
+        size: of the student's images.
         seen: of the teacher's.
         photos: that the device keeps; the loader brings pixels unless given.
         mixed: share of views that are mixed.

@@ -135,7 +135,7 @@ def _prepare_tower(vlm: VLM, rates: Rates, seed: int, tune: bool, rank: int | No
 
 
 def read_by_llm(tower: SparseFormer) -> list[nn.Parameter]:
-    """What a picture's tokens depend on: not the head, nor where tokens would look next after the last unit.
+    """What an image's tokens depend on: not the head, nor where tokens would look next after the last unit.
 
     Several processes wait for the gradient of each tensor that learns, so one that never has any must not.
     """

@@ -4,7 +4,7 @@
     sparse-vlm train --stage align --init build/read --data 'photos/*.tar' --out build/align
     sparse-vlm train --stage instruct --init build/align --data 'photos/*.tar' --out build/chat
 
-`read` teaches a small LLM to answer from words that stand in a picture's place (`train.reading`); larger ones do without. `align` trains
+`read` teaches a small LLM to answer from words that stand in an image's place (`train.reading`); larger ones do without. `align` trains
 the projector alone, on captions and names, after it has learnt words without the LLM (`train.words`); `instruct` trains projector and LLM
 (LoRA on every linear layer, or all of it). The tower is frozen unless it is asked to learn, itself or through adapters (`train.parts`).
 
@@ -62,7 +62,7 @@ class Stage(Rates):
 
     Attributes:
         batch_size: photos a step.
-        pictures_of_words: whether words stand in a picture's place (`train.reading`).
+        pictures_of_words: whether words stand in an image's place (`train.reading`).
         word_epochs: how often a new projector goes over the photos to learn words (`train.words`) before the stage begins.
     """
 

@@ -1,6 +1,6 @@
-"""The projector's beginning: a picture's tokens say words before the LLM hears them.
+"""The projector's beginning: an image's tokens say words before the LLM hears them.
 
-Shape legend: B photos, N tokens a picture, d width of the tower, D width of the LLM, V words.
+Shape legend: B photos, N tokens an image, d width of the tower, D width of the LLM, V words.
 A projector that begins at random hands the LLM noise, and running the LLM to tell it so costs far more than the projector itself. But
 what a good projector says is half known: an LLM reads embeddings of words. So the projector first learns, without the LLM, to hand on
 embeddings of the words that are said about the photo: each token chooses among all words, and each word that is said of the photo must be

@@ -124,7 +124,7 @@ def plan_llm(name: str) -> LLMPlan:
         raise UserError(f"--llm {error}; shapes of random weights are {', '.join(SHAPES)}") from error
     _, config, _ = load_tokenizer(name)
     plan = LLMPlan(name, "a language model", config, trained=True)
-    with as_user_error(f"--llm {name}"):  # a model of pictures and text, for one, is none
+    with as_user_error(f"--llm {name}"):  # a model of images and text, for one, is none
         _ = plan.parameters
     return plan
 
@@ -153,7 +153,7 @@ class Language:
         if plan.trained and whole:
             self.model = load_llm(plan.name, dtype).model
         else:
-            with device:  # a GPU draws billions of random weights sooner than a processor
+            with device:  # a GPU draws billions of random weights sooner than a CPU
                 self.model = AutoModelForCausalLM.from_config(_cut(plan.config, self.built), dtype=dtype, trust_remote_code=False)
         self.weights = "trained" if plan.trained and whole else "random"
         self.model.requires_grad_(False).eval().to(device)

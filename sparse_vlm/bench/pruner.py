@@ -1,6 +1,6 @@
 """Token pruning by attention, as its authors do it: the whole ViT first, then the patches that its CLS token looked at most.
 
-Shape legend: B pictures, M tokens of the ViT without CLS, N kept, d width.
+Shape legend: B images, M tokens of the ViT without CLS, N kept, d width.
 Sources: VisionZip (arXiv 2412.04467; `visionzip/clip_encoder.py`), which ranks patches by the attention that the CLS token pays them in the
 second to last block, summed over heads, and FasterVLM (arXiv 2412.01818), which ranks by CLS attention as well. VisionZip's merging of what
 is left over into contextual tokens is not part of it.

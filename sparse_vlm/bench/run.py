@@ -1,6 +1,6 @@
 """A benchmark from its settings to its document: what is measured, in which order, and what is kept when it ends early.
 
-Shape legend: B pictures or requests, M tokens of a tower, N tokens a picture in the LLM, P tokens of text beside it, D width of the LLM.
+Shape legend: B images or requests, M tokens of a tower, N tokens an image in the LLM, P tokens of text beside it, D width of the LLM.
 
 Notable: the document is written after each group of pieces, so that whatever ends a run leaves what was finished. Everything that a user
 may have got wrong is asked before the first measurement. All towers take turns with each other, and so do all numbers of tokens before
@@ -37,7 +37,7 @@ from sparse_vlm.utils.devices import compiling
 FORMAT = "sparse-vlm/bench/1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEITHER = 1 / 3  # share of both peaks below which neither of them binds
-PICTURE = (640, 480)  # pixels of the picture that is made where none is given
+PICTURE = (640, 480)  # pixels of the image that is made where none is given
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Settings:
     Attributes:
         models: towers, as `load_visions` takes them.
         llms: as `plan_llm` takes them.
-        tokens: numbers of tokens a picture, where they can be chosen.
-        images: files of pictures; one is made where there are none.
+        tokens: numbers of tokens an image, where they can be chosen.
+        images: files of images; one is made where there are none.
         compile: measure towers compiled as well.
         optimized: measure towers after `optimize_for_inference`, ours and ViTs alike.
-        prompt_tokens: of text beside a picture (P).
+        prompt_tokens: of text beside an image (P).
         rounds: turns of each piece, after the warm-up.
         limit_s: a piece that took so many seconds takes no more turns than it must.
         copied_bytes: what the memory's peak is measured on.
@@ -93,7 +93,7 @@ class Settings:
         if self.optimized and len(self.dtypes) > 1:
             raise UserError("--optimized: weights are laid out for one --dtype; measure each in a run of its own")
         if self.optimized and kind != "cpu":
-            raise UserError(f"--optimized: folds towers for a processor, not for {self.device}; on a GPU take --compile")
+            raise UserError(f"--optimized: folds towers for a CPU, not for {self.device}; on a GPU take --compile")
         if kind not in ("cpu", "cuda"):
             raise UserError(f"--device {self.device}: known are cpu and cuda")
         if kind == "cuda" and not torch.cuda.is_available():
@@ -107,7 +107,7 @@ class Bench:
         save: given the document whenever there is more in it.
 
     Raises:
-        UserError: an unknown model, a picture that cannot be read, or a setting that makes no sense.
+        UserError: an unknown model, an image that cannot be read, or a setting that makes no sense.
     """
 
     def __init__(self, settings: Settings, save: Callable[[dict[str, Any]], None]) -> None:
@@ -205,7 +205,7 @@ class Bench:
     # ---- what is measured
 
     def _of_pictures(self) -> Iterator[Piece]:
-        """Decoding, and preprocessing for each size: per picture, on the CPU, whatever the device."""
+        """Decoding, and preprocessing for each size: per image, on the CPU, whatever the device."""
 
         def decode(_: Any) -> None:
             for name, data, _image in self.pictures:
@@ -264,7 +264,7 @@ class Bench:
             yield Piece("projector", [(project, 1.0)], vision.name, language.plan.name, batch, vision.tokens, work)
 
     def _of_prompts(self, language: Language, batch: int) -> Iterator[Piece]:
-        """Reading a picture's tokens and the text beside them, and choosing the first token of the answer."""
+        """Reading an image's tokens and the text beside them, and choosing the first token of the answer."""
         for tokens in self._numbers():
             length = tokens + self.settings.prompt_tokens
             yield Piece(
@@ -280,7 +280,7 @@ class Bench:
             )
 
     def _of_answers(self, language: Language, batch: int) -> Iterator[Piece]:
-        """One more token of each request's answer, with picture and text in the cache."""
+        """One more token of each request's answer, with image and text in the cache."""
         one = language.embeds(batch, 1)
         for tokens in self._numbers():
             length = tokens + self.settings.prompt_tokens
@@ -296,7 +296,7 @@ class Bench:
             )
 
     def _of_first_tokens(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[Piece]:
-        """From encoded pictures to the first token of an answer, in one go."""
+        """From encoded images to the first token of an answer, in one go."""
         text = language.embeds(batch, self.settings.prompt_tokens)
         for vision in self.visions:
 
@@ -317,7 +317,7 @@ class Bench:
     # ---- how
 
     def _numbers(self) -> list[int]:
-        """Each number of tokens a picture that some model has."""
+        """Each number of tokens an image that some model has."""
         return sorted({vision.tokens for vision in self.visions})
 
     def _group(self, pieces: Sequence[Piece], dtype: str) -> None:
@@ -399,13 +399,13 @@ def _projecting(vision: Vision, projector: torch.nn.Module) -> Work:
 
 
 def _read(name: str) -> tuple[str, bytes, Image.Image]:
-    """A picture's name, its bytes, and itself."""
+    """An image's name, its bytes, and itself."""
     image = load_image(name)
     return name, Path(name).read_bytes(), image
 
 
 def made_picture() -> tuple[str, bytes, Image.Image]:
-    """A picture with the detail of a photo: smooth colours and some grain; (what it is, its JPEG, itself)."""
+    """An image with the detail of a photo: smooth colours and some grain; (what it is, its JPEG, itself)."""
     generator = np.random.default_rng(0)
     smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(PICTURE, Image.Resampling.BICUBIC)
     grain = generator.normal(0, 6, (PICTURE[1], PICTURE[0], 3))

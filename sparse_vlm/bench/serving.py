@@ -1,4 +1,4 @@
-"""What a server would do, estimated from measured pieces: requests a second and memory, against tokens a picture and length of the answer.
+"""What a server would do, estimated from measured pieces: requests a second and memory, against tokens an image and length of the answer.
 
 Notable: an estimate, not a measurement, and a simple one: requests come and go in batches of a size that was measured,
 the machine does one thing at a time, and every answer is as long as the others. It says where fewer tokens do not help, which is where
@@ -49,7 +49,7 @@ def _served(document: Row, request: Row, answer: int, decoding: Callable[[float]
         "answer": answer * decoding(request["tokens"] + answer / 2),
     }
     each = length * llm["kv_bytes_per_token"]
-    # the working memory measured is that of the batch, with keys and values of picture and text, which are counted here for all tokens
+    # the working memory measured is that of the batch, with keys and values of image and text, which are counted here for all tokens
     working = max(0, request["peak_bytes"] - request["weight_bytes"] - batch * (length - answer) * llm["kv_bytes_per_token"])
     memory = request["weight_bytes"] + working + batch * each
     total = sum(taken.values())
@@ -69,7 +69,7 @@ def _served(document: Row, request: Row, answer: int, decoding: Callable[[float]
 
 
 def _decoding(requests: list[Row], batch: int) -> Callable[[float], float]:
-    """Milliseconds of a token of each answer after so many of a picture, by the line through what was measured at each number of them.
+    """Milliseconds of a token of each answer after so many of an image, by the line through what was measured at each number of them.
 
     A line, because keys and values are read one after the other, and because one disturbed measurement must not decide between two models.
     """

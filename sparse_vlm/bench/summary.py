@@ -1,4 +1,4 @@
-"""What a run's measurements say of whole requests: a picture, some text, and the first token of an answer."""
+"""What a run's measurements say of whole requests: an image, some text, and the first token of an answer."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ class Piece:
     """A piece of work to be timed.
 
     Attributes:
-        stage, model, llm, batch, tokens: what it is of; `tokens` are those that the LLM is given of each picture.
+        stage, model, llm, batch, tokens: what it is of; `tokens` are those that the LLM is given of each image.
         steps: (call, factor) in order: each is given what the one before returned, and its time counts so many times.
-        work: MACs and numbers moved, for one picture or request.
+        work: MACs and numbers moved, for one image or request.
         compiled: whether the tower was.
         prepare: called before each turn, out of its time; its result is given to the first step.
         expected_s: a guess at a turn's seconds, to tell what remains.

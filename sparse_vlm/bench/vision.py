@@ -1,6 +1,6 @@
-"""What looks at pictures in a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A rival is one more entry in `RIVALS`.
+"""What looks at images in a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A rival is one more entry in `RIVALS`.
 
-Shape legend: B pictures, M tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
+Shape legend: B images, M tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
 
 Notable: a model is named `TOWER` or `TOWER+KIND`: a tower of the zoo or a folder, a rival, or a teacher's name; KIND is one of
 `sparse_vlm.vlm.projectors`, or a pruner. Rivals are built from their published dimensions with random weights, because time does not depend
@@ -95,7 +95,7 @@ class Vision:
         tokens_in, tokens: M and N.
         width: d.
         preprocessor: what its pixels are made by.
-        work: what `look` does for a picture; of one that sees whole images, for a picture that fills its canvas.
+        work: what `look` does for an image; of one that sees whole images, for an image that fills its canvas.
         compiled: `look` compiled, once it was asked for.
     """
 
@@ -121,7 +121,7 @@ class Vision:
 
     @property
     def size(self) -> int:
-        """Side of its pictures in pixels (S)."""
+        """Side of its images in pixels (S)."""
         return self.preprocessor.size
 
     @property
@@ -306,7 +306,7 @@ def _vision(name: str, tower: _Tower, kind: str, count: int | None, chosen: bool
 
 
 def projector_work(projector: nn.Module, tokens_in: int, width: int) -> Work:
-    """What a projector does for a picture: MACs as torch counts its matrix products, numbers moved as those of its linear layers and
+    """What a projector does for an image: MACs as torch counts its matrix products, numbers moved as those of its linear layers and
     convolutions.
 
     Args:

@@ -24,7 +24,7 @@ from sparse_vlm.errors import as_user_error, printable
 
 VERBS: dict[str, tuple[str, str]] = {
     # verb: (summary, example)
-    "chat": ("Talk about pictures.", "sparse-vlm chat --image examples/coffee.jpg"),
+    "chat": ("Talk about images.", "sparse-vlm chat --image examples/coffee.jpg"),
     "look": ("Draw what the tokens look at.", "sparse-vlm look examples/coffee.jpg"),
     "bootstrap": (
         "Make a tower from a teacher and photos.",

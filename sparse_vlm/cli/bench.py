@@ -39,18 +39,18 @@ def bench(
     ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens a picture, where they can be chosen; repeat it. 49, or a tower's own, unless given.", min=1),
+        typer.Option(help="Tokens an image, where they can be chosen; repeat it. 49, or a tower's own, unless given.", min=1),
     ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat it. One is made unless given.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat it. One is made unless given.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Requests at once; repeat it. 1 and 16 unless given.", min=1)] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. What the machine multiplies in unless given.")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Measure towers compiled, too.")] = False,
-    optimized: Annotated[bool, typer.Option("--optimized", help="Measure towers folded for a processor, ours and ViTs alike.")] = False,
+    optimized: Annotated[bool, typer.Option("--optimized", help="Measure towers folded for a CPU, ours and ViTs alike.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one unless given.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of text beside a picture.", min=1)] = 32,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of text beside an image.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of each piece after the warm-up, of which the median counts.")] = 10,
     seconds: Annotated[float, typer.Option(help="A piece that took so long takes no more turns than three.", min=0)] = 20.0,
     serving: Annotated[bool, typer.Option("--serving", help="Estimate requests a second and memory of a server.")] = False,

@@ -24,7 +24,7 @@ def bootstrap(
     ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "elastic",
     out: Annotated[Path | None, typer.Option(help="Folder of the student; build/RECIPE by default.")] = None,
-    cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached answers, shared by all runs.")] = Path("build/teacher-cache"),
+    cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached outputs, shared by all runs.")] = Path("build/teacher-cache"),
     views: Annotated[int | None, typer.Option(help="Views to learn from, instead of the recipe's number.", min=32)] = None,
     change: Annotated[
         list[str] | None,
@@ -58,7 +58,7 @@ def bootstrap(
 ) -> None:
     """Make a tower from a teacher and photos.
 
-    The student inherits the teacher's blocks and learns, without labels or captions, to say of a picture what the teacher says.
+    The student inherits the teacher's blocks and learns, without labels or captions, to say of an image what the teacher says.
     Give the same command again to continue an interrupted run.
     """
     import dataclasses
@@ -136,7 +136,7 @@ def bootstrap(
         if finished(out, settings_of(recipe, chosen, source, store, seed, engine, resident, begun)):
             return
         if store.done == len(store):
-            console.print(f"teacher's answers: {len(store)} views, all cached")
+            console.print(f"teacher's outputs: {len(store)} views, all cached")
         else:
             with counting(console, "asking the teacher", "views", len(store), store.done) as advance:
                 store.fill(source, on_rows=advance, device=own_device())

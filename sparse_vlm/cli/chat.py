@@ -1,6 +1,6 @@
-"""`sparse-vlm chat --image photo.jpg`: talk about pictures; `--question "..."` answers once.
+"""`sparse-vlm chat --image photo.jpg`: talk about images; `--question "..."` answers once.
 
-Notable: pictures and the question are checked before anything heavy is imported, so a mistake costs a fraction of a second. In a terminal
+Notable: images and the question are checked before anything heavy is imported, so a mistake costs a fraction of a second. In a terminal
 answers stream below a prompt with line editing; without one every line of stdin is a question or a command and stdout holds the
 answers alone. At a terminal Ctrl-C raises no exception while an answer is made: it sets a flag that is read between tokens, so the
 model and the conversation are never left halfway.
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 LONGEST_WORD = 24  # characters held back until a word is whole; scripts without spaces must flow, too
 HELP = """\
-/image PATH  show one more picture with the next question
-/reset       forget what was said, keep the pictures given with --image
+/image PATH  show one more image with the next question
+/reset       forget what was said, keep the images given with --image
 /save FILE   write the conversation to FILE, .json or .md
 /quit        end (as Ctrl-D does)
 /help        this list
@@ -43,17 +43,17 @@ Ctrl-C stops an answer. Everything else is a question."""
 
 
 def chat(
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; repeat it for several.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to talk about; repeat it for several.")] = None,
     question: Annotated[str | None, typer.Option(help="Answer this one question and exit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --question: print one JSON object with the answer and its cost.")] = False,
     model: Annotated[str, typer.Option(help="A VLM: a folder or a name of the model zoo.")] = "tiny-chat",
-    tokens: Annotated[int | None, typer.Option(help="Tokens a picture, for a model that serves several budgets.", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens an image, for a model that serves several budgets.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.")] = None,
 ) -> None:
-    """Talk about pictures."""
+    """Talk about images."""
     if question is not None and not question.strip():
-        raise UserError("--question is empty; ask something about the picture")
+        raise UserError("--question is empty; ask something about the image")
     if as_json and question is None:
         raise UserError('--json needs --question "..."')
     for option, number in (("--max-new-tokens", max_new_tokens), ("--threads", threads)):
@@ -310,7 +310,7 @@ class Session:
             width, height = picture.size or picture.image.size
             self.screen.note(f"{picture.path.name}: {width} x {height}, {self.conversation.vlm.tokens_per_image} tokens")
         if not self.conversation.pictures:
-            self.screen.note("no picture yet; /image PATH shows one")
+            self.screen.note("no image yet; /image PATH shows one")
 
 
 def _path(text: str) -> Path:

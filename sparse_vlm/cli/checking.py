@@ -80,8 +80,8 @@ def _print(console: Console, report: Report, context: int | None) -> None:
     from sparse_vlm.data.check import KINDS, NOTES, PERCENTILES, histogram_of, summary
 
     console.print(
-        f"data: {report.samples:,} samples ({report.text_only:,} of text alone, {report.several_pictures:,} of several pictures), "
-        f"{report.conversations:,} conversations, {report.pictures:,} pictures"
+        f"data: {report.samples:,} samples ({report.text_only:,} of text alone, {report.several_pictures:,} of several images), "
+        f"{report.conversations:,} conversations, {report.pictures:,} images"
     )
     if report.problems:
         samples = len({problem.sample for problem in report.problems})

@@ -41,7 +41,7 @@ def eval(
         ),
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens a picture, for models that serve several budgets; repeat it.", min=1)
+        list[int] | None, typer.Option(help="Tokens an image, for models that serve several budgets; repeat it.", min=1)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many photos a set.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - is stdout.")] = None,

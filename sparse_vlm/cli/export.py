@@ -30,8 +30,8 @@ def export(
         str | None,
         typer.Option(help="Of the weights: float32 or bfloat16, which is the default for transformers; onnx has float32 alone."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Latent tokens a picture, for a model that serves several budgets.", min=1)] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A photo to compare on; repeat it. Made-up pictures unless given.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Latent tokens an image, for a model that serves several budgets.", min=1)] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A photo to compare on; repeat it. Made-up images unless given.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in --out.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and compared as one JSON object.")] = False,
@@ -58,7 +58,7 @@ def export(
         return
     size = sum(each["size"] for each in described["files"].values()) / 1e6
     what = printable(f"{out}: {described['model']} for {name}")
-    print(f"{what}, {described['dtype']}, {described['tokens']} tokens a picture, {size:.1f} MB")
+    print(f"{what}, {described['dtype']}, {described['tokens']} tokens an image, {size:.1f} MB")
     print(f"loaded again and compared on {described['compared_on']}:")
     for one in described["compared"]:
         at_a_time = f"{one['pictures']} at a time" if one["pictures"] else ""

@@ -20,7 +20,7 @@ def train(
     stage: Annotated[str, typer.Option(help="read: the LLM, from words; align: the projector; instruct: both.")] = "align",
     tower: Annotated[str | None, typer.Option(help="Tower: a folder or a name of the zoo; tiny, or that of --init, unless given.")] = None,
     llm: Annotated[str, typer.Option(help="LLM: a folder or a name of the zoo.")] = "smollm2-135m-instruct",
-    tokens: Annotated[int | None, typer.Option(help="Latent tokens a picture, for a tower that serves several budgets.", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Latent tokens an image, for a tower that serves several budgets.", min=1)] = None,
     init: Annotated[
         str | None,
         typer.Option(help="A VLM to start from: what the stage before made. With --tower, its tower is replaced and its projector new."),
@@ -35,12 +35,12 @@ def train(
             "resampler, abstractor."
         ),
     ] = "mlp",
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that a LLaVA json names.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that a LLaVA json names.")] = None,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Let a LLaVA json name pictures outside --images: by .., whole paths, symbolic links.")
+        bool, typer.Option("--allow-outside", help="Let a LLaVA json name images outside --images: by .., whole paths, symbolic links.")
     ] = False,
     on_bad_image: Annotated[
-        str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey picture instead.")
+        str, typer.Option(help="raise: stop and name the sample; skip: leave out what shows it; blank: show a grey image instead.")
     ] = "raise",
     epochs: Annotated[int, typer.Option(help="Visits to each photo, with other captions and questions each time.", min=1)] = 1,
     check: Annotated[
@@ -139,7 +139,7 @@ def train(
     if tune_tower and tower_lora is not None:
         raise UserError("--tune-tower and --tower-lora: train the tower itself or adapters on it, not both")
     if live and chosen.pictures_of_words:
-        raise UserError(f"--tune-tower, --tower-lora: in stage {stage} words stand in a picture's place and the tower takes no part")
+        raise UserError(f"--tune-tower, --tower-lora: in stage {stage} words stand in an image's place and the tower takes no part")
     if lr_tower is not None:
         if not live:
             raise UserError("--lr-tower: the tower is frozen; give --tune-tower or --tower-lora")
@@ -237,7 +237,7 @@ def train(
         if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed, engine):
             console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
             if bad:
-                console.print(f"of the pictures {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
+                console.print(f"of the images {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
         else:
             console.print(f"interrupted and saved; give the same command again to continue ({out})")
             raise typer.Exit(130)
@@ -265,7 +265,7 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
     """Let the tower look at what it has not seen yet, or, where it learns, make sure that all can be read.
 
     Returns:
-        The samples that remain, and the pictures that cannot be used.
+        The samples that remain, and the images that cannot be used.
     """
     from sparse_vlm.cli.progress import counting
     from sparse_vlm.data.bad_images import DECISIONS, settle
@@ -283,7 +283,7 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
     bad = settle(samples.talks, on_bad_image, out, first, look)
     kept = samples.without(bad) if on_bad_image == "skip" else samples
     if not len(kept):
-        raise UserError(f"--on-bad-image skip: no sample is left, as {len(bad):,} pictures cannot be used; {out / DECISIONS} says why")
+        raise UserError(f"--on-bad-image skip: no sample is left, as {len(bad):,} images cannot be used; {out / DECISIONS} says why")
     if bad:
         done = f"{len(samples) - len(kept):,} of {len(samples):,} samples are left out" if on_bad_image == "skip" else "shown as grey"
         console.print(f"bad images: {len(bad):,}, {done}; {out / DECISIONS} names all")

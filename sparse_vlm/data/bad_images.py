@@ -1,4 +1,4 @@
-"""Pictures that cannot be used: finding them before the first step, and what a run does about them, now and when it goes on."""
+"""Images that cannot be used: finding them before the first step, and what a run does about them, now and when it goes on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OnPhotos = Callable[[int], None]
 
 
 def blank(size: int, mean: tuple[float, float, float]) -> Image.Image:
-    """A picture of a tower's mean colour, which is zero after normalisation but for rounding.
+    """An image of a tower's mean colour, which is zero after normalisation but for rounding.
 
     Args:
         size: of its sides in pixels.
@@ -73,7 +73,7 @@ def broken(
 def settle(
     talks: Corpus, policy: str, out: Path, decides: bool = True, look: Callable[[Sequence[int], OnBad], None] = lambda wanted, on_bad: None
 ) -> dict[int, str]:
-    """Find the pictures that a run cannot use; where it goes on, those that it could not use when it began.
+    """Find the images that a run cannot use; where it goes on, those that it could not use when it began.
 
     Args:
         policy: a key of `ON_BAD_IMAGE`.
@@ -85,7 +85,7 @@ def settle(
         Numbers of the photos that cannot be used, with the line that says why; empty where `policy` is `raise`.
 
     Raises:
-        UserError: a picture that cannot be used, named with its sample, where `policy` is `raise` or the run had it before; or a folder
+        UserError: an image that cannot be used, named with its sample, where `policy` is `raise` or the run had it before; or a folder
             that holds the decision of another run.
     """
     path = out / DECISIONS

@@ -125,7 +125,7 @@ class Checker:
     Args:
         files: LLaVA's; every sample is read, whatever the weight.
         photos: of tars.
-        images: folder of the pictures that the files name.
+        images: folder of the images that the files name.
         allow_outside: whether they may lie outside it.
         mix: what a stage says about the photos.
     """
@@ -141,7 +141,7 @@ class Checker:
         """Read all text.
 
         Raises:
-            UserError: a file that cannot be read at all, or pictures without `images`.
+            UserError: a file that cannot be read at all, or images without `images`.
         """
         open_file = functools.partial(LlavaFile, on_bytes=on_bytes, on_record=self._record, allow_outside=self.allow_outside)
         photos = {1.0: self.photos} if self.photos else {}
@@ -172,7 +172,7 @@ class Checker:
                 self.report.notes.append(Problem("repeated id", name, f"has the id of {first}"))
 
     def look(self, on_photos: Callable[[int], None], threads: int = 1) -> None:
-        """Decode every picture in full.
+        """Decode every image in full.
 
         Args:
             threads: that decode.

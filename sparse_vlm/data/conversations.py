@@ -56,7 +56,7 @@ class Talk:
 
     Attributes:
         name: what to call it in messages to people.
-        photos: in the order of their marks; each conversation shows all of them, as `{"type": "image"}` without the picture.
+        photos: in the order of their marks; each conversation shows all of them, as `{"type": "image"}` without the image.
     """
 
     name: str

@@ -44,11 +44,11 @@ class Source(Protocol):
 
 
 class Photos(Sequence[Photo]):
-    """Photos of tars, then pictures of the image folder, which are made when they are asked for.
+    """Photos of tars, then images of the image folder, which are made when they are asked for.
 
     Args:
         known: photos of tars.
-        folder: where the named pictures lie.
+        folder: where the named images lie.
         names: their paths in it.
     """
 
@@ -231,7 +231,7 @@ def read_corpus(
     Args:
         files: from `files_of`.
         photos: from `photos_of`.
-        images: folder of the pictures that LLaVA's files name.
+        images: folder of the images that LLaVA's files name.
         mix: what is said about the photos of tars.
         epochs: visits to each photo; how often LLaVA's files are gone through.
         open_file: makes a `LlavaFile`.

@@ -1,8 +1,8 @@
 """LLaVA's data: json lists or json lines of {"id", "image" (optional), "conversations": [{"from", "value"}]}, as talks.
 
-Source: `preprocess_multimodal` and `preprocess_v1` of LLaVA 1.5 (llava/train/train.py), and what its successors added: several pictures
+Source: `preprocess_multimodal` and `preprocess_v1` of LLaVA 1.5 (llava/train/train.py), and what its successors added: several images
 a sample, a system turn, and user and assistant for human and gpt. Where LLaVA mends in silence (a leading answer is dropped, a
-picture without a mark is not shown, a mark is moved to the front), a mistake is an error here, and a mark stays where it stands.
+image without a mark is not shown, a mark is moved to the front), a mistake is an error here, and a mark stays where it stands.
 
 Notable: a file is gone through once and kept as offsets; a sample is read when it is asked for.
 """
@@ -27,7 +27,7 @@ from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message
 # what a turn's "from" may be, and what that is in a chat template
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURN_CHARACTERS = 24  # that a chat template puts around a turn, about
-# keys and marks of what successors of LLaVA show beside pictures, or in another way; a mark stands alone at an end of a turn
+# keys and marks of what successors of LLaVA show beside images, or in another way; a mark stands alone at an end of a turn
 OTHER_MEDIA = ("images", "video", "videos", "audio", "audios")
 OTHER_MARKS = ("<video>", "<audio>")
 WRITTEN = '{"image": ..., "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}'
@@ -56,7 +56,7 @@ class Mistake:
 
 
 def mistakes_of(sample: Any) -> list[Mistake]:
-    """Everything that is wrong with a sample, but for its pictures' files; empty where it is as it must be."""
+    """Everything that is wrong with a sample, but for its images' files; empty where it is as it must be."""
     if not isinstance(sample, dict):
         return [Mistake("not a sample", f"a {type(sample).__name__}, not an object")]
     turns = sample.get("conversations")
@@ -105,7 +105,7 @@ def _order(speakers: Sequence[str]) -> list[Mistake]:
 
 
 def pictures_of(sample: dict[str, Any]) -> list[str]:
-    """Paths of a sample's pictures in the order of their marks."""
+    """Paths of a sample's images in the order of their marks."""
     pictures = sample.get("image")
     return [] if pictures is None else [pictures] if isinstance(pictures, str) else pictures
 
@@ -119,13 +119,13 @@ def _content(text: str) -> list[dict[str, str]]:
     first, *rest = text.split(IMAGE_TOKEN)
     content = [{"type": "text", "text": first}]
     for piece in rest:
-        # the template puts what follows a picture on a new line
+        # the template puts what follows an image on a new line
         content += [{"type": "image"}, {"type": "text", "text": piece.lstrip()}]
     return [part for part in content if part["type"] == "image" or part["text"]] or content
 
 
 def picture(folder: Path, name: str) -> Photo:
-    """A picture of the image folder; its size is -1 where there is no such file."""
+    """An image of the image folder; its size is -1 where there is no such file."""
     file = folder / name
     return Photo(name, file, 0, file_size(file))
 
@@ -134,7 +134,7 @@ class Fence:
     """Says which names leave the image folder: by `..`, as an absolute path, or through a symbolic link.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,7 +146,7 @@ class Fence:
         try:
             path = os.path.join(self._folder, name)
             parent, base = os.path.split(path)
-            if parent not in self._parents:  # pictures are many and their folders few
+            if parent not in self._parents:  # images are many and their folders few
                 self._parents[parent] = os.path.realpath(parent)
             real = os.path.realpath(path) if base in ("", ".", "..") or os.path.islink(path) else os.path.join(self._parents[parent], base)
             return os.path.commonpath([self._inside, real]) != self._inside
@@ -159,12 +159,12 @@ class LlavaFile(Sequence[Talk]):
 
     Args:
         path: json or jsonl.
-        folder: of the pictures.
-        numbers: picture to its number in the run; those that are new are added.
-        first: the number of the first picture of all.
+        folder: of the images.
+        numbers: image to its number in the run; those that are new are added.
+        first: the number of the first image of all.
         on_bytes: called with the number of bytes just read.
         on_record: called with each record and the mistakes in it; without it, a mistake that shows at a first look is an error.
-        allow_outside: whether pictures may lie outside `folder`.
+        allow_outside: whether images may lie outside `folder`.
 
     Raises:
         UserError: not such a file, or without `on_record` a sample that is none, named; without samples, too.
@@ -184,7 +184,7 @@ class LlavaFile(Sequence[Talk]):
         fence = None if allow_outside or folder is None else Fence(folder)
         digest = hashlib.sha256()
         self._number, self._offset, self._size, self._characters = array("q"), array("q"), array("l"), array("l")
-        self._shown, self._end = array("l"), array("q")  # numbers of all pictures, and where each talk's end in it
+        self._shown, self._end = array("l"), array("q")  # numbers of all images, and where each talk's end in it
         for record in scan(path, on_bytes):
             mistakes = [Mistake("unreadable line", record.error)] if record.error else mistakes_of(record.value)
             name = self._name(record.number, record.value)
@@ -199,7 +199,7 @@ class LlavaFile(Sequence[Talk]):
             if mistakes:
                 continue
             if pictures and folder is None:
-                raise UserError(f"{name}: names the picture {pictures[0]}; say where pictures lie with --images")
+                raise UserError(f"{name}: names the image {pictures[0]}; say where images lie with --images")
             self._number.append(record.number)
             self._offset.append(record.offset)
             self._size.append(record.size)
@@ -223,7 +223,7 @@ class LlavaFile(Sequence[Talk]):
         return Talk(name, photos, (messages_of(sample),))
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a talk's pictures, without reading it."""
+        """Numbers of a talk's images, without reading it."""
         return tuple(self._shown[self._end[index - 1] if index else 0 : self._end[index]])
 
     def characters(self, index: int) -> int:
@@ -231,7 +231,7 @@ class LlavaFile(Sequence[Talk]):
         return self._characters[index]
 
     def digest(self) -> str:
-        """Of all that is said, and of the pictures' names."""
+        """Of all that is said, and of the images' names."""
         return self._digest
 
     def _name(self, number: int, sample: Any) -> str:

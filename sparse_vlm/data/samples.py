@@ -1,6 +1,6 @@
 """Talks to what a training step eats: token trees with checked label masks, batches of like length, the tower's tokens.
 
-Shape legend: N tokens a picture, d width of the tower.
+Shape legend: N tokens an image, d width of the tower.
 
 Notable: a sample is rendered when it is asked for, and its label mask is checked each time, so that a set of any size starts at once; of a
 small set all are rendered ahead, so that a mistake shows before the first step. The tower is frozen and sees every photo as it is, so its
@@ -295,14 +295,14 @@ class TokenBank:
                 on_photos(len(part))
 
     def stand_in(self, photos: Collection[int]) -> None:
-        """Give some photos the tokens of a blank picture, in this process alone."""
+        """Give some photos the tokens of a blank image, in this process alone."""
         config = self.tower.config
         tokens = self._look([blank(config.image_size, config.image_mean)])[0] if photos else None
         self._blank = dict.fromkeys(photos, tokens)
 
     @torch.no_grad()
     def _look(self, images: Sequence[Image.Image]) -> Tensor:
-        """(pictures, N, d) bfloat16."""
+        """(images, N, d) bfloat16."""
         inputs = self.preprocessor(images).to(next(self.tower.parameters()).device)
         # at 49 tokens plain attention is faster than the fused kernel
         with sdpa_kernel(SDPBackend.MATH):

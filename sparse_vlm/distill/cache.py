@@ -1,4 +1,4 @@
-"""The teacher's answers for a fixed set of views of each photo, computed once and replayed in every run.
+"""The teacher's outputs for a fixed set of views of each photo, computed once and replayed in every run.
 
 Shape legend: P photos, V views of each, N student tokens, d width, E embedding.
 The teacher costs more than the student; with the views cached, an epoch over them costs the student alone.

@@ -33,7 +33,7 @@ class PatchProduct(nn.Module):
 
 
 def products_for_patches(model: nn.Module) -> None:
-    """Put a `PatchProduct` in the place of each convolution of a model that cuts pictures into patches."""
+    """Put a `PatchProduct` in the place of each convolution of a model that cuts images into patches."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d) and child.stride == child.kernel_size == child.kernel_size[::-1] and child.padding == (0, 0):

@@ -1,9 +1,9 @@
 """The objective of bootstrapping: the student's final representation follows the teacher's, and so does each of its tokens.
 
 Shape legend: B batch, N latent tokens, d width, E embedding.
-A ViT's embeddings share a large common part, which makes any two pictures look alike to a plain cosine; both sides are centred by the
+A ViT's embeddings share a large common part, which makes any two images look alike to a plain cosine; both sides are centred by the
 teacher's mean first. What is left varies most in a few directions, which decide a cosine; a recipe may measure a share of it after
-whitening, where all directions count alike. A third term, off unless a recipe turns it on, compares how the pictures of a batch lie among
+whitening, where all directions count alike. A third term, off unless a recipe turns it on, compares how the images of a batch lie among
 each other.
 Source: final-representation alignment of Bootstrapping SparseFormers (arXiv 2312.01987, section 3.3); the token term is ours.
 """
@@ -24,14 +24,14 @@ from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.focus import plain_grid, variation
 from sparse_vlm.tower.model import image_aspects, image_extent
 
-TEMPERATURE = 0.1  # of similarities between pictures
+TEMPERATURE = 0.1  # of similarities between images
 FOCUS_WEIGHT = 0.1  # of the map's error: little of the gradient's norm, which is clipped; Adam makes up for it
 FRESH = 0.02  # root mean square of a new linear layer
 FAINTEST = 0.05  # of the mean variance of a direction, that any counts as having at least
 
 
 class Statistics(NamedTuple):
-    """What is known of a teacher's answers before anything is learnt from them."""
+    """What is known of a teacher's outputs before anything is learnt from them."""
 
     embed_mean: Tensor  # (E,)
     token_mean: Tensor  # (d,), of patch tokens
@@ -159,7 +159,7 @@ class Distillation(nn.Module):
 
 
 def relation(said: Tensor, wanted: Tensor) -> Tensor:
-    """How differently a batch's pictures lie among each other for student and teacher: the Kullback-Leibler divergence of the student's
+    """How differently a batch's images lie among each other for student and teacher: the Kullback-Leibler divergence of the student's
     similarities to the teacher's embeddings from the teacher's own (compare SEED, arXiv 2101.04731, section 3.2, with the batch as queue).
 
     Args:

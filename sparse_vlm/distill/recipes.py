@@ -31,16 +31,16 @@ class Recipe:
         tokens: latent tokens of a student that is trained at this number alone; 0 is what the recipe says.
         dropped: of the teacher's first blocks, that the student does without.
         frozen: of the teacher's last blocks, that are inherited and not trained.
-        resolution: side of the student's pictures in pixels; 0 is the teacher's.
+        resolution: side of the student's images in pixels; 0 is the teacher's.
         views: views of photos to learn from; 0 leaves the student as it begins.
-        views_per_photo: distinct views of a photo, cached with the teacher's answers; 0 shows a new view every time, and the teacher
+        views_per_photo: distinct views of a photo, cached with the teacher's outputs; 0 shows a new view every time, and the teacher
             answers at every step.
         lr: peak learning rate, as a share of a tensor's root mean square a step.
         new_boost: how many times faster new tensors learn than inherited ones.
         lr_rois: absolute peak rate of all that moves points and RoIs.
         lr_focus: absolute peak rate of the network that places cells.
         dense_weight: weight of the token-by-token term of the objective.
-        relation_weight: weight of the term that compares the pictures of a batch with each other.
+        relation_weight: weight of the term that compares the images of a batch with each other.
         whitened: share of the embedding's term that is measured after whitening by the teacher's embeddings.
         mixed: share of the views that are each mixed with another of its batch; for a teacher that answers at every step.
         small: share of the views that are shown small, somewhere on a plain background (`distill.shrink`); for students of several budgets.
@@ -147,7 +147,7 @@ def _warm_start(pooled: bool) -> Callable[[TeacherSpec, Recipe], SparseFormerCon
 
 def _elastic(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     """The warm start for any number of tokens: each begins as the teacher's embedding of its cell, scaled to one patch of a 49th of the
-    picture, and the mean of the teacher's positions there."""
+    image, and the mean of the teacher's positions there."""
     config = _warm_start(pooled=False)(spec, recipe)
     return replace(config, budgets=(9, 64), glance=GlanceConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
 

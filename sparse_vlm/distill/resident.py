@@ -1,4 +1,4 @@
-"""Photos kept decoded in a device's memory, which makes the views itself: for a device that learns faster than processors decode.
+"""Photos kept decoded in a device's memory, which makes the views itself: for a device that learns faster than CPUs decode.
 
 Shape legend: P photos, B views, S side of a view in pixels, R side of a kept photo in pixels.
 A photo is kept as R x R pixels whatever its proportions, so that all lie in one tensor. A view shows the same part of it as

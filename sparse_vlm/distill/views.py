@@ -1,8 +1,8 @@
 """Views of a photo that can be replayed: the same (seed, photo, number) always gives the same pixels.
 
 Shape legend: B views, S side of the square view in pixels.
-View 0 is the evaluation transform, so that the student also sees pictures as it will meet them; the others are random crops, flipped
-half of the time. Teacher and student are shown the same part of a photo, which lets the teacher's answers be computed once and replayed;
+View 0 is the evaluation transform, so that the student also sees images as it will meet them; the others are random crops, flipped
+half of the time. Teacher and student are shown the same part of a photo, which lets the teacher's outputs be computed once and replayed;
 a student that takes whole images sees it at its own aspect, the teacher scaled to its square.
 A view of a set has a number, its row: `view * P + photo`, with P photos.
 """
@@ -76,9 +76,9 @@ def _part(image: Image.Image, key: str, view: int, seed: int, size: tuple[int, i
 
 
 def mix(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Mix a share of a batch's views with the view before each (mixup, arXiv 1710.09412): more pictures than there are photos.
+    """Mix a share of a batch's views with the view before each (mixup, arXiv 1710.09412): more images than there are photos.
 
-    A teacher answers to a mixed picture as to any other, so no labels have to be mixed (compare arXiv 2106.05237, section 3).
+    A teacher answers to a mixed image as to any other, so no labels have to be mixed (compare arXiv 2106.05237, section 3).
 
     Args:
         pixels: (B, 3, S, S) uint8.
@@ -100,7 +100,7 @@ class ViewSet:
     Args:
         photos: in a fixed order.
         views: of each photo.
-        size: of the teacher's pictures, in pixels.
+        size: of the teacher's images, in pixels.
         fit: whether view 0 is the centre square or the whole photo.
 
     Attributes:

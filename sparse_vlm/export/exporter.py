@@ -1,6 +1,6 @@
 """What an exporter is, what those of towers share, and how two answers are compared.
 
-Shape legend: B pictures, S side of the input, N tokens, d width, E embedding.
+Shape legend: B images, S side of the input, N tokens, d width, E embedding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Comparison:
 
     Attributes:
         what: the name of the output.
-        pictures: how many it was computed for, all at once; 0 for what pictures have no part in.
+        pictures: how many it was computed for, all at once; 0 for what images have no part in.
         difference: the largest, absolute; infinite where shapes differ.
         largest: the largest value of the model's own, absolute.
         tolerance: how far an element may be off: tolerance * (1 + its absolute value).
@@ -58,7 +58,7 @@ def compared(what: str, pictures: int, expected: Tensor, found: Tensor, toleranc
 class Exporter(ABC):
     """One model on its way into one format.
 
-    An exporter has loaded its model and asked it about the pictures when it has been made; `write` may change the model.
+    An exporter has loaded its model and asked it about the images when it has been made; `write` may change the model.
 
     Attributes:
         config: of the tower.
@@ -79,7 +79,7 @@ class Exporter(ABC):
         Args:
             model: its folder, or its name in the zoo.
             dtype: of the weights, a key of `TOLERANCE`.
-            tokens: latent tokens a picture, for a model of several budgets; its own number by default.
+            tokens: latent tokens an image, for a model of several budgets; its own number by default.
             pictures: at least two, to compare on.
 
         Raises:
@@ -100,12 +100,12 @@ class Exporter(ABC):
 
 
 class TowerExporter(Exporter):
-    """A tower that is asked about one picture, and about all of them at once.
+    """A tower that is asked about one image, and about all of them at once.
 
     Attributes:
         tower: in eval mode.
         dtype: its weights', a key of `TOLERANCE`.
-        inputs: the pixels of the pictures (B, 3, S, S), and of whole ones their sizes (B, 2).
+        inputs: the pixels of the images (B, 3, S, S), and of whole ones their sizes (B, 2).
     """
 
     task = "image-feature-extraction"
@@ -122,7 +122,7 @@ class TowerExporter(Exporter):
             self.expected[count] = (out.last_hidden_state[:, -self.config.visual_tokens :], out.image_embeds)
 
     def first(self, count: int) -> list[Tensor]:
-        """The inputs of so many pictures."""
+        """The inputs of so many images."""
         return [given[:count] for given in self.inputs]
 
     @abstractmethod
@@ -140,7 +140,7 @@ class TowerExporter(Exporter):
 
 
 def made_up_pictures(count: int, seed: int = 0) -> list[Image.Image]:
-    """Pictures to compare on where no photos were given: coloured noise with the spectrum of photos (amplitude one by frequency)."""
+    """Images to compare on where no photos were given: coloured noise with the spectrum of photos (amplitude one by frequency)."""
     height, width = 240, 320
     generator = np.random.default_rng(seed)
     down, across = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")

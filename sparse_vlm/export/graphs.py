@@ -1,8 +1,8 @@
 """Towers as graphs: ONNX and torch.export.
 
-Shape legend: B pictures, S side of the input, N tokens, d width, E embedding.
+Shape legend: B images, S side of the input, N tokens, d width, E embedding.
 
-Notable: a graph has one number of tokens and one size of pictures, and takes any number of pictures. One of whole
+Notable: a graph has one number of tokens and one size of images, and takes any number of images. One of whole
 images takes their sizes as a second input, `image_sizes`. Tracers note for every node in which file of this machine it was written; those
 notes are taken out.
 """
@@ -28,7 +28,7 @@ class TowerGraph(nn.Module):
     `visual_tokens` (B, N, d) and `image_embeds` (B, E).
 
     Args:
-        tower: not copied, and serves this size of pictures alone from then on.
+        tower: not copied, and serves this size of images alone from then on.
     """
 
     def __init__(self, tower: SparseFormer) -> None:

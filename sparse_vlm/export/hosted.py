@@ -1,8 +1,8 @@
 """Towers and VLMs as folders of transformers' own classes.
 
-Shape legend: B pictures, N tokens, d width, E embedding, T tokens of a prompt, V words of the LLM.
+Shape legend: B images, N tokens, d width, E embedding, T tokens of a prompt, V words of the LLM.
 
-Notable: what is written is what `AutoModel`, `AutoModelForImageTextToText` and the Auto processors load; nothing of peft or of our own VLM
+Notable: what is written is what `AutoModel`, `AutoModelForImageTextToText` and the Auto CPUs load; nothing of peft or of our own VLM
 folder remains. The name that a part was loaded by on this machine is no business of the one who loads the export, and is taken out.
 """
 

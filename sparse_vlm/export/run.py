@@ -40,8 +40,8 @@ def export(
         name: of the format, a key of `FORMATS`.
         out: the folder to make.
         dtype: of the weights; the format's default for None.
-        tokens: latent tokens a picture, for a model that serves several budgets.
-        images: photos to compare on; made-up pictures where there are none.
+        tokens: latent tokens an image, for a model that serves several budgets.
+        images: photos to compare on; made-up images where there are none.
         replace: whether `out` may be an earlier export, which is then replaced.
 
     Returns:

@@ -39,7 +39,7 @@ class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
             config = SparseFormerConfig.from_dict(tower)
             self.hidden_size = config.width
             self.image_size = config.image_size
-            self.patch_size = config.image_size  # the whole picture is one "patch"; see `processor_counts`
+            self.patch_size = config.image_size  # the whole image is one "patch"; see `processor_counts`
             self.num_tokens = config.visual_tokens
             self.num_channels = 3
             self.num_hidden_layers = len(config.units)
@@ -75,7 +75,7 @@ class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 def processor_counts(config: SparseFormerConfig, tokens: int | None = None) -> dict[str, Any]:
-    """What `LlavaProcessor` must be told so that it writes exactly N placeholders for every picture.
+    """What `LlavaProcessor` must be told so that it writes exactly N placeholders for every image.
 
     It counts (S // patch_size)**2 + num_additional_image_tokens; with patch_size = S the first term is 1 for every N.
 

@@ -55,10 +55,10 @@ class SparseFormerImageProcessor(BaseImageProcessor):
         return Preprocessor(self.size["height"], tuple(self.image_mean), tuple(self.image_std), self.fit)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """PIL pictures of any mode, arrays or tensors (uint8, channels first or last), one or many, nested or not.
+        """PIL images of any mode, arrays or tensors (uint8, channels first or last), one or many, nested or not.
 
         Raises:
-            UserError: an array that is no picture, or a picture that cannot be shown.
+            UserError: an array that is no image, or an image that cannot be shown.
         """
         flat = [_as_picture(image) for image in make_flat_list_of_images(images)]
         inputs = self.preprocessor(flat, square=True)

@@ -1,7 +1,7 @@
-"""Photos: webdataset tars and image folders, with random access and one clear error for each way a picture can be bad.
+"""Photos: webdataset tars and image folders, with random access and one clear error for each way an image can be bad.
 
 Notable: a tar is indexed once by member offsets and then read by seeking, so that a training run can resume at any photo and an
-evaluation can take every tenth one. Only the picture a caller asks for is decoded. Whoever makes it smaller anyway asks for a draft: a
+evaluation can take every tenth one. Only the image a caller asks for is decoded. Whoever makes it smaller anyway asks for a draft: a
 JPEG decoder delivers a half, a quarter or an eighth of the sides at once, which spares most of what comes after reading the file's bits.
 """
 
@@ -30,7 +30,7 @@ from sparse_vlm.utils.documents import LFS, NOT_FETCHED
 # What is decoded, whatever a file is called, where this Pillow can. No other of its formats: that of EPS starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 MAX_PIXELS = 89_478_485  # Pillow's own bomb limit: a quarter of a GiB of RGB
-_OF_PIXELS = {"WEBP": 2, "JPEG2000": 2}  # formats whose decoders hold a picture several times: this part of `MAX_PIXELS`
+_OF_PIXELS = {"WEBP": 2, "JPEG2000": 2}  # formats whose decoders hold an image several times: this part of `MAX_PIXELS`
 _AT_ONCE = 1 << 22  # pixels
 MAX_EXIF = 256  # blocks, of 64 KB at most, which Pillow puts together in a time that grows with the square of their number
 MAX_SCANNED = 64 * MAX_PIXELS  # pixels times scans of a JPEG, each of which goes over all pixels; cameras write 1 scan, the web 10
@@ -38,17 +38,17 @@ Box = tuple[float, float, float, float]
 
 
 class PhotoError(UserError):
-    """A picture that cannot be used; the message is one line that names it and says why."""
+    """An image that cannot be used; the message is one line that names it and says why."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A picture that is to be made smaller, decoded at its size or at a fraction of it.
+    """An image that is to be made smaller, decoded at its size or at a fraction of it.
 
     Attributes:
         image: RGB, upright.
-        size: (width, height) of the picture in full, upright.
-        box: (left, top, right, bottom): where the picture lies in `image`, in its pixels; a side that is no multiple of the fraction ends
+        size: (width, height) of the image in full, upright.
+        box: (left, top, right, bottom): where the image lies in `image`, in its pixels; a side that is no multiple of the fraction ends
             within a pixel.
     """
 
@@ -75,7 +75,7 @@ class Photo:
         return read_file(self.source, self.offset, self.size)
 
     def load(self) -> Image.Image:
-        """The decoded RGB picture, upright by its EXIF orientation.
+        """The decoded RGB image, upright by its EXIF orientation.
 
         Raises:
             PhotoError: not there, not an image, truncated, or above `MAX_PIXELS`.
@@ -83,7 +83,7 @@ class Photo:
         return decode_image(*self._named())
 
     def draft(self, at_least: int, longest: bool = False) -> Draft:
-        """The picture for whoever makes it smaller; the arguments are `draft_image`'s.
+        """The image for whoever makes it smaller; the arguments are `draft_image`'s.
 
         Raises:
             PhotoError: as `load`.
@@ -110,22 +110,22 @@ def formats() -> tuple[str, ...]:
 @functools.cache
 def image_suffixes() -> frozenset[str]:
     """What the files of `formats` are called, in lower case, with their full stop."""
-    known = {*formats(), "MPO"}  # JPEGs of several pictures
+    known = {*formats(), "MPO"}  # JPEGs of several images
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode a picture to upright RGB; transparent pixels become white.
+    """Decode an image to upright RGB; transparent pixels become white.
 
     Raises:
-        PhotoError: with one line that names the picture and the reason.
+        PhotoError: with one line that names the image and the reason.
     """
     image = _decode(data, name, None).image
     return image if type(image) is Image.Image else image.copy()  # one that holds no file
 
 
 def draft_image(data: bytes, name: str, at_least: int, longest: bool = False) -> Draft:
-    """Decode a picture for whoever makes it smaller: a JPEG at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size that suffices.
+    """Decode an image for whoever makes it smaller: a JPEG at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size that suffices.
 
     Args:
         at_least: pixels that the shortest side must have, unless it has fewer in full.
@@ -173,7 +173,7 @@ def _decode(data: bytes, name: str, at_least: int | None, longest: bool = False)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Pillow says of pictures that are refused, and of metadata that nobody reads."""
+    """Without what Pillow says of images that are refused, and of metadata that nobody reads."""
     with warnings.catch_warnings():
         for category in (Image.DecompressionBombWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"PIL\.")
@@ -186,7 +186,7 @@ def _damaged(name: str, error: Exception) -> PhotoError:
     return PhotoError(f"{name}: truncated or damaged image ({error or type(error).__name__})")
 
 
-# What turns a picture upright, by its EXIF orientation.
+# What turns an image upright, by its EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -199,7 +199,7 @@ _TURNS = {
 
 
 def upright_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
-    """What is shown of a PIL picture of any mode, the same whether it comes from one of our files or is handed over: RGB, upright by its
+    """What is shown of a PIL image of any mode, the same whether it comes from one of our files or is handed over: RGB, upright by its
     EXIF orientation, transparent pixels white.
 
     16-bit grey is shown by its upper 8 bits, float grey from 0 (black) to 1 (white). Other ranges of floats, and integers of 32 bits, are
@@ -209,7 +209,7 @@ def upright_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
         name: for messages.
 
     Returns:
-        The very picture where nothing is to be done.
+        The very image where nothing is to be done.
 
     Raises:
         PhotoError: it cannot be decoded, has no pixels, or shades of an unknown range.
@@ -225,7 +225,7 @@ def upright_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
             rgb.info = {}  # the orientation of what it was
     except PhotoError:
         raise
-    except Exception as error:  # as in `_decode`: pictures that are handed over may not be decoded yet
+    except Exception as error:  # as in `_decode`: images that are handed over may not be decoded yet
         raise _damaged(name, error) from None
     return rgb
 
@@ -236,7 +236,7 @@ def _orientation(image: Image.Image) -> int:
         with _quiet():
             found = image.getexif().get(ExifTags.Base.Orientation)
         return found if found in _TURNS else 1
-    except Exception:  # whatever a damaged block of metadata makes Pillow raise: the picture itself can be shown
+    except Exception:  # whatever a damaged block of metadata makes Pillow raise: the image itself can be shown
         return 1
 
 
@@ -251,7 +251,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, some rows at a time, so that a large picture is not held three times."""
+    """RGB, some rows at a time, so that a large image is not held three times."""
     rgb, rows = Image.new("RGB", image.size), max(1, _AT_ONCE // image.width)
     for top in range(0, image.height, rows):
         some = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
@@ -262,7 +262,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _grey(image: Image.Image, name: str) -> Image.Image:
-    """8-bit grey, with alpha where one shade is transparent, of a picture whose shades have more bits."""
+    """8-bit grey, with alpha where one shade is transparent, of an image whose shades have more bits."""
     values, clear = np.asarray(image), image.info.get("transparency")
     tags = getattr(image, "tag_v2", {})  # a TIFF's
     if image.mode == "F":
@@ -288,7 +288,7 @@ def _upright(orientation: int, decoded: tuple[int, int], size: tuple[int, int], 
     Args:
         decoded: size of the draft, as it is stored.
         size: in full, as it is stored.
-        right, bottom: where the picture ends in the draft.
+        right, bottom: where the image ends in the draft.
     """
     (width, height), over_x, over_y = size, decoded[0] - right, decoded[1] - bottom
     if orientation in (5, 6, 7, 8):  # sides change places
@@ -304,7 +304,7 @@ def photo_of(path: Path) -> Photo:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Decode the picture in a file.
+    """Decode the image in a file.
 
     Raises:
         PhotoError: also when there is no such file.
@@ -344,7 +344,7 @@ class PhotoSet(Sequence[Photo]):
     """Photos of tars and folders, in a stable order.
 
     Args:
-        patterns: tar files, image folders, single pictures, glob patterns of them, URLs of tars, or `hf:ORG/NAME:SPLIT` for a data set of
+        patterns: tar files, image folders, single images, glob patterns of them, URLs of tars, or `hf:ORG/NAME:SPLIT` for a data set of
             Hugging Face; each may hold braces, as `photos-{000..099}.tar`.
         on_progress: called with (what is being fetched, bytes or rows done, in total or 0).
 
@@ -375,7 +375,7 @@ class PhotoSet(Sequence[Photo]):
 
 
 def _expand(patterns: Sequence[str | Path], on_progress: Callable[[str, int, int], None]) -> list[Path]:
-    # not needed to open a picture, which is what most who import this module do
+    # not needed to open an image, which is what most who import this module do
     from braceexpand import UnbalancedBracesError, braceexpand
 
     from sparse_vlm.images.remote import bring, is_remote

@@ -5,8 +5,8 @@ Shape legend: B batch, S side of the input in pixels, H x W the canvas of a batc
 then (x / 255 - mean) / std. `whole` keeps all of an image at its own aspect: longest side to S where it is longer, never enlarged, at the
 top left of a canvas that is zero beyond it, with its size beside the pixels.
 
-Notable: of a large JPEG only as many pixels are decoded as resizing needs, `OVERSAMPLING` times the side at least; docs/pictures.md has
-what that saves and how near its embeddings come to those of the whole picture. A smaller picture, or one of another format, gives the very
+Notable: of a large JPEG only as many pixels are decoded as resizing needs, `OVERSAMPLING` times the side at least; docs/images.md has
+what that saves and how near its embeddings come to those of the whole image. A smaller image, or one of another format, gives the very
 same pixels either way.
 """
 
@@ -26,7 +26,7 @@ from sparse_vlm.images.photos import Draft, Photo, PhotoError, upright_rgb
 
 Triple = tuple[float, float, float]
 Fit = Literal["crop", "whole"]
-LONGEST = 8  # sides of the square that a picture is long at most where it is scaled before it is cropped
+LONGEST = 8  # sides of the square that an image is long at most where it is scaled before it is cropped
 OVERSAMPLING = 2  # pixels of a draft for one of the result, at least; fewer show in the embeddings
 CANVAS_STEP = 32  # sides of a canvas are multiples of it, so that few shapes occur
 # Zeros beyond an image, at least, on a canvas that could be larger: what a convolution makes of an image's border is then the same on all.
@@ -167,7 +167,7 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize(draft: Draft, size: int) -> Image.Image:
-    """Shortest side to `size` pixels, with the proportions that the picture has in full."""
+    """Shortest side to `size` pixels, with the proportions that the image has in full."""
     new = scaled(draft.size, size)
     return draft.image if new == draft.image.size else draft.image.resize(new, Image.Resampling.BICUBIC, box=draft.box)
 
@@ -180,7 +180,7 @@ def resize_whole(draft: Draft, size: int) -> Image.Image:
 
 
 def scaled(size: tuple[int, int], short: int) -> tuple[int, int]:
-    """(width, height) of a picture whose shortest side is brought to `short` pixels."""
+    """(width, height) of an image whose shortest side is brought to `short` pixels."""
     return tuple(max(short, int(short * side / min(size))) for side in size)
 
 
@@ -260,7 +260,7 @@ def normalize(pixels: Tensor, mean: Triple, std: Triple) -> Tensor:
 
 
 def preprocess(images: Image.Image | Sequence[Image.Image], size: int, mean: Triple, std: Triple) -> Tensor:
-    """The centre squares of PIL pictures of any size and mode, (B, 3, S, S) normalised float32; of a file's picture as of the file.
+    """The centre squares of PIL images of any size and mode, (B, 3, S, S) normalised float32; of a file's image as of the file.
 
     Raises:
         PhotoError: one that cannot be shown (`images.photos.upright_rgb`).

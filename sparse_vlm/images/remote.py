@@ -83,7 +83,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> None:
 
 
 def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
-    """Write a data set's pictures, with what else its rows hold, into a tar."""
+    """Write a data set's images, with what else its rows hold, into a tar."""
     try:
         import datasets
     except ImportError:
@@ -97,7 +97,7 @@ def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
         rows = datasets.load_dataset(name, split=split, revision=revision or None, streaming=True)
         columns = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
         if len(columns) != 1:
-            raise UserError(f"{pattern}: needs one column of pictures, found {', '.join(columns) or 'none'}")
+            raise UserError(f"{pattern}: needs one column of images, found {', '.join(columns) or 'none'}")
         labels = {column: feature.names for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)}
         rows = rows.cast_column(columns[0], datasets.Image(decode=False))
         with tarfile.open(part, "w") as archive:
@@ -126,7 +126,7 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def suffix_of(data: bytes) -> str:
-    """By the picture's first bytes; what is none of these is decoded, and named, when it is asked for."""
+    """By the image's first bytes; what is none of these is decoded, and named, when it is asked for."""
     marks = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\x00": "tif", b"MM\x00*": "tif"}
     return next((suffix for mark, suffix in marks.items() if data.startswith(mark)), "jpg")
 

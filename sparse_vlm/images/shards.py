@@ -59,7 +59,7 @@ class Shard:
 
 
 def plan(photos: Sequence[Photo], per_shard: int = PER_SHARD) -> list[Shard]:
-    """Which tars hold which photos: each source tar, and each folder of pictures, gives tars of its name.
+    """Which tars hold which photos: each source tar, and each folder of images, gives tars of its name.
 
     Args:
         per_shard: photos in a tar at most.
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Make photos small once, in webdataset tars that --data takes in place of the originals. Given again, it goes on.",
         epilog="Example: python -m sparse_vlm.images.shards 'photos/*.tar' --out small",
     )
-    parser.add_argument("photos", nargs="+", help="tars, folders, pictures, globs and {000..099} of them, URLs, or hf:ORG/NAME:SPLIT")
+    parser.add_argument("photos", nargs="+", help="tars, folders, images, globs and {000..099} of them, URLs, or hf:ORG/NAME:SPLIT")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the tars go")
     parser.add_argument("--side", type=int, default=SIDE, help=f"pixels that a shortest side keeps at most; {SIDE} unless given")
     parser.add_argument("--per-shard", type=int, default=PER_SHARD, help=f"photos in a tar at most; {PER_SHARD} unless given")

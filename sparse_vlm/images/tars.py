@@ -1,4 +1,4 @@
-"""What a webdataset tar holds, and where: the place of each picture in the file, and the json beside it.
+"""What a webdataset tar holds, and where: the place of each image in the file, and the json beside it.
 
 Notable: webdataset's rule says what belongs together: a key ends at the first full stop of the base name. Nothing is unpacked. A tar is
 read as hostile: whatever is wrong with it is one line that names the tar and the member.
@@ -25,7 +25,7 @@ MAX_LINKS = 16  # from one member to the next
 
 @dataclass
 class Sample:
-    """A picture in a tar.
+    """An image in a tar.
 
     Attributes:
         member: its whole name.
@@ -40,13 +40,13 @@ class Sample:
 
 
 def index_tar(path: Path, suffixes: Collection[str]) -> dict[str, Sample]:
-    """The pictures of a tar by key, in order.
+    """The images of a tar by key, in order.
 
     Args:
-        suffixes: of pictures, in lower case, with their full stop.
+        suffixes: of images, in lower case, with their full stop.
 
     Raises:
-        UserError: no tar that can be read, a json that is none, or two pictures of one key.
+        UserError: no tar that can be read, a json that is none, or two images of one key.
     """
     try:
         if not path.is_file():
@@ -118,7 +118,7 @@ def _samples(
             other = found.setdefault(key, Sample(name, offset, size))
             if other.member != name:
                 raise UserError(
-                    f"{path}: {other.member} and {name} are two pictures of one key, {key}, which ends at the first full stop; "
+                    f"{path}: {other.member} and {name} are two images of one key, {key}, which ends at the first full stop; "
                     "leave one of them in the tar, or rename one"
                 )
         elif suffix.lower() == "json":

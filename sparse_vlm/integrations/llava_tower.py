@@ -1,6 +1,6 @@
 """What LLaVA's `build_vision_tower` gives for `sparse-vlm:tiny`: a SparseFormer with the face of its CLIPVisionTower.
 
-Shape legend: B batch, S side of the input in pixels, n latent tokens, T tokens that LLaVA is given of a picture, d width.
+Shape legend: B batch, S side of the input in pixels, n latent tokens, T tokens that LLaVA is given of an image, d width.
 
 Notable: needs torch, numpy, Pillow and safetensors alone, because LLaVA's world is transformers 4.37. What must be known to build the tower
 again stands in its name, which LLaVA saves in the model's configuration. LLaVA may build a model where weights are not to be made
@@ -117,7 +117,7 @@ def _wants_tuning(args: Any, name: TowerName) -> bool:
     return name.unfreeze or bool(getattr(args, "unfreeze_mm_vision_tower", False))
 
 
-# ---- the pictures
+# ---- the images
 
 
 class LlavaImageProcessor:
@@ -141,11 +141,11 @@ class LlavaImageProcessor:
         """Images to `pixel_values` (B, 3, S, S), normalised float32: their centre squares, or all of them where the tower sees all.
 
         Raises:
-            UserError: something that is no PIL picture, or tensors other than torch's.
+            UserError: something that is no PIL image, or tensors other than torch's.
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         if strange := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
-            raise UserError(f"the image processor of {PREFIX}NAME takes PIL pictures, not {strange[0]}; open them with PIL.Image.open")
+            raise UserError(f"the image processor of {PREFIX}NAME takes PIL images, not {strange[0]}; open them with PIL.Image.open")
         if return_tensors != "pt":
             raise UserError(
                 f"the image processor of {PREFIX}NAME makes torch tensors alone; give return_tensors='pt', not {return_tensors!r}"
@@ -347,7 +347,7 @@ class SparseFormerVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Tokens of a picture (T): the latent ones, and CLS where `cls_patch` is selected."""
+        """Tokens of an image (T): the latent ones, and CLS where `cls_patch` is selected."""
         return self.config.tower.num_latent_tokens + (self.select_feature == "cls_patch")
 
     @property

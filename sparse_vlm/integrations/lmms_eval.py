@@ -1,8 +1,8 @@
 """lmms-eval: `lmms-eval --model sparse_vlm --model_args pretrained=tiny-chat --tasks ...`; entry point `lmms_eval.models`.
 
 Source: lmms-eval 0.7 (`api/model.py`, `api/task.py`, `models/registry_v2.py`). Its tasks come in two forms. The chat form hands over whole
-conversations with pictures anywhere in them, and asks for answers in words alone. With `--force_simple` a task hands over a text and its
-pictures, and may also ask how likely a continuation is.
+conversations with images anywhere in them, and asks for answers in words alone. With `--force_simple` a task hands over a text and its
+images, and may also ask how likely a continuation is.
 
 Notable: lmms-eval names the number `loglikelihood` but takes the choice with the smallest, because LLaVA's adapters return the mean loss a
 token; so does this one. Version 0.7.3 makes text of every answer that it does not know, a pair of numbers among them, and unwraps only its
@@ -44,7 +44,7 @@ class _Adapter:
         pretrained: a folder or zoo name.
         batch_size: conversations that are answered at once.
         device: own choice by default.
-        num_tokens: tokens a picture, for a tower that serves several budgets.
+        num_tokens: tokens an image, for a tower that serves several budgets.
 
     Raises:
         UserError: no such model, a batch size that is no number, or several processes.
@@ -70,7 +70,7 @@ class _Adapter:
         """An answer to each request; requests with equal settings are answered together.
 
         Raises:
-            UserError: something other than pictures and text, or a conversation that cannot be rendered.
+            UserError: something other than images and text, or a conversation that cannot be rendered.
         """
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -119,7 +119,7 @@ class _Chat(_Adapter):
 
 
 class _Simple(_Adapter):
-    """The simple form: (context, settings or continuation, document to pictures, document, task, split)."""
+    """The simple form: (context, settings or continuation, document to images, document, task, split)."""
 
     is_simple = True
 
@@ -130,11 +130,11 @@ class _Simple(_Adapter):
         images = [{"type": "image", "url": picture} for picture in pictures]
         texts = [{"type": "text", "text": text} for text in context.split(IMAGE_TOKEN)]
         if len(texts) == 1:
-            content = [*images, *texts]  # no mark says where: pictures come first
+            content = [*images, *texts]  # no mark says where: images come first
         elif len(texts) == len(images) + 1:
             content = [part for pair in zip(texts, [*images, texts[-1]], strict=True) for part in pair][:-1]
         else:
-            raise UserError(f"{where}: {len(texts) - 1} marks {IMAGE_TOKEN} in its text, but {len(images)} pictures")
+            raise UserError(f"{where}: {len(texts) - 1} marks {IMAGE_TOKEN} in its text, but {len(images)} images")
         return [{"role": "user", "content": _content(content, where)}]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
@@ -203,7 +203,7 @@ def _content(parts: Sequence[dict[str, Any]] | str, where: str) -> list[dict[str
 def _picture(part: dict[str, Any], where: str) -> dict[str, Any]:
     url = part["url"]
     if not isinstance(url, (Image.Image, str)):
-        raise UserError(f"{where}: a picture is a {type(url).__name__}, expected an image or a path")
+        raise UserError(f"{where}: an image is a {type(url).__name__}, expected an image or a path")
     return {"type": "image", "image": url.convert("RGB") if isinstance(url, Image.Image) else load_image(url)}
 
 
@@ -214,7 +214,7 @@ _PARTS: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
 
 
 def _refused(part: dict[str, Any], where: str) -> dict[str, Any]:
-    raise UserError(f"{where}: holds {part['type']}; sparse_vlm takes pictures and text")
+    raise UserError(f"{where}: holds {part['type']}; sparse_vlm takes images and text")
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:

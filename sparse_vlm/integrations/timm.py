@@ -54,7 +54,7 @@ class SparseFormerClassifier(nn.Module):
         drop_rate: dropout before the head.
 
     Raises:
-        UserError: pictures of other than 3 channels, or a pooling that this tower does not have.
+        UserError: images of other than 3 channels, or a pooling that this tower does not have.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SparseFormerClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if in_chans != 3:
-            raise UserError(f"in_chans is {in_chans}; a SparseFormer looks at pictures of 3 channels")
+            raise UserError(f"in_chans is {in_chans}; a SparseFormer looks at images of 3 channels")
         self.tower = SparseFormer(config)
         self.num_features = self.head_hidden_size = self.embed_dim = config.width
         self.num_prefix_tokens = config.num_tokens - config.num_latent_tokens
@@ -124,7 +124,7 @@ class SparseFormerClassifier(nn.Module):
         return {f"tower.{name}" for name in undecayed(self.tower)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's patterns of parameter names from the picture to the head, for rates that fall with depth."""
+        """timm's patterns of parameter names from the image to the head, for rates that fall with depth."""
         return {
             "stem": r"^tower\.(?:feat_extractor|initial_|glance|cls_embedding)",
             "blocks": [(r"^tower\.layers\.(\d+)", None), (r"^tower\.norm", (99999,))],
@@ -242,7 +242,7 @@ class Entry:
     zoo: str | None = None
 
     def cfg(self) -> dict[str, Any]:
-        """timm's `pretrained_cfg`: how pictures are prepared, as `sparse_vlm.images.preprocess` does it, and where weights are."""
+        """timm's `pretrained_cfg`: how images are prepared, as `sparse_vlm.images.preprocess` does it, and where weights are."""
         config = self.config
         cfg: dict[str, Any] = {
             "input_size": (3, config.image_size, config.image_size),
@@ -264,7 +264,7 @@ class Entry:
 def known_models() -> dict[str, Entry]:
     """Every SparseFormer by its name in timm: `sparseformer_` and a tower's name in the zoo, and the published names.
 
-    A tower whose configuration does not lie beside the zoo's index is left out, because nothing is known of its pictures.
+    A tower whose configuration does not lie beside the zoo's index is left out, because nothing is known of its images.
     """
     found = {}
     for model in store.entries().values():

@@ -1,10 +1,10 @@
 """Which way a look, and the early convolution, is computed: by torch alone, or by the Triton kernels where these are faster.
 
 On an H100 they are where nothing learns, in about half the time (docs/kernels.md). With gradients a whole look by them is mostly slower
-than torch alone, compiled, and takes half of the memory; sampling by itself takes an eighth of the time for many points. Few pictures in
+than torch alone, compiled, and takes half of the memory; sampling by itself takes an eighth of the time for many points. Few images in
 an uncompiled tower wait for Python, and torch alone makes fewer calls.
 
-Shape legend: B pictures, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
+Shape legend: B images, n tokens, P points a token, C channels, O points after mixing, g width of the hidden vector, d width of a token,
 H x W the map.
 """
 
@@ -26,7 +26,7 @@ from sparse_vlm.roi import Padding
 Path = Literal["auto", "plain", "kernels"]
 VARIABLE = "SPARSE_VLM_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16)
-MANY = 64  # pictures from which on an uncompiled tower waits for the GPU
+MANY = 64  # images from which on an uncompiled tower waits for the GPU
 MANY_POINTS = 200_000  # from which on sampling with its gradients does
 _path: Path = "plain" if os.environ.get(VARIABLE) == "plain" else "auto"
 
@@ -37,7 +37,7 @@ def using(path: Path) -> Iterator[None]:
 
     Args:
         path: `auto`, as it is unless told otherwise: the kernels on an NVIDIA GPU that has bfloat16 (compute capability 8.0), where triton
-            is installed, shapes and dtypes are theirs, nothing learns, and the tower is compiled, captured or given at least 64 pictures;
+            is installed, shapes and dtypes are theirs, nothing learns, and the tower is compiled, captured or given at least 64 images;
             where something learns, sampling alone, of at least 200,000 points; `plain`, torch alone, also chosen for a whole process by
             SPARSE_VLM_KERNELS=plain in the environment; `kernels`, these or an error, also where something learns, and on CPU tensors
             through Triton's interpreter (TRITON_INTERPRET=1 in the environment before triton is imported).
@@ -62,7 +62,7 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
         RuntimeError: inside `using("kernels")` where it cannot; the message says why.
     """
     kind = tokens.device.type
-    # shape[0] and not len() here and below: an export traces the count of pictures as unknown, and len() would fix it
+    # shape[0] and not len() here and below: an export traces the count of images as unknown, and len() would fix it
     if not _wanted(kind, points.shape[0], (feature_map, points, tokens)):
         return False  # first, because the meta device has no autocast to ask for
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
@@ -73,7 +73,7 @@ def usable(feature_map: Tensor, points: Tensor, tokens: Tensor) -> bool:
 
 
 def compiled(dtype: torch.dtype, channels: int) -> bool:
-    """Whether a tower that is optimized for inference on a processor is to look by compiled functions (`sparse_vlm.kernels.cpu.native`).
+    """Whether a tower that is optimized for inference on a CPU is to look by compiled functions (`sparse_vlm.kernels.cpu.native`).
 
     Args:
         dtype: of the tower.
@@ -106,7 +106,7 @@ def look(
 
     Args:
         feature_map: (B, C, H, W); read as it is where it lies channels last.
-        points: (B, n, P, 2) relative to the picture.
+        points: (B, n, P, 2) relative to the image.
         hidden: (B, n, g). Its dtype, which autocast may have chosen, is that of mixing.
         weight, bias: (C * C + O * P, g) and (C * C + O * P,), the generator's last layer: a channel matrix (C, C) and a point matrix
             (O, P) of each token.
@@ -138,7 +138,7 @@ def sample(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torch.d
 
     Args:
         feature_map: (B, C, H, W); read as it is where it lies channels last.
-        points: (B, n, P, 2) relative to the picture.
+        points: (B, n, P, 2) relative to the image.
         dtype: of the result, unless autocast chooses another.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Accuracy against cost: which models lie on the Pareto front, and its picture. What a cost is, is one more entry in `COSTS`.
+"""Accuracy against cost: which models lie on the Pareto front, and its image. What a cost is, is one more entry in `COSTS`.
 
 Notable: a model is on the front where none is at least as good in both and better in one. Accuracy is a sample, so a model behind the front
 is told from it only where one that costs no more is better by more than chance (`Quality.tells_apart`); until then it may be on it.
@@ -119,7 +119,7 @@ def as_svg(entries: Sequence[Entry], quality: Quality, measure: Measure, cost: C
     """One measure against one cost as an SVG to stand within a page: it takes the page's colour of text.
 
     Args:
-        name: unlike that of any other picture in the page.
+        name: unlike that of any other image in the page.
     """
     plt = _pyplot()
     stream = io.StringIO()
@@ -131,7 +131,7 @@ def as_svg(entries: Sequence[Entry], quality: Quality, measure: Measure, cost: C
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<metadata>", "").replace("</metadata>", "")
     svg = re.sub(r"<rdf:RDF.*?</rdf:RDF>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)  # the same in every picture, and used by none
+    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)  # the same in every image, and used by none
     svg = re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', r"\1", svg, count=1)
     return re.sub(r'(<svg[^>]*?) width="[\d.]+pt"', r'\1 role="img"', svg, count=1).strip()
 

@@ -1,6 +1,6 @@
 """One page for a colleague: what changes if they replace their tower, with their LLM, batch and length of answer.
 
-Notable: HTML that stands alone: styles and pictures are in it, nothing is fetched and nothing is run. Every number is in the files that it
+Notable: HTML that stands alone: styles and images are in it, nothing is fetched and nothing is run. Every number is in the files that it
 is made of, or an estimate from them that says so.
 """
 
@@ -46,7 +46,7 @@ def render(subject: Subject) -> str:
 
 
 def _panels(subject: Subject, measure: Measure) -> list[dict[str, str]]:
-    """A picture for each cost, with the names on its front."""
+    """An image for each cost, with the names on its front."""
     panels = []
     for key, cost in COSTS.items():
         found = points(subject.entries, subject.quality, measure, cost)

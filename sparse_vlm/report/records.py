@@ -156,7 +156,7 @@ class Entry:
         name: what a reader sees: of a VLM its own, of a tower that of what its cost is of.
         series: what models have in common that differ in their number of tokens alone.
         request, model: its rows in the benchmark.
-        pieces: milliseconds (median, low, high) of each stage of a batch, by stage; of decode_image and preprocess of one picture.
+        pieces: milliseconds (median, low, high) of each stage of a batch, by stage; of decode_image and preprocess of one image.
         served: what a server would do, by tokens of an answer.
         worth: its name in the evaluation; None where it is not in it.
     """
@@ -278,7 +278,7 @@ def _paired(quality: Quality, models: dict[str, Row], pairs: Iterable[str]) -> d
             raise UserError(f"--pair {pair}: {name} has a pair already, {found[name]}")
         if not _same_tokens(quality.models[name], models[cost]):
             raise UserError(
-                f"--pair {pair}: {name} was measured with {quality.models[name]['tokens']} tokens a picture, "
+                f"--pair {pair}: {name} was measured with {quality.models[name]['tokens']} tokens an image, "
                 f"{cost} has {models[cost]['tokens']}"
             )
         found[name] = cost

@@ -1,4 +1,4 @@
-"""A benchmark's document as tables for people, as Markdown, and as pictures of cost against tokens."""
+"""A benchmark's document as tables for people, as Markdown, and as images of cost against tokens."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ PANELS: dict[str, Panel] = {
 
 
 def draw(document: Row, folder: Path) -> list[Path]:
-    """Write a picture of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line."""
+    """Write an image of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,7 +258,7 @@ def _by_model(document: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def save(document: Row, folder: Path) -> None:
-    """Write the tables in Markdown, and the pictures."""
+    """Write the tables in Markdown, and the images."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", as_markdown(document))
     draw(document, folder)

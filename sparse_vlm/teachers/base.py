@@ -33,7 +33,7 @@ class TeacherError(UserError):
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of a picture."""
+    """What a teacher says of an image."""
 
     embeds: Tensor  # (B, E), not normalised
     patches: Tensor  # (B, G * G, d), after the final norm

@@ -64,8 +64,8 @@ class GlanceConfig:
         patch_size: pixels a side of a patch.
         grid: positions a side, and where patches are pooled also patches a side.
         points_per_side: sampled points a side in each RoI.
-        kind: `pool` embeds the patches of the picture, scaled to patch_size * grid pixels, and averages them over the RoI; `crop` scales
-            what lies in the RoI to one patch and embeds that, at whatever size RoI and picture are.
+        kind: `pool` embeds the patches of the image, scaled to patch_size * grid pixels, and averages them over the RoI; `crop` scales
+            what lies in the RoI to one patch and embeds that, at whatever size RoI and image are.
         norm_pre: whether the teacher normalises tokens before its first block (CLIP's ln_pre).
     """
 
@@ -219,7 +219,7 @@ class SparseFormerConfig:
             raise ValueError(f"glance is {self.glance!r}, no description of one")
 
     def _check_sizes(self) -> None:
-        """What one picture takes, in numbers."""
+        """What one image takes, in numbers."""
         most, tokens = 1 << 26, self.num_latent_tokens if self.budgets is None else self.budgets[1]
         product("the tokens' numbers", most, tokens, max(unit.width for unit in self.units), 4)
         if any("SAMPLING_M" in unit.ops for unit in self.units):
@@ -256,7 +256,7 @@ class SparseFormerConfig:
 
     @property
     def zooms(self) -> bool:
-        """Whether tokens can begin in a region: a glance that pools sees whole pictures at one size."""
+        """Whether tokens can begin in a region: a glance that pools sees whole images at one size."""
         return self.glance is None or self.glance.kind == "crop"
 
     @property

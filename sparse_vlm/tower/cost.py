@@ -1,4 +1,4 @@
-"""What a tower costs, counted: multiply-accumulates and numbers moved through memory, by part, for one picture.
+"""What a tower costs, counted: multiply-accumulates and numbers moved through memory, by part, for one image.
 
 Shape legend: N tokens, n latent tokens, P sampling points, O points after mixing, C channels, d width, g generator, G x G patch grid.
 
@@ -19,7 +19,7 @@ from sparse_vlm.tower.config import FOCUS_MAP, FOCUS_SCALES, FocusConfig, Sparse
 
 @dataclass(frozen=True)
 class Macs:
-    """MACs of one picture, by part."""
+    """MACs of one image, by part."""
 
     map: int
     focus: int
@@ -39,9 +39,9 @@ class Work:
     """What an operation, or several, take.
 
     Attributes:
-        macs: multiply-accumulates for one picture.
-        weights: numbers read once, however many pictures are in the batch.
-        activations: numbers read and written for one picture.
+        macs: multiply-accumulates for one image.
+        weights: numbers read once, however many images are in the batch.
+        activations: numbers read and written for one image.
     """
 
     macs: int = 0
@@ -55,7 +55,7 @@ class Work:
         return Work(self.macs * times, self.weights * times, self.activations * times)
 
     def bytes(self, batch: int, itemsize: int) -> int:
-        """Bytes moved for a batch of pictures.
+        """Bytes moved for a batch of images.
 
         Args:
             itemsize: bytes of a number: 4 of float32, 2 of bfloat16.
@@ -69,7 +69,7 @@ def linear(rows: int, inner: int, outer: int) -> Work:
 
 
 def product(rows: int, inner: int, outer: int) -> Work:
-    """A matrix product of two things that the picture makes."""
+    """A matrix product of two things that the image makes."""
     return Work(rows * inner * outer, 0, rows * inner + inner * outer + rows * outer)
 
 
@@ -93,7 +93,7 @@ GROUPS = {
 
 
 def count_operations(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
-    """What a tower does for a picture of the given size in pixels (the configuration's `image_size` by default), by operation."""
+    """What a tower does for an image of the given size in pixels (the configuration's `image_size` by default), by operation."""
     height, width = height or config.image_size, width or config.image_size
     n, first = config.num_latent_tokens, config.units[0].width
     work: dict[str, Work] = {}
@@ -155,7 +155,7 @@ def _unit(config: SparseFormerConfig, unit: UnitConfig, tokens: int) -> Iterator
 
 
 def count_macs(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> Macs:
-    """MACs of a tower for a picture of the given size in pixels (the configuration's `image_size` by default)."""
+    """MACs of a tower for an image of the given size in pixels (the configuration's `image_size` by default)."""
     return Macs(**{part: work.macs for part, work in count_work(config, height, width).items()})
 
 
@@ -184,7 +184,7 @@ def block_macs(tokens: int, width: int) -> int:
 
 
 def vit_work(spec: Any) -> Work:
-    """What a plain ViT does for one picture of its own size, up to its last block.
+    """What a plain ViT does for one image of its own size, up to its last block.
 
     Args:
         spec: anything with `width`, `num_blocks`, `patch_size`, `grid`, `embed_dim` and `has_cls`, such as a `TeacherSpec`.
@@ -194,5 +194,5 @@ def vit_work(spec: Any) -> Work:
 
 
 def vit_macs(spec: Any) -> int:
-    """MACs of a plain ViT and its head for one picture of its own size; as `vit_work`."""
+    """MACs of a plain ViT and its head for one image of its own size; as `vit_work`."""
     return vit_work(spec).macs + spec.width * spec.embed_dim

@@ -21,7 +21,7 @@ def square_grid(tower: SparseFormer, batch: int) -> Tensor | None:
 
 
 def layer_groups(tower: SparseFormer) -> list[list[nn.Parameter]]:
-    """From the picture to the embedding: where tokens begin, each unit with the transition that leads to it, and the head.
+    """From the image to the embedding: where tokens begin, each unit with the transition that leads to it, and the head.
 
     The final LayerNorm goes with the last unit, as in open_clip's ViTs. The initial RoIs of a tower of several budgets are in no group:
     it lays its grid anew at each of them, so they are not learnt.

@@ -1,4 +1,4 @@
-"""A tower folded for inference on a processor: weights laid out for its matrix library, and what never changes computed once.
+"""A tower folded for inference on a CPU: weights laid out for its matrix library, and what never changes computed once.
 
 Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C channels of the map, O points after mixing, d width,
 H x W pixels, p pixels a side of a patch.
@@ -6,8 +6,8 @@ H x W pixels, p pixels a side of a patch.
 Notable: each part below says what the part of `sparse_vlm.tower.layers` that it stands for says, within rounding. What is folded:
 * Weights of linear layers are laid out once as products read them, instead of at every call, with an activation in the same pass.
 * quick_gelu(x) = silu(1.702 x) / 1.702: the first factor goes into the norm before the layer, the second into the residual addition.
-* Up to its first look a tower without a glance knows nothing of the picture: where it looks first, and with what weights, is constant.
-* The cells of a grid that covers the picture are cut out of it, or of the picture scaled as a whole, and others by a compiled function,
+* Up to its first look a tower without a glance knows nothing of the image: where it looks first, and with what weights, is constant.
+* The cells of a grid that covers the image are cut out of it, or of the image scaled as a whole, and others by a compiled function,
   instead of being sampled one by one.
 * Sampling and mixing, the early convolution, cells, the focus, attention and products of few rows run in C++ where there is a compiler
   (`sparse_vlm.kernels.cpu.native`): for one image, calling torch's many small operators takes longer than what they compute.
@@ -79,11 +79,11 @@ def optimize(tower: SparseFormer) -> None:
 
 @dataclass
 class _Start:
-    """Where tokens begin in pictures of one size, and what of the glance follows from that alone.
+    """Where tokens begin in images of one size, and what of the glance follows from that alone.
 
     Attributes:
         rois, seen: (n, 4), as `Glance.forward` takes them.
-        grid: rows and columns, where `seen` are cells that cover the picture in reading order; else None.
+        grid: rows and columns, where `seen` are cells that cover the image in reading order; else None.
         halvings: of the image before cells are cut out of it, as `crop_rois` reads them.
         positions: (n, d).
         pooling: (n, G * G); None where each token is one patch.
@@ -98,7 +98,7 @@ class _Start:
 
 
 class PreparedGlance(Glance):
-    """A glance that knows where tokens begin in pictures of the sizes that it has seen; elsewhere it does what it did."""
+    """A glance that knows where tokens begin in images of the sizes that it has seen; elsewhere it does what it did."""
 
     def __init__(self, plain: Glance) -> None:
         nn.Module.__init__(self)
@@ -122,7 +122,7 @@ class PreparedGlance(Glance):
         return (patches if start.pooling is None else start.pooling @ patches) + start.positions
 
     def _start(self, pixels: Tensor, rois: Tensor, seen: Tensor) -> _Start | None:
-        """What is known of these RoIs; None where they are not those that pictures of this size begin with."""
+        """What is known of these RoIs; None where they are not those that images of this size begin with."""
         key = seen.shape[1], *pixels.shape[-2:]
         if key not in self._starts:
             if rois.ndim != 2 or not bool((seen == seen[:1]).all()):
@@ -166,7 +166,7 @@ class CompiledGlance(PreparedGlance):
 
 
 def _grid(rois: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of cells of one size that cover the picture in reading order; None where RoIs are not such."""
+    """Rows and columns of cells of one size that cover the image in reading order; None where RoIs are not such."""
     rows = int((rois[:, 0].abs() < 1e-6).sum())
     if rows == 0 or len(rois) % rows:
         return None
@@ -228,8 +228,8 @@ class PreparedMixing(AdaptiveMixing):
         """A map (B, C, H, W) to what tokens gain (B, n, d).
 
         Args:
-            points: (B, n, P, 2), or (1, n, P, 2) for all pictures.
-            generated: parameters (B, n, C * C + P * O), or (1, n, ...) for all pictures.
+            points: (B, n, P, 2), or (1, n, P, 2) for all images.
+            generated: parameters (B, n, C * C + P * O), or (1, n, ...) for all images.
         """
         points = points.expand(len(feature_map), -1, -1, -1)
         sampled = sample_bilinear(feature_map, points, self.padding).to(generated.dtype)
@@ -245,7 +245,7 @@ class PreparedMixing(AdaptiveMixing):
 
 @dataclass
 class _Memory:
-    """What a unit found without the picture, in the order in which it is asked for, and the RoIs (1, n, 4) that it holds for."""
+    """What a unit found without the image, in the order in which it is asked for, and the RoIs (1, n, 4) that it holds for."""
 
     rois: Tensor
     values: list[Tensor] = field(default_factory=list)
@@ -269,7 +269,7 @@ class PreparedUnit(Unit):
     """A unit of packed layers.
 
     Args:
-        first: whether it is given the same tokens whatever the picture is, so that all up to its first look is found once.
+        first: whether it is given the same tokens whatever the image is, so that all up to its first look is found once.
     """
 
     attention: type[PreparedAttention] = PreparedAttention
@@ -363,7 +363,7 @@ class PreparedUnit(Unit):
         return adjust_rois(rois, self.roi_adjust_module(x[:, -rois.shape[1] :]).float())
 
     def _known(self, rois: Tensor) -> tuple[Find | None, _Memory | None]:
-        """How to find what is the same for all pictures, and where it is kept if it is found for the first time; None for other RoIs."""
+        """How to find what is the same for all images, and where it is kept if it is found for the first time; None for other RoIs."""
         memory = self._memories.get(rois.shape[1])
         if memory is None:
             if not bool((rois == rois[:1]).all()):

@@ -62,7 +62,7 @@ def rows(table: nn.Embedding) -> Tensor:
 
 
 class EarlyConvolution(nn.Module):
-    """The map that tokens look at: 7x7 convolution, ReLU, max pool, normalised over channels; a quarter of the picture's resolution."""
+    """The map that tokens look at: 7x7 convolution, ReLU, max pool, normalised over channels; a quarter of the image's resolution."""
 
     def __init__(self, conv_dim: int) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class EarlyConvolution(nn.Module):
 class Glance(nn.Module):
     """The warm start: the teacher's patch embedding and position, of each token's RoI.
 
-    A pooling glance sees the picture at the teacher's own resolution whatever the picture's size, so its cost is fixed and its patches look
-    as they did to the teacher. A cropping one scales what lies in each RoI to one patch, from the picture at its own resolution: it
+    A pooling glance sees the image at the teacher's own resolution whatever the image's size, so its cost is fixed and its patches look
+    as they did to the teacher. A cropping one scales what lies in each RoI to one patch, from the image at its own resolution: it
     serves any number and any size of RoIs, and its cost is that of as many patches.
     """
 

@@ -1,9 +1,9 @@
-"""SparseFormer: a few dozen latent tokens, each with its own region of interest, look at a picture and sample only what they need.
+"""SparseFormer: a few dozen latent tokens, each with its own region of interest, look at an image and sample only what they need.
 
 Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C channels of the map, d width, E embedding, h x w pixels.
 
 Notable: needs torch alone (safetensors only to load and save folders). One class serves the published families and the warm start,
-because a tower is a list of units, and a unit a list of operations. The number of tokens never depends on the picture's size.
+because a tower is a list of units, and a unit a list of operations. The number of tokens never depends on the image's size.
 Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Vision Foundation Models (arXiv 2312.01987).
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class SparseFormerOutput(NamedTuple):
-    """What a tower says of a batch of pictures."""
+    """What a tower says of a batch of images."""
 
     last_hidden_state: Tensor  # (B, N, d), after the final LayerNorm, CLS first
     image_embeds: Tensor  # (B, E), not normalised
@@ -134,7 +134,7 @@ class SparseFormer(nn.Module):
             pixels: (B, 3, h, w), normalised with the configuration's mean and std; any h and w of at least 8.
             output_rois: also return the RoIs after every unit and the sampling points of every look.
             num_tokens: latent tokens, where the configuration gives `budgets`; its own number by default.
-            region: (x0, y0, x1, y1) relative to the picture, or (B, 4) of them: the tokens begin inside it, as if it were all there is. A
+            region: (x0, y0, x1, y1) relative to the image, or (B, 4) of them: the tokens begin inside it, as if it were all there is. A
                 zoom that costs no more tokens.
             image_sizes: (B, 2), height and width in pixels of each image, which lies at the top left of its canvas; by default images
                 fill it. What is beyond has no influence. RoIs and regions are relative to the image.
@@ -217,7 +217,7 @@ class SparseFormer(nn.Module):
         """Where tokens begin, (n, 4) float32.
 
         Args:
-            aspect: width of the picture by its height; a tower of several budgets lays a grid of square cells over it.
+            aspect: width of the image by its height; a tower of several budgets lays a grid of square cells over it.
 
         Raises:
             ValueError: a number of tokens that the tower was not made for.
@@ -257,9 +257,9 @@ class SparseFormer(nn.Module):
         return cells.float()
 
     def _box(self, region: tuple[float, float, float, float] | Tensor, batch: int, device: torch.device) -> Tensor:
-        """A region for each picture, (B, 4) float32."""
+        """A region for each image, (B, 4) float32."""
         if not self.config.zooms:
-            raise ValueError("this tower's glance sees whole pictures at one size, so it cannot begin in a region; take one that crops")
+            raise ValueError("this tower's glance sees whole images at one size, so it cannot begin in a region; take one that crops")
         box = torch.as_tensor(region, dtype=torch.float32, device=device).expand(batch, 4)
         if not bool(((box >= 0) & (box <= 1)).all() and (box[:, :2] < box[:, 2:]).all()):
             raise ValueError(f"region {region}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
@@ -274,7 +274,7 @@ class SparseFormer(nn.Module):
         return self(pixels, image_sizes=image_sizes).last_hidden_state[:, -self.config.visual_tokens :]
 
     def optimize_for_inference(self) -> SparseFormer:
-        """Fold this tower for inference on a processor, in place: the same outputs within rounding (float32: 1e-4), sooner.
+        """Fold this tower for inference on a CPU, in place: the same outputs within rounding (float32: 1e-4), sooner.
 
         Its weights are laid out for products of few rows, so afterwards it cannot be trained, saved, moved, converted, compiled or
         exported. The first time on a machine takes ten seconds in which its C++ compiler, if there is one, makes what
@@ -300,7 +300,7 @@ class SparseFormer(nn.Module):
             model: of open_clip; when given, it is checked that the tower can stand in it.
 
         Raises:
-            UserError: its text side has another embedding width, or its pictures are normalised otherwise.
+            UserError: its text side has another embedding width, or its images are normalised otherwise.
         """
         from sparse_vlm.tower.open_clip import adapt
 

@@ -95,7 +95,7 @@ def adapt(tower: SparseFormer, model: nn.Module | None = None) -> OpenClipVisual
             multiplies what both sides say.
 
     Raises:
-        UserError: its text side has another embedding width, or its pictures are normalised otherwise.
+        UserError: its text side has another embedding width, or its images are normalised otherwise.
     """
     if model is not None:
         _check(tower, model)

@@ -181,7 +181,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def token_colours(rois: Tensor) -> np.ndarray:
-    """A colour (n, 3) for each token by where its RoI (n, 4) stands: hue goes round the picture, pale in the middle, strong outside."""
+    """A colour (n, 3) for each token by where its RoI (n, 4) stands: hue goes round the image, pale in the middle, strong outside."""
     from matplotlib.colors import hsv_to_rgb
 
     across, down = ((rois[:, :2] + rois[:, 2:]) / 2 - 0.5).numpy().T

@@ -1,4 +1,4 @@
-"""What the machine at hand multiplies in, how its processors are used, and which of several processes this one is."""
+"""What the machine at hand multiplies in, how its CPUs are used, and which of several processes this one is."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the device multiplies in it, else float32: a processor without such instructions emulates them, many times slower."""
+    """bfloat16 where the device multiplies in it, else float32: a CPU without such instructions emulates them, many times slower."""
     native = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
 def use_processors(threads: int | None = None, keep_memory: bool = True) -> None:
-    """Set up the processors for long work: how many threads compute, and that freed memory is kept.
+    """Set up the CPUs for long work: how many threads compute, and that freed memory is kept.
 
     Args:
         threads: as torch decides unless given.
@@ -81,7 +81,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
-    """What a tower that learns runs its SDPA in: on a processor plain attention is faster than the fused kernel, at its few tokens."""
+    """What a tower that learns runs its SDPA in: on a CPU plain attention is faster than the fused kernel, at its few tokens."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # not in the torch of old LLaVA environments, which import this module
 
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

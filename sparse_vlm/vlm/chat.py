@@ -1,6 +1,6 @@
-"""A conversation about pictures: what was said so far, what was shown, and how long each answer took.
+"""A conversation about images: what was said so far, what was shown, and how long each answer took.
 
-Notable: a picture belongs to the question it is first shown with and is never moved afterwards, so the messages only ever grow at
+Notable: an image belongs to the question it is first shown with and is never moved afterwards, so the messages only ever grow at
 their end, which is what lets a model keep what it has already read. A question that fails leaves the conversation as it was. An answer
 that is stopped halfway stays, marked as stopped: the person has read it.
 """
@@ -30,7 +30,7 @@ SAVE_FORMAT = "sparse-vlm/chat/1"
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture and where it came from.
+    """A decoded image and where it came from.
 
     Attributes:
         image: no larger than the tower sees it, where it was read for one.
@@ -58,7 +58,7 @@ class Picture:
 class AnswerTimes:
     """Milliseconds of one answer.
 
-    `decode` is reading and decoding the files of its new pictures, `tower` those pictures to image tokens in the LLM's width, `prefill`
+    `decode` is reading and decoding the files of its new images, `tower` those images to image tokens in the LLM's width, `prefill`
     the LLM reading what it has not read before, `first_token` all that comes before the answer's first token.
     """
 
@@ -70,7 +70,7 @@ class AnswerTimes:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and what it cost. `image_tokens` counts those of every picture the model could see."""
+    """One answer and what it cost. `image_tokens` counts those of every image the model could see."""
 
     answer: str
     image_tokens: int
@@ -82,7 +82,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with the pictures shown beside it, and its answer."""
+    """A question with the images shown beside it, and its answer."""
 
     pictures: tuple[Picture, ...]
     question: str
@@ -109,15 +109,15 @@ class Conversation:
 
     @property
     def pictures(self) -> list[Picture]:
-        """Every picture of the conversation in the order shown, those of the next question last."""
+        """Every image of the conversation in the order shown, those of the next question last."""
         return [picture for turn in self.turns for picture in turn.pictures] + self._waiting
 
     def add_picture(self, picture: Picture) -> None:
-        """Show a picture with the next question."""
+        """Show an image with the next question."""
         self._waiting.append(picture)
 
     def reset(self) -> None:
-        """Back to the start: no question, no answer, and only the opening pictures."""
+        """Back to the start: no question, no answer, and only the opening images."""
         self.turns.clear()
         self._waiting = list(self._opening)
 
@@ -141,7 +141,7 @@ class Conversation:
         """
         question = question.strip()
         if not question:
-            raise UserError("the question is empty; ask something about the picture")
+            raise UserError("the question is empty; ask something about the image")
         pictures = tuple(self._waiting)
         stopped = False
         said = ""
@@ -172,7 +172,7 @@ class Conversation:
         return answer
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON or Markdown, by the suffix; pictures are named relative to the file's folder.
+        """Write the conversation as JSON or Markdown, by the suffix; images are named relative to the file's folder.
 
         Raises:
             UserError: another suffix, nothing said yet, or a place that cannot be written to.
@@ -185,7 +185,7 @@ class Conversation:
         text = WRITERS[path.suffix.lower()](self, path.parent)
         try:
             with aside(path) as part:
-                part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a picture's name may be no text
+                part.write_text(text, encoding="utf-8", errors="backslashreplace")  # an image's name may be no text
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             shown = str(path).replace("\0", "\\0")
             raise UserError(f"{shown}: cannot write here ({getattr(error, 'strerror', None) or error})") from None

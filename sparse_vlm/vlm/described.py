@@ -24,7 +24,7 @@ class Described:
     Attributes:
         tower, llm: names or folders, as `hub.store.part_of` finds them.
         shape: of the projector: `tokens`, `tower_width`, `llm_width`, and `kind` where it is not LLaVA's.
-        num_tokens: tokens a picture, where their number was chosen.
+        num_tokens: tokens an image, where their number was chosen.
         holds: what the folder holds of each part, by keys and values of `FATES`.
         new_projector: whether its projector has learnt nothing yet.
     """

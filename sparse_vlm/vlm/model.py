@@ -1,6 +1,6 @@
-"""`VLM`: a tower, a projector and an LLM that talk about pictures.
+"""`VLM`: a tower, a projector and an LLM that talk about images.
 
-Shape legend: B pictures, M tokens of the tower, N tokens a picture in the LLM (M unless a projector reduces them), d width of the tower, D
+Shape legend: B images, M tokens of the tower, N tokens an image in the LLM (M unless a projector reduces them), d width of the tower, D
 width of the LLM.
 On disk it is `vlm.json`, `projector.safetensors`, and what training changed in the LLM: PEFT's `adapter_config.json` and
 `adapter_model.safetensors`, or `vlm.llm.safetensors` after full training; in the tower: a folder `tower_adapter` of the same two files, or
@@ -53,7 +53,7 @@ class VLM:
 
     Attributes:
         model: the stock `LlavaForConditionalGeneration`, in eval mode.
-        processor: the stock `LlavaProcessor`; its chat template is the LLM's own, extended to pictures.
+        processor: the stock `LlavaProcessor`; its chat template is the LLM's own, extended to images.
         renderer: conversations to tokens and label masks.
         tower_name, llm_name: what tower and LLM were loaded by.
         peft, tower_peft: PEFT's wrapper around `model` when the LLM has adapters that are not folded into its weights, and around `tower`
@@ -91,7 +91,7 @@ class VLM:
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens that a picture takes in the LLM (N)."""
+        """Tokens that an image takes in the LLM (N)."""
         return self.model.config.image_seq_length
 
     @property
@@ -118,7 +118,7 @@ class VLM:
             llm: a folder or zoo name.
             dtype: of all weights; bfloat16 where the device multiplies in it, else float32.
             seed: of the projector's weights.
-            num_tokens: tokens a picture: latent tokens of a tower that serves several budgets, or what a projector reduces the tower's to
+            num_tokens: tokens an image: latent tokens of a tower that serves several budgets, or what a projector reduces the tower's to
                 (`DEFAULT_TOKENS` unless given).
             quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes.
             projector: `mlp`, LLaVA's own, or a kind of `sparse_vlm.vlm.projectors` that reduces the tower's tokens.
@@ -217,7 +217,7 @@ class VLM:
             new_tower: a folder or zoo name of a tower to put in the place of its own; the projector is then new, too, and untrained.
             keep_projector: with a new tower, keep the projector: students of one teacher, whose tokens follow the same patch features,
                 can take each other's place.
-            num_tokens: latent tokens a picture, for a tower that serves several budgets; those that it was trained with by default.
+            num_tokens: latent tokens an image, for a tower that serves several budgets; those that it was trained with by default.
             projector: kind of the new projector under a new tower.
             quantize: `4bit` or `8bit`: hold the LLM's weights so, by bitsandbytes; its adapters then stay beside them, as they are.
 
@@ -388,11 +388,11 @@ class VLM:
         """Answer each conversation's last message; greedy by default.
 
         Args:
-            conversations: pictures are PIL images in `{"type": "image", "image": ...}`.
+            conversations: images are PIL images in `{"type": "image", "image": ...}`.
             options: passed on to transformers' `generate`.
 
         Raises:
-            UserError: a conversation whose placeholders and pictures do not match, or that is too long.
+            UserError: a conversation whose placeholders and images do not match, or that is too long.
         """
         if not conversations:
             return []
@@ -415,7 +415,7 @@ class VLM:
     def score(self, conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[str]], batch_size: int = 4) -> list[list[Score]]:
         """How likely each candidate answer is, for multiple choice and yes/no.
 
-        Conversations about the same picture objects share one forward pass.
+        Conversations about the same image objects share one forward pass.
 
         Args:
             conversations: each ends with a user's message.

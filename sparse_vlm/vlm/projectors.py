@@ -1,6 +1,6 @@
 """Projectors: from the tokens of a tower to what an LLM is given, as many or fewer. A new kind is one more entry in `PROJECTORS`.
 
-Shape legend: B pictures, M = G x G tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
+Shape legend: B images, M = G x G tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
 
 Notable: `mlp` is LLaVA's own and the default. The others make N tokens of a ViT's many, the way our rivals do: after the whole ViT has been
 paid for. They end in the same MLP, so that what differs is how the tokens become few.
@@ -76,7 +76,7 @@ class Stride(Projector):
 
 
 class RandomChoice(Projector):
-    """Tokens chosen once by lot, the same of every picture."""
+    """Tokens chosen once by lot, the same of every image."""
 
     def __init__(self, width: int, llm_width: int, tokens_in: int, tokens: int) -> None:
         super().__init__(width, llm_width, tokens_in, tokens)

@@ -1,4 +1,4 @@
-"""Conversations to text and tokens: the LLM's own chat template, taught about pictures, and which tokens carry loss.
+"""Conversations to text and tokens: the LLM's own chat template, taught about images, and which tokens carry loss.
 
 A conversation is a list of `{"role": ..., "content": [{"type": "image"} | {"type": "text", "text": ...}]}`; content may be a plain string.
 
@@ -36,7 +36,7 @@ BREAK = "\ue000"  # of Unicode's private use; stands in a control token that is 
 TEMPLATE_SECONDS = 5.0  # of computing; a conversation of a thousand turns takes less than a tenth of one
 Message = dict[str, Any]
 
-# Jinja: `messages` become strings (a picture is the image token on a line of its own), with the default system message in front. Families
+# Jinja: `messages` become strings (an image is the image token on a line of its own), with the default system message in front. Families
 # that can reason before they answer (Qwen3, SmolLM3) are asked not to, because nobody wrote down the reasoning behind a caption.
 _PREAMBLE = """\
 {%- set enable_thinking = false -%}
@@ -61,7 +61,7 @@ _PREAMBLE = """\
 
 
 def extend_template(template: str, system: str | None) -> str:
-    """The chat template of an LLM, extended to pictures and a default system message (None: the template's own)."""
+    """The chat template of an LLM, extended to images and a default system message (None: the template's own)."""
     return _PREAMBLE.replace("SYSTEM", "none" if system is None else _jinja_string(system)) + template
 
 
@@ -80,7 +80,7 @@ class Rendered:
     """A conversation as tokens.
 
     Attributes:
-        ids: token ids, every picture already N placeholders.
+        ids: token ids, every image already N placeholders.
         supervised: for each of them, whether it carries loss.
     """
 
@@ -94,7 +94,7 @@ class Renderer:
     Args:
         tokenizer: knows the image token; fast or slow.
         template: a chat template from `extend_template`.
-        tokens_per_image: placeholders a picture (N).
+        tokens_per_image: placeholders an image (N).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, tokens_per_image: int) -> None:
@@ -105,7 +105,7 @@ class Renderer:
         self._special = sorted(special, key=len, reverse=True)
 
     def text(self, conversation: Sequence[Message], answer_next: bool = False, sample: str | None = None) -> str:
-        """The conversation as the template renders it, one image token a picture; with the head of an answer if `answer_next`.
+        """The conversation as the template renders it, one image token an image; with the head of an answer if `answer_next`.
 
         Control tokens that a message spells stand in it with `BREAK` after their first character; `tokens` knows them.
 
@@ -215,7 +215,7 @@ class Renderer:
         return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.tokens_per_image)
 
     def check_count(self, ids: Sequence[int], pictures: int, sample: str) -> None:
-        """Make sure that a sample has N placeholders a picture.
+        """Make sure that a sample has N placeholders an image.
 
         Raises:
             UserError: naming the sample and both counts.
@@ -223,7 +223,7 @@ class Renderer:
         found = sum(token == self.image_id for token in ids)
         expected = pictures * self.tokens_per_image
         if found != expected:
-            raise UserError(f"{sample}: {found} image placeholders, but {pictures} pictures give {expected} tokens")
+            raise UserError(f"{sample}: {found} image placeholders, but {pictures} images give {expected} tokens")
 
     @cached_property
     def keeps_history(self) -> bool:
@@ -274,7 +274,7 @@ class Renderer:
         return Rendered(tuple(ids), tuple(supervised))
 
     def _refuse_control(self, conversation: Sequence[Message], ends: set[str], sample: str) -> None:
-        """A mark of a picture, or of a turn, in words is taken for a mistake of the data."""
+        """A mark of an image, or of a turn, in words is taken for a mistake of the data."""
         for turn, message in enumerate(conversation):
             found = self._as_control.search(text_of(message))
             if found is None:
@@ -329,7 +329,7 @@ class Renderer:
         return [token for token, carries in zip(rendered.ids, rendered.supervised, strict=True) if carries][-1]
 
     def describe(self, rendered: Rendered) -> str:
-        """A sample for people: what carries loss in [[double brackets]], pictures as one mark each."""
+        """A sample for people: what carries loss in [[double brackets]], images as one mark each."""
         parts, i = [], 0
         while i < len(rendered.ids):
             j = i
@@ -361,19 +361,19 @@ def _check_text(text: Any, whose: str) -> None:
 
 
 def text_of(message: Message) -> str:
-    """A message's words, without its pictures."""
+    """A message's words, without its images."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def images_of(conversation: Sequence[Message]) -> list[Image.Image]:
-    """The pictures of a conversation in order."""
+    """The images of a conversation in order."""
     contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
     return [part["image"] for content in contents for part in content if part["type"] == "image"]
 
 
 def user(text: str, pictures: int = 0) -> Message:
-    """A user's message with so many pictures before the text."""
+    """A user's message with so many images before the text."""
     return {"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]}
 
 

@@ -52,7 +52,7 @@ def quantization(name: str, compute: torch.dtype) -> Any:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first answer on a processor: nothing learns through what it packs so."""
+    """Keep bitsandbytes from repacking 4-bit weights at the first answer on a CPU: nothing learns through what it packs so."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -17,7 +17,7 @@ def renderer_of(tower: str | Path, llm: str | Path, num_tokens: int | None = Non
     """The renderer of the VLM that `VLM.build` makes of the same parts, and how many tokens its LLM reads; None where that is not said.
 
     Args:
-        num_tokens: latent tokens a picture, for a tower that serves several budgets, or what a projector reduces the tower's to.
+        num_tokens: latent tokens an image, for a tower that serves several budgets, or what a projector reduces the tower's to.
         projector: as of `VLM.build`.
 
     Raises:

@@ -1,6 +1,6 @@
 """How likely a VLM finds candidate answers.
 
-Notable: conversations about the same pictures, and the candidates of each, are merged into token trees, so that what eighteen questions
+Notable: conversations about the same images, and the candidates of each, are merged into token trees, so that what eighteen questions
 about a photo have in common is computed once.
 """
 
@@ -32,7 +32,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class _Grown:
-    """A tree, the (conversation, candidate) of each of its sequences, and its pictures."""
+    """A tree, the (conversation, candidate) of each of its sequences, and its images."""
 
     tree: TokenTree
     owners: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ def score(vlm: VLM, conversations: Sequence[Sequence[Message]], answers: Sequenc
 
 
 def _look(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -> Tensor | None:
-    """Features of pictures, each looked at once."""
+    """Features of images, each looked at once."""
     if not images:
         return None
     new = {id(image): image for image in images if id(image) not in known}
@@ -72,7 +72,7 @@ def _look(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -> 
 
 
 def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[str]]) -> Iterator[_Grown]:
-    """Trees of conversations about the same pictures."""
+    """Trees of conversations about the same images."""
     pictures = tuple(images_of(conversations[group[0]]))
     expected = len(pictures) * vlm.tokens_per_image
     sequences: list[Rendered] = []
@@ -83,7 +83,7 @@ def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Messa
             continue
         new = [_candidate(vlm, conversations[i], answer, f"conversation {i}") for answer in answers[i]]
         grown = merge([*sequences, *new])
-        # pictures that stand behind different words are not shared, and would be in the tree twice
+        # images that stand behind different words are not shared, and would be in the tree twice
         apart = sum(token == vlm.renderer.image_id for token in grown.ids) != expected
         if tree is not None and (apart or len(grown) > TREE_TOKENS):
             yield _Grown(tree, tuple(owners), pictures)

@@ -1,7 +1,7 @@
 """An answer piece by piece, with what it took.
 
-Notable: the LLM remembers what it has read. A next question in the same conversation costs its own tokens alone, and a picture shown
-earlier is not looked at again. The memory is matched token by token and picture by picture; whatever differs is read anew.
+Notable: the LLM remembers what it has read. A next question in the same conversation costs its own tokens alone, and an image shown
+earlier is not looked at again. The memory is matched token by token and image by image; whatever differs is read anew.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Timings:
     """What an answer took.
 
     Attributes:
-        tower_ms: pixels to image tokens in the LLM's width, for pictures not seen before.
+        tower_ms: pixels to image tokens in the LLM's width, for images not seen before.
         prefill_ms: the LLM reading what it had not read before, up to the first token's logits.
         first_token_ms: from the request to the first token.
-        prompt_tokens: tokens of the whole prompt, pictures included.
+        prompt_tokens: tokens of the whole prompt, images included.
         read_tokens: those of them that were not read before.
         answer_tokens: tokens of the answer so far.
         tokens_per_second: of the answer after its first token; 0 for an answer of one.
@@ -47,7 +47,7 @@ class Timings:
 
 @dataclass
 class Memory:
-    """What an LLM has read last: tokens, the pictures behind placeholders, and its keys and values."""
+    """What an LLM has read last: tokens, the images behind placeholders, and its keys and values."""
 
     ids: list[int] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Stream:
         timings: filled as the answer goes on.
 
     Raises:
-        UserError: at once, for a conversation whose placeholders and pictures do not match, or that is too long.
+        UserError: at once, for a conversation whose placeholders and images do not match, or that is too long.
     """
 
     def __init__(self, vlm: VLM, messages: Sequence[Message], max_new_tokens: int, memory: Memory) -> None:

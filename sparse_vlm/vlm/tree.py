@@ -1,4 +1,4 @@
-"""Many conversations about the same pictures in one forward pass: what they share is computed once.
+"""Many conversations about the same images in one forward pass: what they share is computed once.
 
 Shape legend: B trees in a batch, L tokens of the longest tree, S tokens of all trees, T targets.
 Five captions and six questions about a photo begin with the same tokens, the photo's among them. Their token sequences are merged
@@ -165,7 +165,7 @@ def target_log_probs(
     Args:
         model: its LLM sees the trees; PEFT's layers may be inside.
         batch: packed only where `plain_causal` and the LLM's attention is flash-attention.
-        image_features: (pictures, N, width of the LLM), projected, in the order of the placeholders; None without pictures.
+        image_features: (images, N, width of the LLM), projected, in the order of the placeholders; None without images.
         plain_causal: every tree is one conversation (`is_chain`), so that the LLM's own causal mask will do, which flash-attention needs.
 
     Returns:

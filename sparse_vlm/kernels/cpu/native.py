@@ -1,6 +1,6 @@
-"""Looks, the map, cells, the focus, attention and layers of few rows on a processor, of an inference tower, in C++.
+"""Looks, the map, cells, the focus, attention and layers of few rows on a CPU, of an inference tower, in C++.
 
-Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
+Shape legend: B images, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
 
 Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about ten seconds, and kept where torch keeps what
 it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
@@ -102,7 +102,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, letters in ARGUMENTS.items():
         for kind in TYPES.values():
             function = getattr(library, f"{name}_{kind}", None)
-            if function is None:  # for other processors
+            if function is None:  # for other CPUs
                 continue
             function.argtypes, function.restype = [*(_KINDS[letter] for letter in letters), ctypes.c_int], None
     return library
@@ -389,8 +389,8 @@ def mix(
 
     Args:
         feature_map: (B, C, H, W), read as it is where it lies channels last.
-        points: (B, n, P, 2), or (1, n, P, 2) for all pictures.
-        generated: (B, n, C * C + O * P), or (1, n, ...) for all pictures.
+        points: (B, n, P, 2), or (1, n, P, 2) for all images.
+        generated: (B, n, C * C + O * P), or (1, n, ...) for all images.
         m_beta, s_beta: (C,) and (O,), or None both.
         beside: how many numbers each row has room for besides, which are not set.
 
@@ -428,7 +428,7 @@ def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
 
 
 def _rows(tokens: Tensor) -> tuple[Tensor, int]:
-    """Tokens that are whole in memory, one behind the other in each picture, and how far apart those of two pictures lie."""
+    """Tokens that are whole in memory, one behind the other in each image, and how far apart those of two images lie."""
     if tokens.stride()[1:] != (tokens.shape[2], 1):
         tokens = tokens.contiguous()
     return tokens, tokens.stride(0)

@@ -1,6 +1,6 @@
 """A look, forward: sample, generate, mix over channels, mix over points, GELU.
 
-Shape legend: T tokens of all pictures, P sampling points, C channels, O points after mixing, G width of the hidden vector,
+Shape legend: T tokens of all images, P sampling points, C channels, O points after mixing, G width of the hidden vector,
 J = C * C + O * P parameters a token. A program has TILE_T tokens, or one, and writes TILE_C channels of them; the other tile names are
 those of `tiles`.
 

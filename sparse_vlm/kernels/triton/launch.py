@@ -1,6 +1,6 @@
 """Launching the kernels: allocation, grids and tiles. Needs triton.
 
-Shape legend: T tokens of all pictures, n of one, P points a token, C channels, O points after mixing, G width of the hidden vector, J =
+Shape legend: T tokens of all images, n of one, P points a token, C channels, O points after mixing, G width of the hidden vector, J =
 C * C + O * P parameters a token, B x H x W cells of all maps.
 """
 

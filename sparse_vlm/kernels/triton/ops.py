@@ -1,6 +1,6 @@
 """The kernels as torch operators, so that torch.compile, CUDA graphs, checkpointing and `torch.library.opcheck` know them.
 
-Shape legend: B pictures of h x w pixels, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector,
+Shape legend: B images of h x w pixels, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector,
 J = C * C + O * P parameters a token, H x W the map.
 
 Notable: triton is imported when an operator first runs. Inputs are contiguous and of the dtypes that `dispatch` sees to: points float32,
@@ -44,7 +44,7 @@ def look(
 
     Args:
         feature_map: (B, H, W, C).
-        points: (B, n, P, 2) relative to the picture.
+        points: (B, n, P, 2) relative to the image.
         hidden: (B, n, G), of which weight (J, G) and bias (J,) make the channel matrix (C, C) and the point matrix (O, P) of each token.
         m_beta, s_beta: (C,) and (O,); both or none. With them there is a GELU between the two products.
         out_points: O.

@@ -1,6 +1,6 @@
 """Bilinear sampling by itself, and its gradients: of the feature map and of the points.
 
-Shape legend: T tokens of all pictures, P points a token, C channels, B x H x W cells of all maps.
+Shape legend: T tokens of all images, P points a token, C channels, B x H x W cells of all maps.
 
 Notable: no atomics. The points are sorted by the cell at their upper left (stably, by the host), so a cell finds the points that read it
 in two runs of the sorted list, and adds them up in their order: two passes over the same data are equal to the last bit.
@@ -29,7 +29,7 @@ def sample_forward(
 
     Args:
         points: T * P.
-        per_picture: of them, in a picture.
+        per_picture: of them, in an image.
     """
     point = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
@@ -86,7 +86,7 @@ def coordinates_backward(
 
     Args:
         points: T * P.
-        per_picture: of them, in a picture.
+        per_picture: of them, in an image.
     """
     point = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     mask = point < points

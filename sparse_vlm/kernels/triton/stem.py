@@ -1,6 +1,6 @@
 """The early convolution, forward: 7 x 7, stride 2, of three colours.
 
-Shape legend: B pictures, H x W their pixels, H' x W' half of that, C channels, K = 3 * 7 * 7 what one output reads. A program makes TILE_N
+Shape legend: B images, H x W their pixels, H' x W' half of that, C channels, K = 3 * 7 * 7 what one output reads. A program makes TILE_N
 positions of all C channels.
 
 Notable: libraries pad three colours to eight and change layouts before and after; here colours are read where they lie and the result is

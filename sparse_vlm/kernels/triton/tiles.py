@@ -1,6 +1,6 @@
 """How a look is cut into programs: tile sizes for a shape, a dtype and a device.
 
-Shape legend: T tokens of all pictures, P sampling points, C channels, O points after mixing, g width of the generator's hidden vector.
+Shape legend: T tokens of all images, P sampling points, C channels, O points after mixing, g width of the generator's hidden vector.
 
 Notable: this is all the tuning there is. Without gradients the sizes are the fastest of those that were timed on an H100 in bfloat16
 (docs/kernels.md); the others follow from what fits a streaming multiprocessor.
