@@ -36,7 +36,7 @@ class TokenCost:
         each = ", ".join(f"{name} {mean:.1f} (at most {most:,})" for name, (mean, most) in parts.items())
         return [
             f"tokens a sample, mean of {self.samples:,}: {each}",
-            f"pictures are {self.image_share:.0%} of the tokens; padding fills {self.padding:.0%} of a padded batch",
+            f"images are {self.image_share:.0%} of the tokens; padding fills {self.padding:.0%} of a padded batch",
         ]
 
 

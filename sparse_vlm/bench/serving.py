@@ -16,7 +16,7 @@ HELPS = 0.10  # a gain in requests a second below which fewer tokens do not help
 USABLE = 0.9  # share of the memory that a server can fill
 ASSUMED = (
     "requests come and go in batches of a size that was measured, and the best size that fits the memory counts",
-    "the machine does one thing at a time: pictures, prompts, answers; on a GPU, pictures are decoded beside it and cost it nothing",
+    "the machine does one thing at a time: images, prompts, answers; on a GPU, images are decoded beside it and cost it nothing",
     "a token of an answer takes what the line through decoding at each measured number of tokens says, the answer's own included",
     f"memory: weights, the largest working memory of a stage, and keys and values of all tokens, in {USABLE:.0%} of the machine's",
 )
@@ -102,7 +102,7 @@ def _no_help(rows: list[Row]) -> list[str]:
 
 
 _WHY = {
-    "picture": "decoding and resizing the picture takes",
+    "picture": "decoding and resizing the image takes",
     "tower": "tower and projector take",
     "prompt": "reading the prompt takes",
     "answer": "writing the answer takes",

@@ -25,7 +25,7 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
     config = exporter.config
     side = config.image_size
     size = (
-        f"a picture of {side} x {side} pixels"
+        f"an image of {side} x {side} pixels"
         if config.fit == "crop"
         else f"a picture, which is seen whole, at {side} pixels at most a side"
     )
@@ -49,7 +49,7 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
         "",
         "Before it was kept it was loaded again and compared with the model that it was made from:",
         "",
-        "| output | pictures at a time | largest difference | largest value |",
+        "| output | images at a time | largest difference | largest value |",
         "|---|---:|---:|---:|",
         *[f"| {one.what} | {one.pictures or ''} | {one.difference:.2g} | {one.largest:.3g} |" for one in found],
         "",

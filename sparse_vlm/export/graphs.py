@@ -58,7 +58,7 @@ class TowerGraph(nn.Module):
 class TorchExportTower(TowerExporter):
     """`model.pt2`."""
 
-    holds = "the tower as a graph of torch.export, for any number of pictures at a time"
+    holds = "the tower as a graph of torch.export, for any number of images at a time"
 
     def write(self, folder: Path) -> None:
         graph = TowerGraph(self.tower)
@@ -89,7 +89,7 @@ print(visual_tokens.shape, image_embeds.shape)"""
 class OnnxTower(TowerExporter):
     """`model.onnx`."""
 
-    holds = "the tower as an ONNX graph, for any number of pictures at a time"
+    holds = "the tower as an ONNX graph, for any number of images at a time"
 
     def write(self, folder: Path) -> None:
         graph = TowerGraph(self.tower)

@@ -105,7 +105,7 @@ class HostedVLM(Exporter):
             inputs = processor.apply_chat_template(
                 [_question(picture)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-            found.append(compared(f"logits, picture {number}", 1, logits, model(**inputs).logits, TOLERANCE[self.dtype]))
+            found.append(compared(f"logits, image {number}", 1, logits, model(**inputs).logits, TOLERANCE[self.dtype]))
             said = model.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
             wrong += processor.decode(said, skip_special_tokens=True).strip() != answer
         found.append(Comparison("answers that differ", 1, wrong, len(self.answers), 0.0, wrong == 0))

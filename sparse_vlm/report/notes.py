@@ -27,9 +27,9 @@ def verdicts(subject: Subject) -> list[str]:
     )
     held = [entry.request["kv_bytes_per_image"] / 1e6 for entry in (now, then)]
     if held[0] == held[1]:
-        said.append(f"Keys and values of a picture take {short(held[1])} MB as before: both give the LLM {then.request['tokens']} tokens.")
+        said.append(f"Keys and values of an image take {short(held[1])} MB as before: both give the LLM {then.request['tokens']} tokens.")
     else:
-        said.append(f"Keys and values of a picture take {short(held[1])} MB instead of {short(held[0])} MB ({change(*held)}).")
+        said.append(f"Keys and values of an image take {short(held[1])} MB instead of {short(held[0])} MB ({change(*held)}).")
     compared = [line for measure in subject.measures if (line := _compared(subject, measure)) is not None]
     return said + (compared or ["Whether quality changes is not known from these files: no task was measured of both."])
 
@@ -128,7 +128,7 @@ def method(subject: Subject) -> list[str]:
         f"Its own peaks: {peaks['macs_per_second'] / 1e9:,.1f} GMAC/s ({peaks['dtype']}), {peaks['bytes_per_second'] / 1e9:,.1f} GB/s.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in document['versions'].items())}. Begun: {document['started']}.",
         f"Times: models in turn, medians of up to {settings['rounds']} turns after {settings['warm_up']}; the first token {taken}, "
-        "from the encoded picture on. Of sums of pieces the quartiles are added.",
+        "from the encoded image on. Of sums of pieces the quartiles are added.",
         f"A request: {pictures} and {settings['prompt_tokens']} tokens of text.",
     ]
     photos: dict[str, int] = {measure.task: measure.photos for measure in subject.shown}

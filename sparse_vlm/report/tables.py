@@ -129,7 +129,7 @@ def notes(document: Row) -> list[str]:
         f"medians of up to {settings['rounds']} turns after {settings['warm_up']}, models in turn",
         f"tokens of text beside a picture: {settings['prompt_tokens']}",
         "bound by: the peak that a piece comes nearer to, neither where both are below a third; above 100 % of bytes/s it runs from caches",
-        "first token: from the encoded picture on, in one go; with a star the sum of its pieces' medians",
+        "first token: from the encoded image on, in one go; with a star the sum of its pieces' medians",
     ]
     random = [model["name"] for model in document["models"] if model["weights"] == "random"]
     if random:
