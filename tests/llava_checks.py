@@ -34,7 +34,7 @@ def save_tower(folder: Path) -> str:
     """A tower of 4 to 16 tokens, with CLS first. The name by which LLaVA takes it."""
     import torch
 
-    from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+    from sparse_vlm.tower import RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 
     torch.manual_seed(1)
     look = UnitConfig(WIDTH, ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ"))
@@ -50,7 +50,7 @@ def save_tower(folder: Path) -> str:
         generator_dim=8,
         cls_before_unit=0,
         token_init="glance",
-        glance=GlanceConfig(patch_size=8, grid=4, kind="crop"),
+        glance=RoIPatchConfig(patch_size=8, grid=4, kind="crop"),
         budgets=(4, 16),
     )
     SparseFormer(config).save_pretrained(folder)

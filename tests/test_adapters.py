@@ -17,7 +17,7 @@ from torch import nn
 
 from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower.config import GlanceConfig
+from sparse_vlm.tower.config import RoIPatchConfig
 from sparse_vlm.tower.layers import plain
 from sparse_vlm.vlm import VLM
 
@@ -34,7 +34,7 @@ def glancing(kind: str) -> SparseFormerConfig:
         cls_before_unit=None,
         head="map",
         token_init="glance" if kind else "shared",
-        glance=GlanceConfig(8, 4, kind=kind) if kind else None,
+        glance=RoIPatchConfig(8, 4, kind=kind) if kind else None,
     )
 
 

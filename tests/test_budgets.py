@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sparse_vlm import VLM, SparseFormer
 from sparse_vlm.errors import UserError
 from sparse_vlm.roi import crop_boxes, crop_rois, grid_rois, roi_average_weights
-from sparse_vlm.tower import GlanceConfig, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import RoIPatchConfig, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.cost import count_macs
 
 
@@ -26,7 +26,7 @@ def elastic(looks: bool = False, **changes: object) -> SparseFormer:
     values = {
         "units": (UnitConfig(64, first), UnitConfig(64, ("ATTN", "MLP"))),
         "num_latent_tokens": 16, "embed_dim": 32, "image_size": 56, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "conv_dim": 16,
-        "cls_before_unit": 0, "token_init": "glance", "glance": GlanceConfig(14, 4, 1, norm_pre=True, kind="crop"), "budgets": (4, 25),
+        "cls_before_unit": 0, "token_init": "glance", "glance": RoIPatchConfig(14, 4, 1, norm_pre=True, kind="crop"), "budgets": (4, 25),
     }  # fmt: skip
     torch.manual_seed(0)
     tower = SparseFormer(SparseFormerConfig(**{**values, **changes})).eval()
@@ -64,7 +64,7 @@ def test_crops_follow_their_rois() -> None:
 
 
 def test_cropping_begins_where_pooling_begins_when_cells_are_patches() -> None:
-    crop, pool = elastic(), elastic(budgets=None, glance=GlanceConfig(14, 4, 1, norm_pre=True))
+    crop, pool = elastic(), elastic(budgets=None, glance=RoIPatchConfig(14, 4, 1, norm_pre=True))
     pool.load_state_dict(crop.state_dict())
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_what_is_no_region_is_refused(region: tuple[float, float, float, float])
 
 
 def test_a_pooling_glance_cannot_begin_in_a_region() -> None:
-    tower = elastic(budgets=None, glance=GlanceConfig(14, 4, 1, norm_pre=True))
+    tower = elastic(budgets=None, glance=RoIPatchConfig(14, 4, 1, norm_pre=True))
     with pytest.raises(ValueError, match="take one that crops"):
         tower(torch.zeros(1, 3, 56, 56), region=(0.0, 0.0, 0.5, 0.5))
 
@@ -236,7 +236,7 @@ def test_a_tower_that_sees_whole_pictures_is_not_measured_on_regions(tmp_path: P
     pytest.importorskip("open_clip", reason="measuring beside a teacher needs open_clip")
     from sparse_vlm.eval.embedders import tower_embedder
 
-    pools = elastic(budgets=None, glance=GlanceConfig(14, 4, 1, norm_pre=True))
+    pools = elastic(budgets=None, glance=RoIPatchConfig(14, 4, 1, norm_pre=True))
     pools.save_pretrained(tmp_path)
     embedder, corner = tower_embedder(str(tmp_path)), torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     with pytest.raises(UserError, match="cannot begin in a region"):

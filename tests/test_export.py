@@ -27,7 +27,7 @@ from sparse_vlm.export.formats import FORMATS
 from sparse_vlm.export.run import export
 from sparse_vlm.export.source import find
 from sparse_vlm.images.preprocess import Preprocessor, preprocess
-from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.vlm import VLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,16 +41,16 @@ TOWERS: dict[str, SparseFormerConfig] = {
     ),
     "crop": dataclasses.replace(
         tower_config(),
-        **{"token_init": "glance", "glance": GlanceConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 9), "cls_before_unit": 0},
+        **{"token_init": "glance", "glance": RoIPatchConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 9), "cls_before_unit": 0},
     ),
     "focus": dataclasses.replace(
         tower_config(),
-        **{"token_init": "glance", "glance": GlanceConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 25), "cls_before_unit": 0},
+        **{"token_init": "glance", "glance": RoIPatchConfig(8, 4, norm_pre=True, kind="crop"), "budgets": (2, 25), "cls_before_unit": 0},
         # no image keeps its grid, and a canvas is larger than a photo's thumbnail
         **{"num_latent_tokens": 19, "fit": "whole", "image_size": 64, "focus": FocusConfig(32, (16, 16, 16, 16), evenness=0.0)},
     ),
     "pool": dataclasses.replace(
-        tower_config(), **{"token_init": "glance", "glance": GlanceConfig(8, 4), "image_size": 48, "head": "avg", "cls_before_unit": None}
+        tower_config(), **{"token_init": "glance", "glance": RoIPatchConfig(8, 4), "image_size": 48, "head": "avg", "cls_before_unit": None}
     ),
 }
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels, load_image
 from sparse_vlm.bench.vision import RIVALS
 from sparse_vlm.images.preprocess import preprocess
-from sparse_vlm.tower import GlanceConfig, UnitConfig, packed
+from sparse_vlm.tower import RoIPatchConfig, UnitConfig, packed
 from sparse_vlm.tower.config import PUBLISHED, FocusConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,10 +149,10 @@ def test_a_tower_that_starts_blind_knows_its_start_only_where_it_is_its_own() ->
 @pytest.mark.parametrize(
     "changes",
     [
-        {"glance": GlanceConfig(14, 4, 4, norm_pre=True)},  # pooled: several patches a token
-        {"glance": GlanceConfig(14, 3, 1)},  # pooled: a token a patch
-        {"glance": GlanceConfig(14, 4, 4, kind="crop"), "cls_before_unit": None, "head": "map", "head_bias": True},
-        {"glance": GlanceConfig(14, 4, 4, kind="crop"), "rois_init": "released"},  # no grid
+        {"glance": RoIPatchConfig(14, 4, 4, norm_pre=True)},  # pooled: several patches a token
+        {"glance": RoIPatchConfig(14, 3, 1)},  # pooled: a token a patch
+        {"glance": RoIPatchConfig(14, 4, 4, kind="crop"), "cls_before_unit": None, "head": "map", "head_bias": True},
+        {"glance": RoIPatchConfig(14, 4, 4, kind="crop"), "rois_init": "released"},  # no grid
     ],
 )
 @pytest.mark.parametrize("size", [(42, 42), (56, 56), (80, 64)])

@@ -15,7 +15,7 @@ from speed_ratios import as_table as ratio_table
 
 from sparse_vlm.bench.vision import RIVALS, Rival
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower import layers as tower_modules
 from sparse_vlm.tower.cost import count_macs, count_operations
 from sparse_vlm.tower.inference import CompiledUnit
@@ -26,7 +26,7 @@ ALL = SparseFormerConfig(
         UnitConfig(128, ("ATTN", "MLP")),
     ),
     num_latent_tokens=9, embed_dim=32, image_size=56, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, conv_dim=16, cls_before_unit=0,
-    token_init="glance", glance=GlanceConfig(14, 4, norm_pre=True, kind="crop"), budgets=(4, 16),
+    token_init="glance", glance=RoIPatchConfig(14, 4, norm_pre=True, kind="crop"), budgets=(4, 16),
     focus=FocusConfig(size=32, channels=(16, 16, 16, 16)),
 )  # fmt: skip
 OPERATIONS = {
@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RIVALS, "all", Rival("a tower with every operation", ALL))
     vit = SparseFormerConfig(
         units=(UnitConfig(64, ("ATTN", "MLP")),), num_latent_tokens=16, embed_dim=32, image_size=56, image_mean=(0.5,) * 3,
-        image_std=(0.5,) * 3, cls_before_unit=0, token_init="glance", glance=GlanceConfig(14, 4, 1),
+        image_std=(0.5,) * 3, cls_before_unit=0, token_init="glance", glance=RoIPatchConfig(14, 4, 1),
     )  # fmt: skip
     monkeypatch.setitem(RIVALS, "plain", Rival("a ViT", vit))
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
 from sparse_vlm.roi import grid_rois, roi_average_weights, sample_bilinear
-from sparse_vlm.tower import GlanceConfig, UnitConfig
+from sparse_vlm.tower import RoIPatchConfig, UnitConfig
 from sparse_vlm.tower.config import PUBLISHED
 from sparse_vlm.tower.cost import count_macs
 
@@ -41,7 +41,7 @@ def small(**changes: object) -> SparseFormer:
     values = {
         "units": (UnitConfig(64, ("SAMPLING_M", "ATTN", "MLP", "ROI_ADJ")), UnitConfig(64, ("ATTN", "MLP"))),
         "num_latent_tokens": 9, "embed_dim": 32, "image_size": 56, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "conv_dim": 16,
-        "cls_before_unit": 0, "token_init": "glance", "glance": GlanceConfig(14, 4, norm_pre=True),
+        "cls_before_unit": 0, "token_init": "glance", "glance": RoIPatchConfig(14, 4, norm_pre=True),
     }  # fmt: skip
     torch.manual_seed(0)
     return SparseFormer(SparseFormerConfig(**{**values, **changes})).eval()

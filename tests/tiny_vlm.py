@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.vlm import VLM
 
 CHATML = (
@@ -95,7 +95,7 @@ def whole_config(looks: bool = True) -> SparseFormerConfig:
         generator_dim=8,
         cls_before_unit=0,
         token_init="glance",
-        glance=GlanceConfig(16, 2, 1, norm_pre=True, kind="crop"),
+        glance=RoIPatchConfig(16, 2, 1, norm_pre=True, kind="crop"),
         budgets=(4, 9),
         focus=FocusConfig(32, (4, 8, 8, 16)),
     )

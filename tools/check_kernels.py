@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparse_vlm import kernels
 from sparse_vlm.roi import Padding, sample_bilinear
-from sparse_vlm.tower import GlanceConfig, SparseFormer, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.cost import count_macs
 
 NAMES = ("map", "points", "hidden", "weight", "bias", "m_beta", "s_beta")
@@ -280,7 +280,7 @@ def time_towers() -> list[dict[str, Any]]:
     base = SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")
     blocks = SparseFormerConfig(
         units=(UnitConfig(768, ("ATTN", "MLP"), activation="quick_gelu"),) * 12, num_latent_tokens=49, embed_dim=512,
-        image_mean=base.image_mean, image_std=base.image_std, cls_before_unit=0, token_init="glance", glance=GlanceConfig(32, 7),
+        image_mean=base.image_mean, image_std=base.image_std, cls_before_unit=0, token_init="glance", glance=RoIPatchConfig(32, 7),
     )  # fmt: skip
     sparse, vit = (SparseFormer(config).eval().to("cuda", torch.bfloat16) for config in (base, blocks))
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)

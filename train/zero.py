@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.tower.layers import Glance
+from sparse_vlm.tower.layers import RoIPatchEmbedding
 from sparse_vlm.utils.devices import native_dtype, own_device, rank
 
 
@@ -176,7 +176,7 @@ def announce(model: nn.Module) -> None:
 
     for module in model.modules():
         for child in module.children():
-            if isinstance(child, nn.Embedding) or (isinstance(module, Glance) and isinstance(child, nn.Conv2d)):
+            if isinstance(child, nn.Embedding) or (isinstance(module, RoIPatchEmbedding) and isinstance(child, nn.Conv2d)):
                 deepspeed.zero.register_external_parameter(module, child.weight)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.teachers import TeacherSpec
-from sparse_vlm.tower import FocusConfig, GlanceConfig, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower import FocusConfig, RoIPatchConfig, SparseFormerConfig, UnitConfig
 
 FINER = 2  # sides of a canvas for whole images, in sides of the teacher's: the smallest cells are an eighth of the coarse ones
 
@@ -138,7 +138,7 @@ def _warm_start(pooled: bool) -> Callable[[TeacherSpec, Recipe], SparseFormerCon
             cls_before_unit=0 if spec.has_cls else None,
             head=spec.head,
             token_init="glance",
-            glance=GlanceConfig(patch, spec.image_size // patch, 4 if pooled else 1, spec.norm_pre),
+            glance=RoIPatchConfig(patch, spec.image_size // patch, 4 if pooled else 1, spec.norm_pre),
             num_heads=spec.num_heads,
         )
 
@@ -149,7 +149,7 @@ def _elastic(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     """The warm start for any number of tokens: each begins as the teacher's embedding of its cell, scaled to one patch of a 49th of the
     image, and the mean of the teacher's positions there."""
     config = _warm_start(pooled=False)(spec, recipe)
-    return replace(config, budgets=(9, 64), glance=GlanceConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
+    return replace(config, budgets=(9, 64), glance=RoIPatchConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
 
 
 def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
@@ -160,7 +160,7 @@ def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
 def _whole(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     """The teacher itself as a tower: a token a patch, which is where it begins."""
     config = _warm_start(pooled=True)(spec, recipe)
-    return replace(config, num_latent_tokens=spec.grid**2, glance=GlanceConfig(spec.patch_size, spec.grid, 1, spec.norm_pre))
+    return replace(config, num_latent_tokens=spec.grid**2, glance=RoIPatchConfig(spec.patch_size, spec.grid, 1, spec.norm_pre))
 
 
 def _as_published(name: str) -> Callable[[TeacherSpec, Recipe], SparseFormerConfig]:

@@ -120,9 +120,7 @@ class Preprocessor:
         """
         images = [images] if isinstance(images, (Image.Image, Photo)) else list(images)
         loaded = iter(self.load_all([image for image in images if isinstance(image, Photo)]))
-        scaled = (
-            next(loaded) if isinstance(image, Photo) else self.scale(image, f"image {number}") for number, image in enumerate(images)
-        )
+        scaled = (next(loaded) if isinstance(image, Photo) else self.scale(image, f"image {number}") for number, image in enumerate(images))
         return self.batch([self.pixels(image) for image in scaled], square)
 
     def pixels(self, scaled: Image.Image) -> Tensor:

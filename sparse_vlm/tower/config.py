@@ -57,7 +57,7 @@ class UnitConfig:
 
 
 @dataclass(frozen=True)
-class GlanceConfig:
+class RoIPatchConfig:
     """The warm start: a token begins as the teacher's patch embedding plus position, of its RoI.
 
     Attributes:
@@ -155,7 +155,7 @@ class SparseFormerConfig:
     token_init: TokenInit = "shared"
     rois_init: RoisInit = "grid"
     budgets: tuple[int, int] | None = None
-    glance: GlanceConfig | None = None
+    glance: RoIPatchConfig | None = None
     focus: FocusConfig | None = None
     num_heads: int | None = None
     generator_dim: float = 128
@@ -170,7 +170,7 @@ class SparseFormerConfig:
     def __post_init__(self) -> None:
         self._check_fields()
         if (self.token_init == "glance") != (self.glance is not None):
-            raise ValueError("token_init 'glance' and a GlanceConfig go together")
+            raise ValueError("token_init 'glance' and a RoIPatchConfig go together")
         if (self.head == "cls") != (self.cls_before_unit is not None):
             raise ValueError("head 'cls' and cls_before_unit go together")
         if self.budgets is not None:
@@ -215,7 +215,7 @@ class SparseFormerConfig:
                 raise ValueError(f"budgets are {self.budgets!r}, expected the fewest and the most tokens")
             for number in self.budgets:
                 whole("a number of budgets", number, 1, 4096)
-        if self.glance is not None and not isinstance(self.glance, GlanceConfig):
+        if self.glance is not None and not isinstance(self.glance, RoIPatchConfig):
             raise ValueError(f"glance is {self.glance!r}, no description of one")
 
     def _check_sizes(self) -> None:
@@ -313,7 +313,7 @@ class SparseFormerConfig:
             if isinstance(data.get(name), list):
                 data[name] = tuple(data[name])
         if data.get("glance") is not None:
-            data["glance"] = _made(GlanceConfig, data["glance"], "the glance")
+            data["glance"] = _made(RoIPatchConfig, data["glance"], "the glance")
         if data.get("focus") is not None:
             data["focus"] = _made(FocusConfig, data["focus"], "the focus")
         return _made(cls, data, "the tower's configuration")

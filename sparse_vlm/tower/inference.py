@@ -37,7 +37,17 @@ from sparse_vlm.roi import (
     sample_bilinear,
 )
 from sparse_vlm.tower.focus import MAP, Focus, coarse_cells
-from sparse_vlm.tower.layers import MAP_EPS, AdaptiveMixing, Attention, EarlyConvolution, Glance, Mlp, Unit, _add_to_latents, plain
+from sparse_vlm.tower.layers import (
+    MAP_EPS,
+    AdaptiveMixing,
+    Attention,
+    EarlyConvolution,
+    Mlp,
+    RoIPatchEmbedding,
+    Unit,
+    _add_to_latents,
+    plain,
+)
 from sparse_vlm.tower.packed import PackedLinear, pack
 
 if TYPE_CHECKING:
@@ -60,9 +70,9 @@ def optimize(tower: SparseFormer) -> None:
                 "unload adapters before (PEFT's merge_and_unload)"
             )
     units = iter(tower.config.units)
-    prepared, glance = PreparedUnit, PreparedGlance
+    prepared, glance = PreparedUnit, PreparedRoIPatchEmbedding
     if kernels.compiled(tower.norm.weight.dtype, tower.config.conv_dim):
-        prepared, glance = CompiledUnit, CompiledGlance
+        prepared, glance = CompiledUnit, CompiledRoIPatchEmbedding
         if tower.feat_extractor is not None:
             tower.feat_extractor = CompiledEarlyConvolution(tower.feat_extractor)
         if type(tower.focus) is Focus and native.Focus.takes(tower.focus):  # what derives from it predicts otherwise
@@ -82,7 +92,7 @@ class _Start:
     """Where tokens begin in images of one size, and what of the glance follows from that alone.
 
     Attributes:
-        rois, seen: (n, 4), as `Glance.forward` takes them.
+        rois, seen: (n, 4), as `RoIPatchEmbedding.forward` takes them.
         grid: rows and columns, where `seen` are cells that cover the image in reading order; else None.
         halvings: of the image before cells are cut out of it, as `crop_rois` reads them.
         positions: (n, d).
@@ -97,10 +107,10 @@ class _Start:
     pooling: Tensor | None
 
 
-class PreparedGlance(Glance):
+class PreparedRoIPatchEmbedding(RoIPatchEmbedding):
     """A glance that knows where tokens begin in images of the sizes that it has seen; elsewhere it does what it did."""
 
-    def __init__(self, plain: Glance) -> None:
+    def __init__(self, plain: RoIPatchEmbedding) -> None:
         nn.Module.__init__(self)
         self.config = plain.config
         self.patch_embed, self.pos_embed, self.norm_pre = plain.patch_embed, plain.pos_embed, plain.norm_pre
@@ -108,7 +118,7 @@ class PreparedGlance(Glance):
         self._starts: dict[tuple[int, int, int], _Start] = {}
 
     def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
-        """As `Glance.forward`."""
+        """As `RoIPatchEmbedding.forward`."""
         start = self._start(pixels, rois, seen) if extent is None else None
         if start is None or start.grid is None:
             return super().forward(pixels, rois, seen, extent)
@@ -149,15 +159,15 @@ class PreparedGlance(Glance):
         return _Start(rois, seen, whole, 0, positions, None if one_each else pooling.to(dtype))
 
 
-class CompiledGlance(PreparedGlance):
+class CompiledRoIPatchEmbedding(PreparedRoIPatchEmbedding):
     """A prepared glance that cuts cells of any place and size by a compiled function."""
 
-    def __init__(self, plain: Glance) -> None:
+    def __init__(self, plain: RoIPatchEmbedding) -> None:
         super().__init__(plain)
         self._positions = self.pos_embed.float()
 
     def forward(self, pixels: Tensor, rois: Tensor, seen: Tensor, extent: Tensor | None = None) -> Tensor:
-        """As `Glance.forward`."""
+        """As `RoIPatchEmbedding.forward`."""
         start = self._start(pixels, rois, seen) if rois.ndim == 2 and extent is None else None
         if self.config.kind != "crop" or (start is not None and start.grid is not None):
             return super().forward(pixels, rois, seen, extent)

@@ -27,7 +27,7 @@ from sparse_vlm.roi import (
     sample_bilinear,
     standardize_offsets,
 )
-from sparse_vlm.tower.config import Activation, GlanceConfig, SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.config import Activation, RoIPatchConfig, SparseFormerConfig, UnitConfig
 
 MAP_EPS = 1e-5  # of the norm over the map's channels
 
@@ -79,7 +79,7 @@ class EarlyConvolution(nn.Module):
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=MAP_EPS).permute(0, 3, 1, 2)
 
 
-class Glance(nn.Module):
+class RoIPatchEmbedding(nn.Module):
     """The warm start: the teacher's patch embedding and position, of each token's RoI.
 
     A pooling glance sees the image at the teacher's own resolution whatever the image's size, so its cost is fixed and its patches look
@@ -87,7 +87,7 @@ class Glance(nn.Module):
     serves any number and any size of RoIs, and its cost is that of as many patches.
     """
 
-    def __init__(self, config: GlanceConfig, width: int, ln_eps: float) -> None:
+    def __init__(self, config: RoIPatchConfig, width: int, ln_eps: float) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)

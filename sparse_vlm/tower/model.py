@@ -23,7 +23,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.roi import grid_rois, grid_rois_for, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig, read_config
 from sparse_vlm.tower.focus import Focus, area_bias
-from sparse_vlm.tower.layers import AttentionPool, EarlyConvolution, Glance, Unit, rows
+from sparse_vlm.tower.layers import AttentionPool, EarlyConvolution, RoIPatchEmbedding, Unit, rows
 from sparse_vlm.tower.released import check_names, load_strictly
 from sparse_vlm.utils.files import aside, write_text
 
@@ -63,7 +63,7 @@ class SparseFormer(nn.Module):
             self.glance = None
         else:
             self.initial_embedding = None
-            self.glance = Glance(config.glance, first, config.ln_eps)
+            self.glance = RoIPatchEmbedding(config.glance, first, config.ln_eps)
         self.cls_embedding = None
         layers: list[nn.Module] = []
         width = first
