@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sparse_vlm.distill.cache import TeacherCache
-from sparse_vlm.distill.inherit import Row
+from sparse_vlm.distill.inherit import TensorMapping
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.loss import Distillation, parameter_groups, update_average
 from sparse_vlm.distill.recipes import Recipe
@@ -63,7 +63,7 @@ KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, lea
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
 
 
-def groups_of(tower: SparseFormer, mapping: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
+def groups_of(tower: SparseFormer, mapping: list[TensorMapping], recipe: Recipe) -> list[dict[str, Any]]:
     """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
     new = {row.target for row in mapping if row.fate == "new"}
     return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay, recipe.lr_focus)
@@ -187,7 +187,7 @@ def bootstrap(
     teacher: Teacher,
     views: ViewSet,
     out: Path,
-    mapping: list[Row],
+    mapping: list[TensorMapping],
     tower: SparseFormer,
     seed: int = 0,
     deepspeed: dict[str, Any] | None = None,
@@ -246,7 +246,7 @@ def _train(
     teacher: Teacher,
     views: ViewSet,
     out: Path,
-    mapping: list[Row],
+    mapping: list[TensorMapping],
     tower: SparseFormer,
     settings: dict[str, Any],
     seed: int,

@@ -28,7 +28,7 @@ Fate = Literal["tuned", "frozen", "left out", "new"]
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorMapping:
     """One line of the mapping. `source` is empty for new tensors, `target` for those left out."""
 
     source: str
@@ -37,7 +37,7 @@ class Row:
     reason: str = ""
 
 
-def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
+def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMapping]:
     """The mapping, with every tensor of both sides in it.
 
     Raises:
@@ -47,25 +47,25 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
     units = [index for index, layer in enumerate(tower.layers) if layer in tower.units()]
     if len(mapping) != len(units):
         raise TeacherError(f"teacher {spec.name}: the recipe maps {len(mapping)} units, and its student has {len(units)}")
-    rows: list[Row] = []
+    rows: list[TensorMapping] = []
     for layer, (block, tuned) in zip(units, mapping, strict=True):
         if block is None:
             continue
         fate: Fate = "tuned" if tuned else "frozen"
-        rows += [Row(f"blocks.{block}.{name}", f"layers.{layer}.{name}", fate) for name in BLOCK_TENSORS]
-    rows += [Row(f"norm.{kind}", f"norm.{kind}", "tuned") for kind in ("weight", "bias")]
-    rows += [Row(name, f"proj.{name.removeprefix('head.')}", "tuned") for name in teacher.tensors if name.startswith("head.")]
-    rows += [Row(name, name, "tuned") for name in teacher.tensors if name.startswith("pool.")]
+        rows += [TensorMapping(f"blocks.{block}.{name}", f"layers.{layer}.{name}", fate) for name in BLOCK_TENSORS]
+    rows += [TensorMapping(f"norm.{kind}", f"norm.{kind}", "tuned") for kind in ("weight", "bias")]
+    rows += [TensorMapping(name, f"proj.{name.removeprefix('head.')}", "tuned") for name in teacher.tensors if name.startswith("head.")]
+    rows += [TensorMapping(name, name, "tuned") for name in teacher.tensors if name.startswith("pool.")]
     if tower.glance is not None:
         glance = tower.config.glance
         resized = "" if glance.patch_size == spec.patch_size else f"resized from {spec.patch_size} to {glance.patch_size} px"
-        rows.append(Row("patch_embed.weight", "glance.patch_embed.weight", "tuned", resized))
+        rows.append(TensorMapping("patch_embed.weight", "glance.patch_embed.weight", "tuned", resized))
         moved = "" if glance.grid == spec.grid else f"resized to {glance.grid} x {glance.grid}"
-        rows.append(Row("pos_embed", "glance.pos_embed", "tuned", moved))
+        rows.append(TensorMapping("pos_embed", "glance.pos_embed", "tuned", moved))
         if spec.has_cls:
-            rows.append(Row("cls_token", "cls_embedding.weight", "tuned", "plus its position"))
+            rows.append(TensorMapping("cls_token", "cls_embedding.weight", "tuned", "plus its position"))
         if glance.norm_pre:
-            rows += [Row(f"norm_pre.{kind}", f"glance.norm_pre.{kind}", "tuned") for kind in ("weight", "bias")]
+            rows += [TensorMapping(f"norm_pre.{kind}", f"glance.norm_pre.{kind}", "tuned") for kind in ("weight", "bias")]
     reasons = {
         "patch_embed.weight": "the student looks at its own map instead of patches",
         "pos_embed": "the student knows its RoIs instead of patch positions",
@@ -83,16 +83,16 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
             reason = reasons[name]
         else:
             raise TeacherError(f"teacher tensor {name} is neither inherited nor known to be superfluous")
-        rows.append(Row(name, "", "left out", reason))
+        rows.append(TensorMapping(name, "", "left out", reason))
     missing = taken - set(teacher.tensors)
     if missing:
         raise TeacherError(f"teacher {spec.name} has no tensor {', '.join(sorted(missing))}")
     filled = {row.target for row in rows if row.target}
     if strange := sorted(filled - set(tower.state_dict())):
         raise TeacherError(f"teacher {spec.name}: the recipe's student has no {strange[0]}; the recipe does not fit this teacher's head")
-    rows += [Row("", name, "new", _beginning(name, teacher)) for name in tower.state_dict() if name not in filled]
+    rows += [TensorMapping("", name, "new", _beginning(name, teacher)) for name in tower.state_dict() if name not in filled]
     rows = [replace(row, reason="; ".join(filter(None, (teacher.inventory.notes.get(row.source), row.reason)))) for row in rows]
-    return rows + [Row(source, "", "left out", reason) for source, reason in teacher.inventory.left_out.items()]
+    return rows + [TensorMapping(source, "", "left out", reason) for source, reason in teacher.inventory.left_out.items()]
 
 
 def _beginning(name: str, teacher: Teacher) -> str:
@@ -101,7 +101,7 @@ def _beginning(name: str, teacher: Teacher) -> str:
 
 
 @torch.no_grad()
-def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
+def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMapping]:
     """Fill a fresh student with what it inherits, prepare its new parts for a warm start, and freeze what the recipe freezes.
 
     Returns:
@@ -132,7 +132,7 @@ def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Row]:
 
 
 @torch.no_grad()
-def begin_from(tower: SparseFormer, rows: list[Row], other: SparseFormer, name: str) -> list[Row]:
+def begin_from(tower: SparseFormer, rows: list[TensorMapping], other: SparseFormer, name: str) -> list[TensorMapping]:
     """Give a student that was inherited the weights of another tower, to learn on from there; what that one lacks stays as it is.
 
     Args:
@@ -157,7 +157,7 @@ def begin_from(tower: SparseFormer, rows: list[Row], other: SparseFormer, name: 
             raise UserError(f"--init {name}: its tensor {tensor} is {shapes}; take the recipe and the numbers that it was made by")
         own[tensor].copy_(value)
     trained = {target for target, parameter in tower.named_parameters() if parameter.requires_grad}
-    begun = [Row(tensor, tensor, "tuned" if tensor in trained else "frozen", f"from {name}") for tensor in given]
+    begun = [TensorMapping(tensor, tensor, "tuned" if tensor in trained else "frozen", f"from {name}") for tensor in given]
     return begun + [row for row in rows if row.fate == "new" and row.target not in given]
 
 
