@@ -32,7 +32,7 @@ def test_backward_kernels_are_told():
     def step() -> None:
         F.scaled_dot_product_attention(*qkv(requires_grad=True)).sum().backward()
 
-    assert kernels(step) == ({"SDPA, flash for processors": 1}, {"SDPA, flash for processors": 1})
+    assert kernels(step) == ({"SDPA, flash for CPUs": 1}, {"SDPA, flash for CPUs": 1})
     with sdpa_kernel(SDPBackend.MATH):
         assert kernels(step) == ({"SDPA, math": 1}, {PLAIN: 1})
 

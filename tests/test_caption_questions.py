@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_vlm.data.caption_questions import questions_of
-from sparse_vlm.data.conversations import MIXES, SHORT_ANSWER, photo_talks
+from sparse_vlm.data.conversations import MIXTURES, SHORT_ANSWER, examples_of_photos
 from sparse_vlm.images.photos import Photo
 
 CAPTIONS = [
@@ -31,8 +31,8 @@ def test_what_captions_answer():
         ("What is the dog doing?", "jumping", "The dog is jumping."),
     ]
     assert [(asked.word, asked.sentence) for asked in found["who"]] == [
-        ("man", "There is a man in the picture."),
-        ("children", "There are children in the picture."),
+        ("man", "There is a man in the image."),
+        ("children", "There are children in the image."),
     ]
     assert found["where"] == found["sport"] == found["handling"] == [], "a hat is not known to be a thing"
     assert questions_of([], things={}, there={"skis", "apple", "bus"})["there"][2].sentence == "There are skis in the image."
@@ -65,16 +65,18 @@ def test_they_are_asked_in_the_last_stage(tmp_path):
     others = {"captions": ["A boat at sea."] * 5, "qa": [{"q": "Does dog exist in the image?", "a": "No."}]}
     photos = [Photo(str(i), tmp_path, i, 0, info if i % 2 else others) for i in range(40)]
     answered = {"dog": set(), "boat": set()}
-    for talk in photo_talks(photos, MIXES["instruct"]):
-        for question, answer, *_ in talk.conversations:
-            answered["dog" if talk.photos[0].info is info else "boat"].add((question["content"][-1]["text"], answer["content"][0]["text"]))
+    for example in examples_of_photos(photos, MIXTURES["instruct"]):
+        for question, answer, *_ in example.conversations:
+            answered["dog" if example.photos[0].info is info else "boat"].add(
+                (question["content"][-1]["text"], answer["content"][0]["text"])
+            )
     assert (f"What is the dog doing?\n{SHORT_ANSWER}", "running") in answered["dog"]
     assert ("What is the dog doing?", "The dog is running.") in answered["dog"]
     assert (f"What is in the image?\n{SHORT_ANSWER}", "dog") in answered["dog"] - answered["boat"]
     assert ("What is in the image?", "There is a dog in the image.") in answered["dog"] - answered["boat"]
     assert not any(
         turn["content"][-1]["text"].startswith("What")
-        for talk in photo_talks(photos, MIXES["read"])
-        for conversation in talk.conversations
+        for example in examples_of_photos(photos, MIXTURES["read"])
+        for conversation in example.conversations
         for turn in conversation
     )

@@ -115,8 +115,8 @@ def test_every_problem_is_named_not_only_the_first(run, tmp_path):
         "wrong role": [(f"{name}:2 (id role)", "turn 0 is from 'bot'; known are human, user, gpt, assistant, system")],
         "turns that do not alternate": [(f"{name}:3 (id order)", "turn 0 is from 'gpt'; human and gpt must alternate, human first")],
         "image marks": [
-            (f"{name}:4 (id stray)", "1 <image> marks for 0 pictures"),
-            (f"{name}:6 (id two at once)", "2 <image> marks for 1 pictures"),
+            (f"{name}:4 (id stray)", "1 <image> marks for 0 images"),
+            (f"{name}:6 (id two at once)", "2 <image> marks for 1 images"),
         ],
         "mark in an answer": [(f"{name}:5 (id mark)", "turn 1, from 'gpt', holds <image>")],
         "other media": [
@@ -126,7 +126,7 @@ def test_every_problem_is_named_not_only_the_first(run, tmp_path):
         "broken text": [(f"{name}:16 (id half)", "turn 1 holds half of a character (a surrogate alone)")],
         "outside the image folder": [(f"{name}:17 (id out)", f"'../red.png' leads out of {tmp_path}")],
         "empty answer": [(f"{name}:6 (id two at once)", "turn 1, from 'gpt', is empty")],
-        "missing image": [(f"{name}:7 (id gone)", f"{gone}: no such picture (and 1 more samples show it)")],
+        "missing image": [(f"{name}:7 (id gone)", f"{gone}: no such image (and 1 more samples show it)")],
         "broken image": [
             (f"{name}:8 (id cut)", f"{cut}: truncated or damaged image (image file is truncated)"),
             (f"{name}:10 (id page)", f"{page}: not an image (or in none of the formats {', '.join(formats())})"),
@@ -146,10 +146,10 @@ def test_every_problem_is_named_not_only_the_first(run, tmp_path):
 def test_the_page_shows_the_first_few_of_a_kind(run):
     code, said = run(*(good(i) for i in range(3)), *(sample("<image>", id=i) for i in range(9)), as_json=False)
     assert code == 1
-    assert "data: 12 samples (0 of text alone, 0 of several pictures), 3 conversations, 1 pictures" in said
+    assert "data: 12 samples (0 of text alone, 0 of several images), 3 conversations, 1 images" in said
     assert "9 problems, in 9 samples:" in said
-    assert "  image marks: 9; write <image> in a human's turn once for each picture" in said
-    assert "data.json:7 (id 4): 1 <image> marks for 0 pictures" in said and "data.json:8 (id 5)" not in said
+    assert "  image marks: 9; write <image> in a human's turn once for each image" in said
+    assert "data.json:7 (id 4): 1 <image> marks for 0 images" in said and "data.json:8 (id 5)" not in said
     assert "and 4 more; --json lists all" in said
     assert "samples by their tokens; the LLM reads 512:" in said and "##" in said
     code, said = run(good(0), as_json=False)

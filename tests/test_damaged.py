@@ -17,7 +17,7 @@ from tiny_vlm import save_llm, save_tower
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_vlm import SparseFormer
-from sparse_vlm.data.conversations import MIXES, photo_talks
+from sparse_vlm.data.conversations import MIXTURES, examples_of_photos
 from sparse_vlm.errors import UserError, naming
 from sparse_vlm.eval import run
 from sparse_vlm.images.photos import PhotoSet
@@ -145,7 +145,7 @@ def test_names_that_are_no_text_are_photos_like_others(tmp_path):
             archive.addfile(member, io.BytesIO(data))
     photos = PhotoSet(str(tmp_path / "p.tar"))
     assert [photo.key.isascii() for photo in photos] == [True]
-    assert len(photo_talks(list(photos), MIXES["align"])) == 1
+    assert len(examples_of_photos(list(photos), MIXTURES["align"])) == 1
 
 
 @pytest.fixture(scope="module")

@@ -302,7 +302,7 @@ def test_mmvet_writes_what_its_evaluator_takes(tmp_path: Path, monkeypatch: pyte
     written = json.loads((tmp_path / "out/mmvet.m.none.json").read_text())
     assert list(written.items()) == [("v1_0", "The Blue."), ("v1_1", "The Green."), ("v1_9", "The Red.")]
     assert only(report, "mmvet").metrics["words an answer"].value == 2
-    assert only(report, "mmvet").notes == ["1 of 3 questions stand with a picture that was inferred from the order of the set"]
+    assert only(report, "mmvet").notes == ["1 of 3 questions stand with an image that was inferred from the order of the set"]
 
 
 # ---- two sentences and a photo
@@ -417,12 +417,12 @@ def test_mistakes(vqav2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "gqa/testdev_balanced_questions.json: no such file; --data names the folder that holds gqa/" in said("gqa")
     (vqav2 / "vqav2/val2014/COCO_val2014_000000000009.jpg").unlink()
-    assert "1 of 5 pictures are not there, such as " in said("vqav2")
+    assert "1 of 5 images are not there, such as " in said("vqav2")
     questions = vqav2 / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"
     questions.write_text('{"questions": [{"image_id": 7}]}')
     assert "not in the benchmark's own layout, which docs/evaluation.md shows (KeyError('question_id'))" in said("vqav2")
     questions.write_text('{"questions": []}')
-    assert "fewer than two pictures are asked about" in said("vqav2")
+    assert "fewer than two images are asked about" in said("vqav2")
     for text, why in (("<image> or not?", "its text holds <image>"), ("Half \ud83d", "its text holds half of a character")):
         rows = [{"image_id": i + 7, "question": text if i == 2 else "What?", "question_id": 1000 + i} for i in range(5)]
         write_json(questions, {"questions": rows})

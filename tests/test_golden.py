@@ -61,7 +61,7 @@ TABLES = {  # what can be chosen by name, and what of each entry is pinned besid
     "train reporter": ("sparse_vlm.train.run:REPORTERS", None),
     "train quantize": ("sparse_vlm.vlm.quantize:FORMATS", None),
     "train on bad image": ("sparse_vlm.data.bad_images:ON_BAD_IMAGE", None),
-    "train data mix": ("sparse_vlm.data.conversations:MIXES", None),
+    "train data mix": ("sparse_vlm.data.conversations:MIXTURES", None),
     "deepspeed": ("sparse_vlm.train.zero:CONFIGS", None),
     "chat save suffix": ("sparse_vlm.vlm.chat:WRITERS", None),
     "zoo kind": ("sparse_vlm.hub.store:KINDS", None),
@@ -296,14 +296,14 @@ def runs(root: Path) -> dict[str, Entries]:
     run(*train, "--stage", "instruct", "--tower", whole, "--tokens", "4", "--out", root / "full", "--full", "--cache", root / "token-cache")
     run(*train, "--stage", "align", "--tower", root / "student", "--projector", "pool", "--tokens", "4", "--out", root / "pooled")
     chat = ("chat", "--image", photo, "--max-new-tokens", "2", "--model")
-    run(*chat, root / "full", says=f"What?\n/save {root / 'talk.json'}\n")
+    run(*chat, root / "full", says=f"What?\n/save {root / 'example.json'}\n")
     with argv("shards", str(photo.parent), "--out", str(root / "shards")):
         runpy.run_module("sparse_vlm.images.shards", run_name="__main__")
     bench = ("--llm", llm, "--image", photo, "--batch", "1", "--rounds", "3", "--dtype", "float32", "--threads", "1", "--device", "cpu")
     evals = ("--data", root, "--threads", "1", "--limit", "4", "--json", "-", "--out", root / "report")
     found = {
         "document chat": printed(*chat, root / "adapters", "--json", "--question", "What?"),
-        "document chat saved": shape_of(json.loads((root / "talk.json").read_text()), str(root)),
+        "document chat saved": shape_of(json.loads((root / "example.json").read_text()), str(root)),
         "document look": printed("look", photo, "--model", whole, "--json"),
         "document zoo list": printed("zoo", "list", "--json"),
         "document zoo show": printed("zoo", "show", "tiny", "--json"),

@@ -169,8 +169,8 @@ folder, tower = sys.argv[1:]
 model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 pipe = transformers.pipeline("image-text-to-text", model=folder, dtype=torch.float32)
 red = Image.new("RGB", (48, 40), "red")
-talk = [{"role": "user", "content": [{"type": "image", "image": red}, {"type": "text", "text": "What is it?"}]}]
-said = pipe(text=talk, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+example = [{"role": "user", "content": [{"type": "image", "image": red}, {"type": "text", "text": "What is it?"}]}]
+said = pipe(text=example, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
 sums = {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}
 alone = {name: tensor.double().sum().item() for name, tensor in transformers.AutoModel.from_pretrained(tower).tower.state_dict().items()}
 processor = transformers.AutoImageProcessor.from_pretrained(tower)

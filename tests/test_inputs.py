@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_vlm.data.conversations import MIXES, photo_talks
-from sparse_vlm.data.dataset import files_of, photos_of, read_corpus
+from sparse_vlm.data.conversations import MIXTURES, examples_of_photos
+from sparse_vlm.data.dataset import files_of, photos_of, read_conversations
 from sparse_vlm.data.llava import Fence, LlavaFile, mistakes_of, picture
 from sparse_vlm.data.records import scan
 from sparse_vlm.errors import UserError, printable
@@ -235,14 +235,14 @@ def test_the_image_folder_is_a_fence(tmp_path, monkeypatch):
     assert picture(folder, "a\0b.jpg").size == picture(folder, "in").size == -1
 
 
-def corpus_of(path: Path, folder: Path):
-    return read_corpus(files_of([str(path)]), photos_of([str(path)]), folder, MIXES["instruct"])
+def dataset_of(path: Path, folder: Path):
+    return read_conversations(files_of([str(path)]), photos_of([str(path)]), folder, MIXTURES["instruct"])
 
 
 def test_a_fingerprint_is_of_what_is_said(tmp_path):
     def of(*samples: dict[str, object], name: str = "data.json") -> str:
         (tmp_path / name).write_text(json.dumps(samples, indent=1 if name == "data.json" else None))
-        return corpus_of(tmp_path / name, tmp_path).fingerprint()
+        return dataset_of(tmp_path / name, tmp_path).fingerprint()
 
     first = of(sample(answer="red"))
     assert first == of(sample(answer="red"), name="moved.json")
@@ -250,16 +250,16 @@ def test_a_fingerprint_is_of_what_is_said(tmp_path):
 
     def of_tar(caption: str) -> str:
         info = json.dumps({"captions": [caption]}).encode()
-        return corpus_of(tar_of(tmp_path / "photos.tar", ("a.jpg", JPEG), ("a.json", info)), tmp_path).fingerprint()
+        return dataset_of(tar_of(tmp_path / "photos.tar", ("a.jpg", JPEG), ("a.json", info)), tmp_path).fingerprint()
 
     assert of_tar("A red cup.") != of_tar("A tan cup.") and of_tar("A red cup.") == of_tar("A red cup.")
 
 
 def test_one_caption_is_one_text(tmp_path):
     path = tar_of(tmp_path / "photos.tar", ("a.jpg", JPEG), ("a.json", b'{"captions": "a brown cup"}'))
-    (talk,) = photo_talks(list(PhotoSet(path)), MIXES["align"])
-    assert [text_of(conversation[-1]) for conversation in talk.conversations] == ["A brown cup."]
-    assert talk.photos[0].info["captions"] == ["a brown cup"]
+    (example,) = examples_of_photos(list(PhotoSet(path)), MIXTURES["align"])
+    assert [text_of(conversation[-1]) for conversation in example.conversations] == ["A brown cup."]
+    assert example.photos[0].info["captions"] == ["a brown cup"]
 
 
 @pytest.mark.parametrize(
@@ -284,13 +284,13 @@ def test_what_is_known_of_a_photo_has_its_types(tmp_path, key, value):
     path = tar_of(tmp_path / "photos.tar", ("a.jpg", JPEG), ("a.json", json.dumps(known).encode()))
     for stage in ("read", "align", "instruct"):
         with pytest.raises(UserError, match=f"^photos.tar:a: '{key}' in its json"):
-            photo_talks(list(PhotoSet(path)), MIXES[stage])
+            examples_of_photos(list(PhotoSet(path)), MIXTURES[stage])
 
 
 def test_cached_tokens_are_those_of_the_pictures_that_are_there(tmp_path):
     """Images of one name and one size in bytes, in another folder or in the old ones' place."""
     from sparse_vlm import SparseFormer
-    from sparse_vlm.data.samples import TokenBank
+    from sparse_vlm.data.samples import FeatureCache
 
     for folder, colours in (("a", ("navy", "gold")), ("b", ("white", "black"))):
         (tmp_path / folder).mkdir()
@@ -299,10 +299,10 @@ def test_cached_tokens_are_those_of_the_pictures_that_are_there(tmp_path):
     tower = SparseFormer.from_pretrained("tiny")
 
     def tokens(folder: str, cache: str = "cache") -> np.ndarray:
-        bank = TokenBank(tmp_path / cache, tower, [picture(tmp_path / folder, name) for name in ("0.bmp", "1.bmp")])
-        missing = len(bank.missing([0, 1]))
-        bank.fill([0, 1])
-        return np.stack([bank[0].float().numpy(), bank[1].float().numpy()]), missing
+        features_cache = FeatureCache(tmp_path / cache, tower, [picture(tmp_path / folder, name) for name in ("0.bmp", "1.bmp")])
+        missing = len(features_cache.missing([0, 1]))
+        features_cache.fill([0, 1])
+        return np.stack([features_cache[0].float().numpy(), features_cache[1].float().numpy()]), missing
 
     first, _ = tokens("a")
     again, missing = tokens("a")

@@ -14,10 +14,10 @@ from tiny_vlm import picture, save_llm, save_tower
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data import records, samples
 from sparse_vlm.data.bad_images import blank, settle
-from sparse_vlm.data.conversations import MIXES
-from sparse_vlm.data.dataset import Corpus, drawn, files_of, photos_of, read_corpus, weighted
+from sparse_vlm.data.conversations import MIXTURES
+from sparse_vlm.data.dataset import ConversationDataset, drawn, files_of, photos_of, read_conversations, weighted
 from sparse_vlm.data.llava import LlavaFile
-from sparse_vlm.data.samples import TokenBank, arrange, build_samples, report
+from sparse_vlm.data.samples import FeatureCache, arrange, build_samples, report
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.train import words
@@ -44,9 +44,9 @@ def sample(question: str, answer: str = "A wall.", **more: object) -> dict:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
 
 
-def corpus_of(folder, *entries: dict, name: str = "data.json", **options) -> Corpus:
+def dataset_of(folder, *entries: dict, name: str = "data.json", **options) -> ConversationDataset:
     (folder / name).write_text(json.dumps(entries))
-    return read_corpus([(folder / name, 1.0)], {}, folder, MIXES["align"], **options)
+    return read_conversations([(folder / name, 1.0)], {}, folder, MIXTURES["align"], **options)
 
 
 # ---- records
@@ -120,22 +120,22 @@ def test_marks_stay_where_they_stand(vlm, tmp_path):
         {"from": "human", "value": "And this?\n<image>"},
         {"from": "gpt", "value": "Yes."},
     ]
-    talks = corpus_of(
+    examples = dataset_of(
         tmp_path,
         {"id": 9, "image": ["red.png", "blue.png", "red.png"], "conversations": turns},
         sample("<image>\nWhat is it?", image="blue.png"),
         sample("Hello", image=None),
     )
-    assert [[photo.key for photo in talk.photos] for talk in talks] == [["red.png", "blue.png", "red.png"], ["blue.png"], []]
-    assert [talks.shown(i) for i in range(3)] == [(0, 1, 0), (1,), ()]
-    assert [photo.load().getpixel((0, 0)) for photo in talks.photos] == [(255, 0, 0), (0, 0, 255)]
-    assert talks[0].name == f"{tmp_path / 'data.json'}:0 (id 9)"
-    assert vlm.renderer.text(talks[0].conversations[0]) == (
+    assert [[photo.key for photo in example.photos] for example in examples] == [["red.png", "blue.png", "red.png"], ["blue.png"], []]
+    assert [examples.shown(i) for i in range(3)] == [(0, 1, 0), (1,), ()]
+    assert [photo.load().getpixel((0, 0)) for photo in examples.photos] == [(255, 0, 0), (0, 0, 255)]
+    assert examples[0].name == f"{tmp_path / 'data.json'}:0 (id 9)"
+    assert vlm.renderer.text(examples[0].conversations[0]) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n"
         "<|im_start|>user\nIs <image>\nlike\n<image>\n?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n"
         "<|im_start|>user\nAnd this?\n<image>\n<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
     )
-    built = build_samples(talks, vlm.renderer)
+    built = build_samples(examples, vlm.renderer)
     assert [len(one.photos) * vlm.tokens_per_image for one in built] == [one.tree.ids.count(vlm.renderer.image_id) for one in built]
     assert report(built)["answers"] == 4 and report(built)["photos"] == 2
 
@@ -147,10 +147,13 @@ def test_every_picture_stands_at_its_own_mark(vlm, tmp_path):
         sample("Hello"),
         sample("This?\n<image>", image="blue.png"),
     )
-    talks = corpus_of(tmp_path, *entries)
-    bank = torch.randn(2, vlm.tokens_per_image, 32, generator=torch.Generator().manual_seed(0))
+    examples = dataset_of(tmp_path, *entries)
+    features_cache = torch.randn(2, vlm.tokens_per_image, 32, generator=torch.Generator().manual_seed(0))
     batch = Gather(vlm)(
-        [(one, torch.stack([bank[i] for i in one.photos]) if one.photos else None) for one in build_samples(talks, vlm.renderer)]
+        [
+            (one, torch.stack([features_cache[i] for i in one.photos]) if one.photos else None)
+            for one in build_samples(examples, vlm.renderer)
+        ]
     )
     seen = []
     hook = vlm.model.model.language_model.register_forward_pre_hook(
@@ -160,8 +163,8 @@ def test_every_picture_stands_at_its_own_mark(vlm, tmp_path):
     hook.remove()
     ids = batch["trees"].input_ids
     [embeds] = seen
-    assert torch.equal(embeds[0][ids[0] == vlm.renderer.image_id], bank.flatten(0, 1))
-    assert torch.equal(embeds[2][ids[2] == vlm.renderer.image_id], bank[1])
+    assert torch.equal(embeds[0][ids[0] == vlm.renderer.image_id], features_cache.flatten(0, 1))
+    assert torch.equal(embeds[2][ids[2] == vlm.renderer.image_id], features_cache[1])
     assert vlm.renderer.image_id not in ids[1]
     text = vlm.tokenizer.decode(ids[0]).replace("<image>" * vlm.tokens_per_image, "*")
     assert "One *\ntwo *\n?" in text
@@ -169,7 +172,7 @@ def test_every_picture_stands_at_its_own_mark(vlm, tmp_path):
 
 def test_a_step_names_the_sample_whose_pictures_do_not_fit(vlm, tmp_path):
     picture("red").save(tmp_path / "red.png")
-    [one] = build_samples(corpus_of(tmp_path, sample("<image> or <image>?", id="x", image=["red.png"] * 2)), vlm.renderer)
+    [one] = build_samples(dataset_of(tmp_path, sample("<image> or <image>?", id="x", image=["red.png"] * 2)), vlm.renderer)
     tokens = torch.zeros(2, 5, 64)
     assert Gather(vlm)([(one, tokens)])["names"] == [one.name]
     with pytest.raises(UserError, match=r"data.json:0 \(id x\): 10 image placeholders, but 1 images give 5 tokens"):
@@ -199,21 +202,21 @@ def test_a_step_names_the_sample_whose_pictures_do_not_fit(vlm, tmp_path):
 )
 def test_a_sample_that_is_not_as_it_must_be_is_named(tmp_path, entry, message):
     with pytest.raises(UserError, match=r"data.json:1") as raised:
-        corpus_of(tmp_path, sample("Hi"), entry)
+        dataset_of(tmp_path, sample("Hi"), entry)
     assert message in str(raised.value)
 
 
 def test_what_else_is_wrong_with_a_file(vlm, tmp_path):
     with pytest.raises(UserError, match="data.json: holds no samples"):
-        corpus_of(tmp_path)
+        dataset_of(tmp_path)
     with pytest.raises(UserError, match="names the image red.png; say where images lie with --images"):
-        LlavaFile(tmp_path / "data.json", None, {}) if corpus_of(tmp_path, sample("<image>", image="red.png")) else None
-    talks = corpus_of(tmp_path, sample("Hi"), sample("Ho"))
+        LlavaFile(tmp_path / "data.json", None, {}) if dataset_of(tmp_path, sample("<image>", image="red.png")) else None
+    examples = dataset_of(tmp_path, sample("Hi"), sample("Ho"))
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(UserError, match="data.json: was changed while it is in use"):
-        talks[1]
+        examples[1]
     with pytest.raises(UserError, match=r"data.json:0: 6\d\d tokens, but the LLM reads 512"):
-        build_samples(corpus_of(tmp_path, sample("Hi" * 300)), vlm.renderer, context=512)
+        build_samples(dataset_of(tmp_path, sample("Hi" * 300)), vlm.renderer, context=512)
 
 
 # ---- mixing
@@ -260,13 +263,15 @@ def test_files_and_tars_are_mixed_by_weight(tmp_path):
 
     def questions(*weights: str, epochs: int = 1) -> list[str]:
         data = [f"{tmp_path}/{name}{weight}" for name, weight in zip(("a.json", "b*.jsonl", "c.tar"), weights, strict=True)]
-        talks = read_corpus(files_of(data), photos_of(data), tmp_path, MIXES["align"], epochs)
+        examples = read_conversations(files_of(data), photos_of(data), tmp_path, MIXTURES["align"], epochs)
         # the images of the files are one, and are numbered after those of the tar
-        assert [photo.key for photo in talks.photos] == ["0", "1", "2", "3", "red.png"]
+        assert [photo.key for photo in examples.photos] == ["0", "1", "2", "3", "red.png"]
         assert all(
-            talks.photos[number] == photo for i, talk in enumerate(talks) for number, photo in zip(talks.shown(i), talk.photos, strict=True)
+            examples.photos[number] == photo
+            for i, example in enumerate(examples)
+            for number, photo in zip(examples.shown(i), example.photos, strict=True)
         )
-        return [text_of(talk.conversations[0][int(".tar:" in talk.name)]) for talk in talks]
+        return [text_of(example.conversations[0][int(".tar:" in example.name)]) for example in examples]
 
     files = ["a0", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "b4", "b5", "b"]
     tar = [f"Green number {i}." for i in range(4)]
@@ -287,9 +292,9 @@ def test_a_large_set_is_rendered_when_it_is_needed(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "SOME_AHEAD", 10)
     rendered = []
     render = samples.render
-    monkeypatch.setattr(samples, "render", lambda talk, *args: rendered.append(talk.name) or render(talk, *args))
-    talks = corpus_of(tmp_path, *(sample("Hi", "word " * (1 + 7 * i % 50)) for i in range(200)))
-    built = build_samples(talks, vlm.renderer)
+    monkeypatch.setattr(samples, "render", lambda example, *args: rendered.append(example.name) or render(example, *args))
+    examples = dataset_of(tmp_path, *(sample("Hi", "word " * (1 + 7 * i % 50)) for i in range(200)))
+    built = build_samples(examples, vlm.renderer)
     assert len(rendered) == len(set(rendered)) == 10
     assert report(built)["answers"] == 200
     exact = [len(one.tree) for one in built]
@@ -300,7 +305,7 @@ def test_a_large_set_is_rendered_when_it_is_needed(vlm, tmp_path, monkeypatch):
     lengths = [len(one.tree) for one in in_order]
     padded = sum(4 * max(lengths[i : i + 4]) for i in range(0, 200, 4))
     assert padded < 1.15 * sum(exact)
-    again = arrange(build_samples(talks, vlm.renderer), 4, seed=3)
+    again = arrange(build_samples(examples, vlm.renderer), 4, seed=3)
     assert [again[i].name for i in (0, 77, 199)] == [in_order[i].name for i in (0, 77, 199)]
 
 
@@ -308,13 +313,13 @@ def test_words_of_many_talks_come_from_some(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(words, "MIN_PHOTOS", 1)
     monkeypatch.setattr(words, "MAX_TALKS", 5)
     picture("red").save(tmp_path / "red.png")
-    talks = corpus_of(tmp_path, *(sample("<image>", f"word{'abcdefghijkl'[i]}", image=f"{i}.png") for i in range(12)))
+    examples = dataset_of(tmp_path, *(sample("<image>", f"word{'abcdefghijkl'[i]}", image=f"{i}.png") for i in range(12)))
 
     class Vocabulary:
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return [1]
 
-    assert words_of(talks, Vocabulary()).photos == (0, 3, 6, 9)
+    assert words_of(examples, Vocabulary()).photos == (0, 3, 6, 9)
 
 
 # ---- images that cannot be used
@@ -364,8 +369,8 @@ def test_samples_of_bad_images_are_left_out_also_when_a_run_goes_on(parts, damag
     run = {**damaged, "tower": parts[0], "llm": parts[1], "on_bad_image": "skip"}
     train_command(**run)
     said = capsys.readouterr().out
-    assert "bad images: 4, 5 of 25 samples are left out" in said and "3.png: no such picture" in said
-    assert "of the pictures 4 could not be used" in said
+    assert "bad images: 4, 5 of 25 samples are left out" in said and "3.png: no such image" in said
+    assert "of the images 4 could not be used" in said
     found = settings(damaged["out"])
     assert found["samples"] == 20 and found["on_bad_image"] == "skip"
     assert [why.rsplit("/")[-1].split(":")[0] for why in found["bad_images"].values()] == ["3.png", "photos.tar", "4.png", "6.png"]
@@ -382,29 +387,29 @@ def test_a_blank_picture_stands_in_for_a_bad_one(parts, vlm, damaged, tmp_path):
     train_command(**damaged, tower=parts[0], llm=parts[1], on_bad_image="blank")
     found = settings(damaged["out"])
     assert found["samples"] == 24 and len(found["bad_images"]) == 4  # of 25, in batches of 4
-    bank = TokenBank(tmp_path / "other", vlm.tower, photos_of([damaged["data"][1]])[1.0])
+    features_cache = FeatureCache(tmp_path / "other", vlm.tower, photos_of([damaged["data"][1]])[1.0])
     bad: dict[int, str] = {}
-    bank.fill([0, 1], on_bad=lambda number, why: bad.update({number: str(why)}))
-    assert list(bad) == [0] and bank.missing([0, 1]) == [0]
-    bank.stand_in(bad)
+    features_cache.fill([0, 1], on_bad=lambda number, why: bad.update({number: str(why)}))
+    assert list(bad) == [0] and features_cache.missing([0, 1]) == [0]
+    features_cache.stand_in(bad)
     with torch.no_grad():
         pixels = preprocess(blank(32, vlm.tower.config.image_mean), 32, vlm.tower.config.image_mean, vlm.tower.config.image_std)
         expected = vlm.tower.visual_tokens(pixels)[0]
     assert pixels.abs().max() < 0.01  # half a step of 255, over a deviation of 0.2
-    torch.testing.assert_close(bank[0].float(), expected, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(features_cache[0].float(), expected, atol=0.01, rtol=0.01)
 
 
 def test_a_decision_is_of_one_run(tmp_path):
     picture("red").save(tmp_path / "red.png")
-    talks = corpus_of(tmp_path, sample("<image>", image="red.png"), sample("<image>", image="gone.png"))
-    bad = settle(talks, "skip", tmp_path / "run")
+    examples = dataset_of(tmp_path, sample("<image>", image="red.png"), sample("<image>", image="gone.png"))
+    bad = settle(examples, "skip", tmp_path / "run")
     assert list(bad) == [1]
     # other processes take over what the first one found, and find nothing themselves
     (tmp_path / "red.png").unlink()
-    assert settle(talks, "skip", tmp_path / "run", decides=False) == bad
+    assert settle(examples, "skip", tmp_path / "run", decides=False) == bad
     with pytest.raises(UserError, match="data.json:0: .*red.png: no such image; this run began with it"):
-        settle(talks, "skip", tmp_path / "run")
-    for other, policy in ((talks, "blank"), (talks.select([1]), "skip")):
+        settle(examples, "skip", tmp_path / "run")
+    for other, policy in ((examples, "blank"), (examples.select([1]), "skip")):
         with pytest.raises(UserError, match="bad-images.json: was decided for other data or another --on-bad-image"):
             settle(other, policy, tmp_path / "run")
 
@@ -421,8 +426,8 @@ def test_trees_need_no_pictures_twice(vlm, tmp_path):
     [photo] = photos_of([str(tmp_path / "photos.tar")])[1.0]
     photo.info["captions"] += ["Another one.", "A third."]
     data = [str(tmp_path / "photos.tar")]
-    talks = read_corpus(files_of(data), {1.0: [photo]}, None, MIXES["align"])
-    [one] = build_samples(talks, vlm.renderer)
-    assert len(talks[0].conversations) == 3
+    examples = read_conversations(files_of(data), {1.0: [photo]}, None, MIXTURES["align"])
+    [one] = build_samples(examples, vlm.renderer)
+    assert len(examples[0].conversations) == 3
     assert one.tree.ids.count(vlm.renderer.image_id) == vlm.tokens_per_image
-    assert one.tree == merge([vlm.renderer.render(conversation) for conversation in talks[0].conversations])
+    assert one.tree == merge([vlm.renderer.render(conversation) for conversation in examples[0].conversations])

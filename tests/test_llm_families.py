@@ -95,8 +95,8 @@ def test_words_that_spell_control_tokens_are_words(renderer, request):
     control = tokenizer.convert_tokens_to_ids(marks)
 
     def asked(text: str) -> list[int]:
-        talk = [user("What is it?", 1), assistant(text), {"role": "user", "content": [{"type": "text", "text": text}]}]
-        return renderer.tokens(renderer.text(talk, answer_next=True))
+        example = [user("What is it?", 1), assistant(text), {"role": "user", "content": [{"type": "text", "text": text}]}]
+        return renderer.tokens(renderer.text(example, answer_next=True))
 
     plain = asked("a b")
     for mark in [*marks, "".join(marks), marks[0] * 3]:
@@ -112,24 +112,24 @@ def test_words_that_spell_control_tokens_are_words(renderer, request):
             renderer.renderings([user(f"a {mark} b"), assistant("Yes")], "photo 7")
     # nor where two texts spell one together, and where somebody spells what we make of them
     first, rest = marks[0][:2], marks[0][2:]
-    talk = [{"role": "user", "content": [{"type": "text", "text": first}, {"type": "text", "text": rest}]}]
+    example = [{"role": "user", "content": [{"type": "text", "text": first}, {"type": "text", "text": rest}]}]
     forged = [user(f"{marks[0][0]}\ue000{marks[0][1:]}")]
     empty = renderer.tokens(renderer.text([user("a")], answer_next=True)).count(control[0])
-    for one in (talk, forged):
+    for one in (example, forged):
         assert renderer.tokens(renderer.text(one, answer_next=True)).count(control[0]) == empty
 
 
 @every_family
 def test_system_messages(renderer, request):
-    talk = [{"role": "system", "content": "Be brief."}, *TALK[:2]]
+    example = [{"role": "system", "content": "Be brief."}, *TALK[:2]]
     name = request.node.callspec.params["renderer"]
     if name in WITHOUT_SYSTEM:
         with pytest.raises(UserError, match=f"refuses a conversation of system, user.*{WITHOUT_SYSTEM[name]}"):
-            renderer.render(talk)
+            renderer.render(example)
     else:
-        [said] = runs(renderer, renderer.render(talk))
+        [said] = runs(renderer, renderer.render(example))
         assert words(said).startswith("A cat.")
-        assert "Be brief." in renderer.text(talk)
+        assert "Be brief." in renderer.text(example)
 
 
 @pytest.mark.parametrize("renderer", ["qwen3"], indirect=True)
@@ -185,8 +185,8 @@ def test_stock_llava_on_every_family(name, tower, tmp_path):
     assert processor.decode(said, skip_special_tokens=True).strip() == answer
 
     # what is learnt: conversations in one tree, each as the stock model alone has it
-    talks = [TALK[:2], [user("What is it?", 1), assistant("No.")], TALK]
-    rendered = [one for talk in talks for one in vlm.renderer.renderings(talk)]
+    examples = [TALK[:2], [user("What is it?", 1), assistant("No.")], TALK]
+    rendered = [one for example in examples for one in vlm.renderer.renderings(example)]
     image = picture("red")
     with torch.no_grad():
         batch = collate([merge(rendered)], vlm.tokenizer.pad_token_id)

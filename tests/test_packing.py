@@ -50,12 +50,12 @@ def learning(parts: tuple[str, str]) -> VLM:
 def items(vlm: VLM, trees: bool = True) -> list[tuple[Sample, torch.Tensor | None]]:
     """Samples of every kind with their images' tokens; without the tree, plain conversations alone."""
     conversations = {"a tree": TREE} if trees else {}
-    conversations |= {name: [talk] for name, talk in CHAINS.items()}
+    conversations |= {name: [example] for name, example in CHAINS.items()}
     pictures = torch.stack([vlm.tower.visual_tokens(pixels(vlm, colour))[0] for colour in ("red", "blue")])
     made = []
-    for name, talks in conversations.items():
+    for name, examples in conversations.items():
         shown = 2 if name == "two photos" else 0 if name == "text" else 1
-        sample = Sample(name, tuple(range(shown)), merge([vlm.renderer.render(talk) for talk in talks]))
+        sample = Sample(name, tuple(range(shown)), merge([vlm.renderer.render(example) for example in examples]))
         made.append((sample, pictures[:shown].detach() if shown else None))
     return made
 
@@ -139,7 +139,7 @@ def test_no_family_needs_a_mask_under_sdpa(parts, tmp_path, family):
     language = vlm.model.model.language_model
     assert packable(language)
     language.set_attn_implementation("sdpa")
-    trees = [merge(vlm.renderer.renderings(talk)) for talk in (CHAINS["a photo"], CHAINS["text"])]
+    trees = [merge(vlm.renderer.renderings(example)) for example in (CHAINS["a photo"], CHAINS["text"])]
     if not all(map(is_chain, trees)):
         pytest.skip("its template forgets what was said before, so that a conversation is a tree")
     batch, features = collate(trees, vlm.tokenizer.pad_token_id), vlm.image_features([picture("red")])

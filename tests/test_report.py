@@ -246,7 +246,7 @@ def test_what_changes_is_worked_out_by_hand(tmp_path: Path) -> None:
     rows = {row["label"]: row for row in costs(subject_of(tmp_path, bench_of(TWO), [], []))}
     first = rows["to the first token, ms"]
     assert (first["now"], first["then"], first["change"]) == ("135 [122, 148]", "85 [76.5, 93.5]", "−37 %")
-    assert rows["tower, GMACs a picture"]["change"] == "−73 %"
+    assert rows["tower, GMACs an image"]["change"] == "−73 %"
     assert rows["reading the prompt, ms"]["change"] == "the same"
     # image, tower and projector, prompt, and 128 tokens of 10 ms: 5 + 31 + 49 + 1280 and 50 ms more of the other tower
     end = rows["to the end of the answer, s, estimated"]
@@ -313,7 +313,7 @@ def test_a_long_answer_hides_the_tower(tmp_path: Path) -> None:
 
 def test_where_fewer_tokens_do_not_help_is_said(tmp_path: Path) -> None:
     assert where_not(subject_of(tmp_path, bench_of(TWO), [], [])) == [
-        "All models here give the LLM 49 tokens a picture: what differs is the time of the tower alone."
+        "All models here give the LLM 49 tokens an image: what differs is the time of the tower alone."
     ]
     fewer = subject_of(tmp_path, bench_of({"vit": (256, 80.0, 6.0), "tiny": (49, 30.0, 1.6)}), [], [])
     (line,) = where_not(fewer)
@@ -367,7 +367,7 @@ def test_a_gpu_is_named(tmp_path: Path) -> None:
     document = bench_of(TWO)
     document["machine"] |= {"device": "cuda", "accelerator": {"name": "a GPU", "memory_bytes": 80 * GB}}
     subject = subject_of(tmp_path, document, [], [])
-    assert method(subject)[0].startswith("Machine: a GPU, a processor") and "a GPU</p>" in render(subject)
+    assert method(subject)[0].startswith("Machine: a GPU, a CPU") and "a GPU</p>" in render(subject)
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (0.01094, "0.0109"), (49, "49"), (2.0, "2"), (99.96, "100")])

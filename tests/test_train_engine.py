@@ -12,9 +12,9 @@ from tiny_vlm import ask, picture, save_llm, save_tower
 from transformers import TrainerState
 
 from sparse_vlm.cli.train import train as train_command
-from sparse_vlm.data.conversations import Talk
-from sparse_vlm.data.dataset import Corpus
-from sparse_vlm.data.samples import TokenBank, arrange, build_samples
+from sparse_vlm.data.conversations import Example
+from sparse_vlm.data.dataset import ConversationDataset
+from sparse_vlm.data.samples import FeatureCache, arrange, build_samples
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub.zoo import describe_folder
 from sparse_vlm.images.photos import Photo
@@ -49,14 +49,14 @@ def photos(tmp_path_factory) -> list[Photo]:
     return [Photo(f"{colour}.png", folder / f"{colour}.png", 0, (folder / f"{colour}.png").stat().st_size, {}) for colour in COLOURS]
 
 
-def talks_about(photos, visits: int) -> Corpus:
+def talks_about(photos, visits: int) -> ConversationDataset:
     """A question about each photo, and one about none."""
-    talks = []
+    examples = []
     for visit in range(visits):
         for photo in photos:
             colour = photo.key.removesuffix(".png")
-            talks.append(Talk(f"{colour} {visit}", (photo,), ((user("What color is it?", 1), assistant(f"It is {colour}.")),)))
-    return Corpus.of(talks)
+            examples.append(Example(f"{colour} {visit}", (photo,), ((user("What color is it?", 1), assistant(f"It is {colour}.")),)))
+    return ConversationDataset.of(examples)
 
 
 def learn(parts, photos, out, stage=LEARNS, rank=2, visits=8, init=None, engine=None, **tower) -> tuple[VLM, bool]:
@@ -65,11 +65,11 @@ def learn(parts, photos, out, stage=LEARNS, rank=2, visits=8, init=None, engine=
     samples = arrange(build_samples(talks_about(photos, visits), vlm.renderer), stage.batch_size)
     groups = prepare(vlm, stage, rank, **tower)
     if tower:
-        bank = LivePictures(vlm.tower.config, samples.talks.photos)
+        features_cache = LivePictures(vlm.tower.config, samples.examples.photos)
     else:
-        bank = TokenBank(out.parent / "cache", vlm.tower, samples.talks.photos)
-        bank.fill(range(len(samples.talks.photos)))
-    return vlm, train(vlm, groups, stage, samples, bank, out, {"stage": "test"}, engine=engine or Engine())
+        features_cache = FeatureCache(out.parent / "cache", vlm.tower, samples.examples.photos)
+        features_cache.fill(range(len(samples.examples.photos)))
+    return vlm, train(vlm, groups, stage, samples, features_cache, out, {"stage": "test"}, engine=engine or Engine())
 
 
 def losses(folder) -> list[float]:
@@ -194,7 +194,7 @@ def test_activations_computed_again_give_the_same_gradients(parts, photos):
     vlm = VLM.build(*parts, dtype=torch.float32)
     samples = build_samples(talks_about(photos, 1), vlm.renderer)
     prepare(vlm, LEARNS, 2, tune_tower=True)
-    shown = Samples(samples, LivePictures(vlm.tower.config, samples.talks.photos))
+    shown = Samples(samples, LivePictures(vlm.tower.config, samples.examples.photos))
     batch = Gather(vlm)([shown[i] for i in range(4)])
     kept = gradients(vlm, batch)
     assert {name.split(".")[1] for name in kept} == {"vision_tower", "multi_modal_projector", "language_model"}
@@ -243,17 +243,17 @@ def test_which_attention_runs_is_said(parts, monkeypatch):
 # ---- a batch in parts
 
 
-def talkative(photos) -> Corpus:
+def talkative(photos) -> ConversationDataset:
     """Samples of one to four questions, and one without a photo in each four."""
     said = lambda colour: (user("And?"), assistant(f"It is {colour}."))  # noqa: E731
-    talks = []
+    examples = []
     for number in range(16):
         photo = photos[number % 4]
         colour = photo.key.removesuffix(".png")
         shown = (photo,) if number % 4 else ()
         turns = (user("What color is it?", len(shown)), assistant(f"It is {colour}."), *said(colour) * (number % 4))
-        talks.append(Talk(f"{colour} {number}", shown, (turns,)))
-    return Corpus.of(talks)
+        examples.append(Example(f"{colour} {number}", shown, (turns,)))
+    return ConversationDataset.of(examples)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -273,11 +273,11 @@ def test_a_batch_in_parts_teaches_what_the_whole_does(parts, photos, tmp_path, m
     for part in (4, at_once):
         vlm = VLM.build(*parts, dtype=torch.float32)
         samples = build_samples(talkative(photos), vlm.renderer)
-        bank = TokenBank(tmp_path / "cache", vlm.tower, samples.talks.photos)
-        bank.fill(range(len(samples.talks.photos)))
+        features_cache = FeatureCache(tmp_path / "cache", vlm.tower, samples.examples.photos)
+        features_cache.fill(range(len(samples.examples.photos)))
         groups = prepare(vlm, LEARNS, 2)
         out = tmp_path / f"run {part}"
-        assert train(vlm, groups, LEARNS, samples, bank, out, {"stage": "test"}, engine=Engine(at_once=part))
+        assert train(vlm, groups, LEARNS, samples, features_cache, out, {"stage": "test"}, engine=Engine(at_once=part))
     assert sizes == [4] * 4 + [at_once] * (16 // at_once)
     assert losses(tmp_path / f"run {at_once}") == pytest.approx(losses(tmp_path / "run 4"), rel=1e-3)
     assert len(gradients) == 8, "one update a step"
@@ -393,12 +393,12 @@ def test_adapters_are_trained_on_a_quantised_llm(parts, photos, tmp_path, bits):
     with pytest.raises(UserError, match=f"an LLM in {bits} cannot be trained itself"):
         prepare(vlm, LEARNS, None)
     groups = prepare(vlm, LEARNS, 2)
-    bank = TokenBank(tmp_path / "cache", vlm.tower, samples.talks.photos)
-    bank.fill(range(4))
+    features_cache = FeatureCache(tmp_path / "cache", vlm.tower, samples.examples.photos)
+    features_cache.fill(range(4))
     zero3 = Engine(deepspeed={"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=f"ZeRO-3 cannot share weights in {bits}"):
-        train(vlm, groups, LEARNS, samples, bank, tmp_path / "run", {"stage": "test"}, engine=zero3)
-    assert train(vlm, groups, LEARNS, samples, bank, tmp_path / "run", {"stage": "test"})
+        train(vlm, groups, LEARNS, samples, features_cache, tmp_path / "run", {"stage": "test"}, engine=zero3)
+    assert train(vlm, groups, LEARNS, samples, features_cache, tmp_path / "run", {"stage": "test"})
     assert losses(tmp_path / "run")[-1] < 0.9 * losses(tmp_path / "run")[0]
     # one folder, for the LLM as it is and for any format
     conversation = ask("What color is it?", picture("red"))
@@ -454,9 +454,9 @@ def test_who_cannot_be_told_is_one_line(monkeypatch):
 
 def test_what_data_costs_in_tokens(parts, photos):
     vlm = VLM.build(*parts, dtype=torch.float32)
-    talks = [*talks_about(photos, 1), Talk("text", (), ((user("Say yes."), assistant("Yes.")),))]
-    talks.append(Talk("two", tuple(photos[:2]), ((user("Compare them.", 2), assistant("They differ.")),)))
-    samples = build_samples(Corpus.of(talks), vlm.renderer)
+    examples = [*talks_about(photos, 1), Example("text", (), ((user("Say yes."), assistant("Yes.")),))]
+    examples.append(Example("two", tuple(photos[:2]), ((user("Compare them.", 2), assistant("They differ.")),)))
+    samples = build_samples(ConversationDataset.of(examples), vlm.renderer)
     cost = token_cost(samples, samples.lengths, 3, vlm.tokens_per_image)
     assert (cost.samples, cost.image) == (6, (pytest.approx(5 * (4 + 2) / 6), 10))
     whole = [len(sample.tree) for sample in samples]
@@ -464,7 +464,7 @@ def test_what_data_costs_in_tokens(parts, photos):
     places = 3 * max(whole[:3]) + 3 * max(whole[3:])
     assert cost.padding == pytest.approx(1 - sum(whole) / places)
     assert cost.targets[1] == len("It is yellow.") + 1, "every byte is a token, and one ends the answer"
-    assert f"pictures are {cost.image_share:.0%} of the tokens" in cost.lines()[1]
+    assert f"images are {cost.image_share:.0%} of the tokens" in cost.lines()[1]
 
 
 def test_the_command_refuses_what_contradicts_itself(tmp_path):

@@ -31,8 +31,8 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         ]
         samples.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     # and steps in which one process, or both, have no image
-    talk = [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}]
-    samples += [{"id": f"text {number}", "conversations": talk} for number in range(12)]
+    example = [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}]
+    samples += [{"id": f"text {number}", "conversations": example} for number in range(12)]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     verb = [
         "train",

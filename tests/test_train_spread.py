@@ -29,8 +29,8 @@ def verb(tmp_path_factory) -> list[str]:
         tiny_vlm.picture(colour, (40 + number, 40)).save(folder / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nWhat color is it?"}, {"from": "gpt", "value": f"It is {colour}."}]
         samples.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-        talk = [{"from": "human", "value": "What color is it? You know it"}, {"from": "gpt", "value": f"It is {colour}."}]
-        samples.append({"id": f"text {number}", "conversations": talk})
+        example = [{"from": "human", "value": "What color is it? You know it"}, {"from": "gpt", "value": f"It is {colour}."}]
+        samples.append({"id": f"text {number}", "conversations": example})
     (folder / "data.json").write_text(json.dumps(samples))
     tower, llm = tiny_vlm.save_tower(folder / "tower"), tiny_vlm.save_llm(folder / "llm")
     start = ["train", "--stage", "instruct", "--tower", tower, "--llm", llm]

@@ -13,9 +13,9 @@ import torch
 from tiny_vlm import ask, picture, save_llm, save_tower, stir, tower_config
 
 from sparse_vlm.cli.train import train as train_command
-from sparse_vlm.data.conversations import MIXES, Talk, clean_caption, photo_talks
-from sparse_vlm.data.dataset import Corpus
-from sparse_vlm.data.samples import TokenBank, arrange, build_samples
+from sparse_vlm.data.conversations import MIXTURES, Example, clean_caption, examples_of_photos
+from sparse_vlm.data.dataset import ConversationDataset
+from sparse_vlm.data.samples import FeatureCache, arrange, build_samples
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.tower import SparseFormer, UnitConfig
@@ -54,12 +54,12 @@ def photos_of(folder, colors) -> list[Photo]:
 def test_tree_equals_plain_passes(vlm):
     """Every conversation's loss in the tree is what the stock model says of it alone."""
     image = picture("red")
-    talks = [
+    examples = [
         [user("What is it?", 1), assistant("A cat.")],
         [user("What is it?", 1), assistant("A cab")],
         [user("Why?", 1), assistant("No."), user("Really?"), assistant("Yes.")],
     ]
-    rendered = [vlm.renderer.render(talk) for talk in talks]
+    rendered = [vlm.renderer.render(example) for example in examples]
     tree = merge(rendered)
     assert len(tree) < 0.7 * sum(len(one.ids) for one in rendered)
     batch = collate([merge(rendered[:1]), tree], pad_id=vlm.tokenizer.pad_token_id)
@@ -296,9 +296,9 @@ def test_yes_and_no_are_balanced_for_every_word(tmp_path):
         qa = [{"q": f"Does {thing} exist in the image?", "a": "Yes."}]
         photos.append(Photo(str(number), tmp_path, 0, 0, {"captions": captions, "qa": qa}))
     counts = Counter()
-    for talk in photo_talks(photos, MIXES["instruct"]):
-        there = talk.conversations[0][1]["content"][0]["text"].split()[1]
-        for conversation in talk.conversations:
+    for example in examples_of_photos(photos, MIXTURES["instruct"]):
+        there = example.conversations[0][1]["content"][0]["text"].split()[1]
+        for conversation in example.conversations:
             for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
                 found = re.search(r"(?:a|an|Does) (dog|cat|boat|grass) (?:in|exist)", question["content"][-1]["text"])
                 if found:
@@ -311,35 +311,35 @@ def test_yes_and_no_are_balanced_for_every_word(tmp_path):
 
 def test_visits_differ_and_repeat_by_seed(tmp_path):
     photos = [Photo(str(i), tmp_path, 0, 0, {"captions": [f"Caption {j} of {i}" for j in range(9)]}) for i in range(3)]
-    talks = photo_talks(photos, MIXES["instruct"], visits=2)
-    assert [talk.conversations for talk in talks[:3]] != [talk.conversations for talk in talks[3:]]
-    assert talks == photo_talks(photos, MIXES["instruct"], visits=2)
+    examples = examples_of_photos(photos, MIXTURES["instruct"], visits=2)
+    assert [example.conversations for example in examples[:3]] != [example.conversations for example in examples[3:]]
+    assert examples == examples_of_photos(photos, MIXTURES["instruct"], visits=2)
 
 
 def test_wrong_placeholders_name_the_sample(vlm, tmp_path):
     [photo] = photos_of(tmp_path, ["red"])
-    talk = Talk("red one", (photo,), ((user("What?"), assistant("A wall.")),))
+    example = Example("red one", (photo,), ((user("What?"), assistant("A wall.")),))
     with pytest.raises(UserError, match="red one: 0 image placeholders, but 1 images give 5 tokens"):
-        build_samples(Corpus.of([talk]), vlm.renderer)
+        build_samples(ConversationDataset.of([example]), vlm.renderer)
 
 
 def test_bank_keeps_what_the_tower_says(vlm, tmp_path):
     photos = photos_of(tmp_path, ["red", "blue", "green"])
-    bank = TokenBank(tmp_path / "cache", vlm.tower, photos)
-    bank.fill([0, 2])
-    again = TokenBank(tmp_path / "cache", vlm.tower, photos)
+    features_cache = FeatureCache(tmp_path / "cache", vlm.tower, photos)
+    features_cache.fill([0, 2])
+    again = FeatureCache(tmp_path / "cache", vlm.tower, photos)
     assert again.missing([0, 1, 2]) == [1]
     pixels = vlm.processor.image_processor([photos[2].load()])["pixel_values"]
     with torch.no_grad():
         expected = vlm.tower(pixels).last_hidden_state[0]
         torch.testing.assert_close(again[2].float(), expected, atol=0.02, rtol=0.01)
         vlm.tower.norm.weight.mul_(2)
-    assert TokenBank(tmp_path / "cache", vlm.tower, photos).missing([0]) == [0]
+    assert FeatureCache(tmp_path / "cache", vlm.tower, photos).missing([0]) == [0]
 
 
 def test_of_two_commands_that_want_the_same_tokens_one_looks(vlm, tmp_path):
     photos = photos_of(tmp_path, ["red", "blue", "green"])
-    banks = [TokenBank(tmp_path / "cache", vlm.tower, photos) for _ in range(2)]
+    banks = [FeatureCache(tmp_path / "cache", vlm.tower, photos) for _ in range(2)]
     looked, began = [], threading.Event()
 
     def second():
@@ -366,13 +366,13 @@ def learn(parts, folder, stage: Stage, rank, init=None, max_steps=None, visits=1
     """A short run as the command makes it."""
     vlm = VLM.from_pretrained(init, dtype=torch.float32, fold=False) if init else VLM.build(*parts, dtype=torch.float32)
     photos = photos_of(folder.parent, ["red", "blue", "green", "yellow"])
-    corpus = Corpus.of(photo_talks(photos, MIXES["instruct"], visits))
-    samples = arrange(build_samples(corpus, vlm.renderer), 4)
+    dataset = ConversationDataset.of(examples_of_photos(photos, MIXTURES["instruct"], visits))
+    samples = arrange(build_samples(dataset, vlm.renderer), 4)
     groups = prepare(vlm, stage, rank)
-    bank = TokenBank(folder.parent / "cache", vlm.tower, corpus.photos)
-    bank.fill(range(len(corpus.photos)))
+    features_cache = FeatureCache(folder.parent / "cache", vlm.tower, dataset.photos)
+    features_cache.fill(range(len(dataset.photos)))
     settings = {"stage": "test", "steps": len(samples) // 4}
-    return vlm, train(vlm, groups, stage, samples, bank, folder, settings, max_steps)
+    return vlm, train(vlm, groups, stage, samples, features_cache, folder, settings, max_steps)
 
 
 def losses(folder) -> list[float]:
@@ -401,11 +401,11 @@ def test_two_stages_learn_and_touch_only_what_they_should(parts, tmp_path):
 def test_a_stage_of_the_projector_alone_bears_batches_without_pictures(parts, tmp_path):
     vlm = VLM.build(*parts, dtype=torch.float32)
     groups = prepare(vlm, STAGES["align"], lora_rank=None)
-    talks = [Talk(f"{i}", (), ((user("Say yes."), assistant("Yes.")),)) for i in range(4)]
-    samples = build_samples(Corpus.of(talks), vlm.renderer)
+    examples = [Example(f"{i}", (), ((user("Say yes."), assistant("Yes.")),)) for i in range(4)]
+    samples = build_samples(ConversationDataset.of(examples), vlm.renderer)
     before = [parameter.clone() for parameter in vlm.projector.parameters()]
-    bank = TokenBank(tmp_path / "cache", vlm.tower, photos_of(tmp_path, ["red"]))
-    assert train(vlm, groups, STAGES["align"], samples, bank, tmp_path / "run", {"stage": "test"})
+    features_cache = FeatureCache(tmp_path / "cache", vlm.tower, photos_of(tmp_path, ["red"]))
+    assert train(vlm, groups, STAGES["align"], samples, features_cache, tmp_path / "run", {"stage": "test"})
     assert all(torch.equal(one, other) for one, other in zip(before, vlm.projector.parameters(), strict=True))
 
 

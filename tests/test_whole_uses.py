@@ -77,15 +77,15 @@ def test_a_learning_tower_is_given_images_of_many_shapes_at_once(folder: str, ph
 
 
 def test_kept_tokens_are_those_of_whole_images(tower: SparseFormer, photos: list[Photo], tmp_path: Path) -> None:
-    from sparse_vlm.data.samples import TokenBank
+    from sparse_vlm.data.samples import FeatureCache
 
-    bank = TokenBank(tmp_path, tower, photos)
-    bank.fill(range(len(photos)))
+    features_cache = FeatureCache(tmp_path, tower, photos)
+    features_cache.fill(range(len(photos)))
     for index, one in enumerate(photos):
-        torch.testing.assert_close(bank[index].float(), alone(tower, one)[-7:], atol=0.03, rtol=0.01)
+        torch.testing.assert_close(features_cache[index].float(), alone(tower, one)[-7:], atol=0.03, rtol=0.01)
     square = SparseFormer(replace(tower.config, fit="crop")).eval()
     square.load_state_dict(tower.state_dict())
-    assert TokenBank(tmp_path, square, photos).missing(range(len(photos))) == [0, 1, 2], "another fit is another cache"
+    assert FeatureCache(tmp_path, square, photos).missing(range(len(photos))) == [0, 1, 2], "another fit is another cache"
 
 
 # ---- evaluation, benchmark, look

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_vlm import picture, save_llm, save_tower
 
-from sparse_vlm.data.conversations import Talk
-from sparse_vlm.data.dataset import Corpus
+from sparse_vlm.data.conversations import Example
+from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.data.samples import build_samples
 from sparse_vlm.data.words import words_about
 from sparse_vlm.errors import UserError
@@ -40,10 +40,10 @@ def vlm(tmp_path) -> VLM:
     return VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
 
 
-def talks_about_colors(folder, count: int) -> list[Talk]:
+def talks_about_colors(folder, count: int) -> list[Example]:
     """Walls of three colours, each a little different; two sentences a wall, one of which names the colour."""
     generator = torch.Generator().manual_seed(0)
-    talks = []
+    examples = []
     for i in range(count):
         name, base = list(COLORS.items())[i % 3]
         shade = torch.randint(-40, 40, (3,), generator=generator).tolist()
@@ -51,34 +51,34 @@ def talks_about_colors(folder, count: int) -> list[Talk]:
         picture(tuple(value + change for value, change in zip(base, shade, strict=True))).save(path)
         photo = Photo(path.name, path, 0, path.stat().st_size)
         sentences = (f"Always a {name} wall.", "Always a wall, thrice.")
-        talks.append(Talk(path.name, (photo,), tuple((user("What?", 1), assistant(text)) for text in sentences)))
-    return talks
+        examples.append(Example(path.name, (photo,), tuple((user("What?", 1), assistant(text)) for text in sentences)))
+    return examples
 
 
 def test_words_are_single_tokens_that_tell_photos_apart(vlm, tmp_path):
-    talks = [*talks_about_colors(tmp_path, 39), Talk("no photo", (), ((user("Hello"), assistant("A blue one.")),))]
-    corpus = Corpus.of(talks)
-    words = words_of(corpus, Vocabulary())
+    examples = [*talks_about_colors(tmp_path, 39), Example("no photo", (), ((user("Hello"), assistant("A blue one.")),))]
+    dataset = ConversationDataset.of(examples)
+    words = words_of(dataset, Vocabulary())
     assert words.names == ("blue", "green", "red")  # always is said of all, "wall" and "thrice" are two tokens, "a" names nothing
     assert words.ids.tolist() == [75, 70, 65]
-    assert len(words.photos) == len(corpus.photos) == 39
+    assert len(words.photos) == len(dataset.photos) == 39
     assert words.said[0].tolist() == [0, 0, 1]
-    assert words_of(corpus.select(range(30)), Vocabulary()).names == ()  # ten of each colour are too few
+    assert words_of(dataset.select(range(30)), Vocabulary()).names == ()  # ten of each colour are too few
 
 
 def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "BATCH", 8)
     monkeypatch.setattr(learning, "LEARNING_RATE", 1e-2)
-    talks = talks_about_colors(tmp_path, 90)
+    examples = talks_about_colors(tmp_path, 90)
     # one token of five shows the color; an untrained tower would say the same of all walls
     generator = torch.Generator().manual_seed(1)
-    bank = torch.randn(64, generator=generator) + 0.3 * torch.randn(90, 5, 64, generator=generator)
-    bank[torch.arange(90), torch.arange(90) % 5] += torch.randn(3, 64, generator=generator)[torch.arange(90) % 3]
-    words = words_of(Corpus.of(talks), Vocabulary())
+    features_cache = torch.randn(64, generator=generator) + 0.3 * torch.randn(90, 5, 64, generator=generator)
+    features_cache[torch.arange(90), torch.arange(90) % 5] += torch.randn(3, 64, generator=generator)[torch.arange(90) % 3]
+    words = words_of(ConversationDataset.of(examples), Vocabulary())
     vlm.projector.float().requires_grad_(True)
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
     seen: list[int] = []
-    learnt = say_words(vlm, words, bank, epochs=12, on_photos=seen.append)
+    learnt = say_words(vlm, words, features_cache, epochs=12, on_photos=seen.append)
 
     held_out = 90 - sum(seen) // 12
     assert 0 < held_out < 15 and sum(seen) == 12 * (90 - held_out)
@@ -89,7 +89,7 @@ def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
     # a red wall's tokens lie near the embedding of " red", and are as long as a word
     embeddings = vlm.model.get_input_embeddings().weight[words.ids].float()
     with torch.no_grad():
-        said = vlm.projector(bank[:9]) - embeddings.mean(0)
+        said = vlm.projector(features_cache[:9]) - embeddings.mean(0)
     directions = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=-1)
     clearest = (said @ directions.T).amax(1).argmax(-1)
     assert [words.names[i] for i in clearest.tolist()] == ["red", "green", "blue"] * 3
@@ -100,14 +100,14 @@ def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
 def test_words_about_a_photo_are_what_is_there(tmp_path):
     info = {"captions": ["A dog on the grass.", "A dog on the grass."], "objects": ["frisbee", "wine glass"]}
     turns = (("Is there a cat in the image?", "No"), ("Does leash exist in the image?", "Yes"), ("What color is it?", "Brown"))
-    talk = Talk("x", (Photo("x", tmp_path, 0, 0, info),), tuple((user(question, 1), assistant(answer)) for question, answer in turns))
-    assert words_about(talk) == [{"dog", "grass"}, {"frisbee", "wine", "glass"}, {"leash"}, {"brown"}]
+    example = Example("x", (Photo("x", tmp_path, 0, 0, info),), tuple((user(question, 1), assistant(answer)) for question, answer in turns))
+    assert words_about(example) == [{"dog", "grass"}, {"frisbee", "wine", "glass"}, {"leash"}, {"brown"}]
 
 
 def test_pictures_of_words_show_every_word(vlm, tmp_path):
-    talks = talks_about_colors(tmp_path, 3)
+    examples = talks_about_colors(tmp_path, 3)
     embeddings = vlm.model.get_input_embeddings().weight
-    shown = WordPictures(vlm, Corpus.of(talks))[0]
+    shown = WordPictures(vlm, ConversationDataset.of(examples))[0]
     assert shown.shape == (vlm.tokens_per_image, embeddings.shape[1])
     # the tokenizer of tests knows bytes: each word begins with a space
     assert {tuple(row) for row in shown.tolist()} == {tuple(embeddings[vlm.tokenizer.encode(" ")[0]].tolist())}
@@ -118,16 +118,18 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
     vlm = VLM.build(save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm"), dtype=torch.float32)
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
     letters = ["x", "y", "z"] * 40
-    talks = [Talk(letter, (Photo(f"{i}", tmp_path, i, 0),), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)]
-    corpus = Corpus.of(talks)
-    samples = build_samples(corpus, vlm.renderer)
+    examples = [
+        Example(letter, (Photo(f"{i}", tmp_path, i, 0),), ((user("Which?", 1), assistant(letter)),)) for i, letter in enumerate(letters)
+    ]
+    dataset = ConversationDataset.of(examples)
+    samples = build_samples(dataset, vlm.renderer)
     stage = replace(STAGES["read"], lr_lora=2e-2, batch_size=4)
     groups = prepare(vlm, stage, lora_rank=8)
     assert {group.name: group.lr for group in groups} == {"tower": None, "projector": None, "LLM": None, "LLM adapters": 2e-2}
     fresh = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
 
     def last_loss(shown: list[str]) -> float:
-        pictures = WordPictures(vlm, corpus)
+        pictures = WordPictures(vlm, dataset)
         # this tokenizer begins every word with the same byte, and these are told by another
         pictures._ids = {i: vlm.tokenizer.encode(letter) for i, letter in enumerate(shown)}
         with torch.no_grad():

@@ -104,7 +104,7 @@ def read_pictures(folder: Path) -> Any:
 
 def read_tar(folder: Path) -> Any:
     """Photos with what is said about them, as stage `instruct` learns from them."""
-    from sparse_vlm.data.conversations import MIXES, photo_talks
+    from sparse_vlm.data.conversations import MIXTURES, examples_of_photos
     from sparse_vlm.errors import UserError
     from sparse_vlm.images.photos import PhotoSet
     from sparse_vlm.images.preprocess import load_crop, preprocess
@@ -116,8 +116,8 @@ def read_tar(folder: Path) -> Any:
             yield preprocess(load_crop(photo, 32), 32, (0.5,) * 3, (0.25,) * 3)
         except UserError as error:
             refused = error
-    for mix in MIXES.values():
-        photo_talks(list(photos), mix)
+    for mix in MIXTURES.values():
+        examples_of_photos(list(photos), mix)
     if refused:
         raise refused
 

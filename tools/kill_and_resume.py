@@ -101,11 +101,11 @@ def _train(stage: str, count: int, *more: Any) -> Scenario:
         for i in range(24):
             said = [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": f"A {list(COLOURS)[i % 4]} wall."}]
             rows.append({"id": f"s{i}", "conversations": said})
-        (folder / "talks.json").write_text(json.dumps(rows))
+        (folder / "examples.json").write_text(json.dumps(rows))
 
     def arguments(folder: Path, own: Path) -> list[Any]:
         parts = ["--tower", folder / "tower", "--llm", folder / "llm", "--data", folder / "photos.tar", "--threads", 1]
-        parts += ["--data", folder / "talks.json"] if stage == "instruct" else []
+        parts += ["--data", folder / "examples.json"] if stage == "instruct" else []
         return ["train", "--stage", stage, *parts, "--rank", 2, *more, "--cache", own / "cache", "--out", own / "run"]
 
     return Scenario(make, arguments, ("cache", "run"), 2 if "--deepspeed" in more else 1)

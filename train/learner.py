@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sparse_vlm.data.bad_images import blank, broken
-from sparse_vlm.data.samples import Sample, TokenBank
+from sparse_vlm.data.samples import FeatureCache, Sample
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import Inputs, Preprocessor
@@ -33,7 +33,7 @@ from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, pack, target_log_p
 
 
 class LivePictures:
-    """Pixels of photos, for a tower that learns: (3, h, w). Stands where a `TokenBank` would.
+    """Pixels of photos, for a tower that learns: (3, h, w). Stands where a `FeatureCache` would.
 
     Args:
         config: of the tower.
@@ -53,7 +53,7 @@ class LivePictures:
         return [index for index in wanted if index not in self._read] if self.owner else []
 
     def fill(self, wanted: Sequence[int], on_photos: Any = lambda photos: None, on_bad: Any = None) -> None:
-        """Decode what nobody has tried yet, for those that cannot be read; the arguments are `TokenBank.fill`'s."""
+        """Decode what nobody has tried yet, for those that cannot be read; the arguments are `FeatureCache.fill`'s."""
         missing = self.missing(wanted)
         if missing and on_bad is not None:
             broken(self.photos, missing, on_bad, on_photos, self.threads)
@@ -131,17 +131,17 @@ class Learner(nn.Module):
 
 
 class Samples(Dataset):
-    """Samples in the order in which they are learnt from, each with its images as the bank holds them."""
+    """Samples in the order in which they are learnt from, each with its images as the features_cache holds them."""
 
-    def __init__(self, samples: Sequence[Sample], bank: TokenBank | LivePictures | WordPictures) -> None:
-        self.samples, self.bank = samples, bank
+    def __init__(self, samples: Sequence[Sample], features_cache: FeatureCache | LivePictures | WordPictures) -> None:
+        self.samples, self.features_cache = samples, features_cache
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Sample, list[Tensor]]:
         sample = self.samples[index]
-        return sample, [self.bank[photo] for photo in sample.photos]
+        return sample, [self.features_cache[photo] for photo in sample.photos]
 
 
 class Gather:

@@ -14,7 +14,7 @@ import random
 import torch
 from torch import Tensor
 
-from sparse_vlm.data.dataset import Corpus
+from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
@@ -23,15 +23,15 @@ class WordPictures:
     """For each photo N embeddings of words that are said about it, all of them where they fit, in random order: (N, D).
 
     Args:
-        talks: each with a word about its photos.
+        examples: each with a word about its photos.
         seed: of the order.
     """
 
-    def __init__(self, vlm: VLM, talks: Corpus, seed: int = 0) -> None:
+    def __init__(self, vlm: VLM, examples: ConversationDataset, seed: int = 0) -> None:
         # in the processor's memory: what loads samples on a GPU's behalf are other processes, which must not touch it
         self._embeddings = vlm.model.get_input_embeddings().weight.detach().cpu()
         self._tokens, self._seed = vlm.tokens_per_image, seed
-        said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(talks).items()}
+        said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(examples).items()}
         # a word of several tokens is known by its first
         first = {word: vlm.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for words in said.values() for word in words}
         self._ids = {photo: sorted({first[word] for word in words}) for photo, words in said.items()}

@@ -26,7 +26,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from sparse_vlm.data.samples import Sample, TokenBank
+from sparse_vlm.data.samples import FeatureCache, Sample
 from sparse_vlm.errors import UserError
 from sparse_vlm.train.finite import FiniteSteps
 from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
@@ -134,7 +134,7 @@ def train(
     groups: list[Group],
     stage: Stage,
     samples: Sequence[Sample],
-    bank: TokenBank | LivePictures | WordPictures,
+    features_cache: FeatureCache | LivePictures | WordPictures,
     out: Path,
     settings: dict[str, Any],
     max_steps: int | None = None,
@@ -146,7 +146,7 @@ def train(
     Args:
         vlm: from `prepare`, which also made `groups`.
         samples: arranged; learnt from once, in this order.
-        bank: holds what the learner is shown of all their photos: pixels where the tower learns.
+        features_cache: holds what the learner is shown of all their photos: pixels where the tower learns.
         settings: what makes this run this run; `out` is tied to it.
 
     Returns:
@@ -160,7 +160,7 @@ def train(
     if finished(out, settings):
         return True
     with claimed(out, settings):
-        return _train(vlm, groups, stage, samples, bank, out, settings, max_steps, seed, engine)
+        return _train(vlm, groups, stage, samples, features_cache, out, settings, max_steps, seed, engine)
 
 
 def _train(
@@ -168,7 +168,7 @@ def _train(
     groups: list[Group],
     stage: Stage,
     samples: Sequence[Sample],
-    bank: TokenBank | LivePictures | WordPictures,
+    features_cache: FeatureCache | LivePictures | WordPictures,
     out: Path,
     settings: dict[str, Any],
     max_steps: int | None,
@@ -201,7 +201,7 @@ def _train(
         trainer = LearnerTrainer(
             model=Learner(vlm, project=not stage.pictures_of_words),
             args=args,
-            train_dataset=Samples(samples, bank),
+            train_dataset=Samples(samples, features_cache),
             data_collator=Gather(vlm),
             callbacks=[
                 EndsInTime(),

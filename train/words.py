@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.data.dataset import Corpus
-from sparse_vlm.data.samples import TokenBank
+from sparse_vlm.data.dataset import ConversationDataset
+from sparse_vlm.data.samples import FeatureCache
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
@@ -53,9 +53,9 @@ class Words:
     said: Tensor
 
 
-def words_of(talks: Corpus, tokenizer: object) -> Words:
-    """Words that are said about photos, where the LLM knows them as one token; of many talks, some evenly from all say enough."""
-    sentences = words_by_photo(talks.select(range(0, len(talks), -(-len(talks) // MAX_TALKS))))
+def words_of(examples: ConversationDataset, tokenizer: object) -> Words:
+    """Words that are said about photos, where the LLM knows them as one token; of many examples, some evenly from all say enough."""
+    sentences = words_by_photo(examples.select(range(0, len(examples), -(-len(examples) // MAX_TALKS))))
     spread = Counter(word for said in sentences.values() for word in set().union(*said))
     names, ids = [], []
     for word in sorted(word for word, count in spread.items() if MIN_PHOTOS <= count <= MAX_SHARE * len(sentences)):
@@ -92,13 +92,13 @@ class Chosen(nn.Module):
 
 
 def say_words(
-    vlm: VLM, words: Words, bank: TokenBank, epochs: int, seed: int = 0, on_photos: Callable[[int], None] = lambda photos: None
+    vlm: VLM, words: Words, features_cache: FeatureCache, epochs: int, seed: int = 0, on_photos: Callable[[int], None] = lambda photos: None
 ) -> dict[str, float]:
     """Train the projector to say words, and give what it says the length of a word's embedding.
 
     Args:
         vlm: its projector is float32; nothing else of it changes.
-        bank: holds the tokens of the photos.
+        features_cache: holds the tokens of the photos.
         on_photos: called with the number of photos just learnt from.
 
     Returns:
@@ -115,7 +115,7 @@ def say_words(
         projector.linear_2.bias.copy_(chosen.centre)
 
     def tokens_of(rows: Sequence[int]) -> Tensor:
-        return torch.stack([bank[words.photos[row]] for row in rows]).float().to(device)
+        return torch.stack([features_cache[words.photos[row]] for row in rows]).float().to(device)
 
     trained = [p for p in chosen.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)

@@ -46,7 +46,7 @@ def check_data(
 
     from sparse_vlm.cli.progress import counting, fetching, reading
     from sparse_vlm.data.check import Checker
-    from sparse_vlm.data.conversations import MIXES
+    from sparse_vlm.data.conversations import MIXTURES
     from sparse_vlm.data.dataset import files_of, photos_of
     from sparse_vlm.vlm.reader import parts_of, renderer_of
 
@@ -59,12 +59,12 @@ def check_data(
     with fetching(progress) as on_fetched:
         photos = [photo for some in photos_of(data, on_fetched).values() for photo in some]
     files = [path for path, _ in files_of(data)]
-    checker = Checker(files, photos, images, MIXES[stage], allow_outside)
+    checker = Checker(files, photos, images, MIXTURES[stage], allow_outside)
     with reading(progress, files) as on_bytes:
         checker.read(on_bytes)
     with counting(progress, "decoding", "pictures", checker.report.pictures) as advance:
         checker.look(advance, threads or os.cpu_count() or 1)
-    with counting(progress, "rendering", "samples", len(checker.talks)) as advance:
+    with counting(progress, "rendering", "samples", len(checker.examples)) as advance:
         checker.render(renderer, context, advance)
     report = checker.report
     if as_json:

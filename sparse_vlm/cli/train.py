@@ -96,7 +96,7 @@ def train(
 
     from sparse_vlm.cli.progress import counting, plain_console
     from sparse_vlm.data.bad_images import ON_BAD_IMAGE
-    from sparse_vlm.data.samples import TokenBank, arrange, build_samples
+    from sparse_vlm.data.samples import FeatureCache, arrange, build_samples
     from sparse_vlm.data.words import words_about
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
@@ -154,16 +154,18 @@ def train(
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
     console = plain_console(soft_wrap=True, quiet=not first)
-    talks = _talks(console, data, images, stage, epochs, seed, allow_outside)
+    examples = _talks(console, data, images, stage, epochs, seed, allow_outside)
     if chosen.pictures_of_words:
-        spoken = [index for index, talk in enumerate(talks) if not talk.photos or words_about(talk)]
+        spoken = [index for index, example in enumerate(examples) if not example.photos or words_about(example)]
         if not spoken:
             raise UserError(f"--stage {stage}: no word is said about any photo; give captions, or answers in words")
-        if len(spoken) < len(talks):
-            console.print(f"left out: {len(talks) - len(spoken):,} of {len(talks):,} samples, because no word is said about their photo")
-        talks = talks.select(spoken)
-    if samples is not None and samples < len(talks):
-        talks = talks.select(random.Random(seed).sample(range(len(talks)), samples))
+        if len(spoken) < len(examples):
+            console.print(
+                f"left out: {len(examples) - len(spoken):,} of {len(examples):,} samples, because no word is said about their photo"
+            )
+        examples = examples.select(spoken)
+    if samples is not None and samples < len(examples):
+        examples = examples.select(random.Random(seed).sample(range(len(examples)), samples))
     device = own_device()
     if init:
         more = {"new_tower": tower, "keep_projector": keep_projector, "projector": projector}
@@ -172,22 +174,22 @@ def train(
         vlm = VLM.build(tower or "tiny", llm, device, seed=seed, num_tokens=tokens, quantize=quantize, projector=projector)
     with console.status("rendering conversations and checking their label masks"):
         context = getattr(vlm.model.config.text_config, "max_position_embeddings", None)
-        built = build_samples(talks, vlm.renderer, context, seed)
+        built = build_samples(examples, vlm.renderer, context, seed)
     groups = training.prepare(vlm, chosen, None if full else rank, seed, tune_tower, tower_lora)
     _describe(console, built, groups, vlm, min(chosen.batch_size, len(built)), seed)
     console.print(f"attention of the LLM: {choose_attention(vlm)}")
 
     if chosen.pictures_of_words:
-        bank = None
+        features_cache = None
     elif live:
-        bank = LivePictures(vlm.tower.config, talks.photos, owner=first, threads=threads or 1)
+        features_cache = LivePictures(vlm.tower.config, examples.photos, owner=first, threads=threads or 1)
     else:
-        bank = TokenBank(cache, vlm.tower, talks.photos, owner=first)
+        features_cache = FeatureCache(cache, vlm.tower, examples.photos, owner=first)
     with locked(out) if first else nullcontext():  # from here on something is written to it
-        built, bad = _look(console, built, bank, "reading" if live else "looking", on_bad_image, out, first)
-        talks = built.talks
-        if bank is None:
-            bank = WordPictures(vlm, talks, seed)
+        built, bad = _look(console, built, features_cache, "reading" if live else "looking", on_bad_image, out, first)
+        examples = built.examples
+        if features_cache is None:
+            features_cache = WordPictures(vlm, examples, seed)
         built = arrange(built, chosen.batch_size, seed)
         settings = {
             "stage": stage,
@@ -197,9 +199,9 @@ def train(
             "llm": vlm.llm_name,
             "init": init,
             "rank": None if full or chosen.lr_lora is None else rank,
-            "photos": len(talks.photos),
+            "photos": len(examples.photos),
             "samples": len(built),
-            "data": talks.fingerprint(),
+            "data": examples.fingerprint(),
             "on_bad_image": on_bad_image,
             "bad_images": bad,
             "epochs": epochs,
@@ -220,10 +222,10 @@ def train(
             },
         }
         fresh = first and vlm.new_projector and not marked_checkpoints(out / "checkpoints") and not finished(out, settings)
-        if chosen.word_epochs and fresh and (words := words_of(talks, vlm.tokenizer)).names:
-            heard = bank
+        if chosen.word_epochs and fresh and (words := words_of(examples, vlm.tokenizer)).names:
+            heard = features_cache
             if live:  # the tower as it begins
-                heard = TokenBank(cache, vlm.tower, talks.photos)
+                heard = FeatureCache(cache, vlm.tower, examples.photos)
                 heard.stand_in(bad)
                 with counting(console, "looking", "photos", len(heard.missing(words.photos))) as advance:
                     heard.fill([photo for photo in words.photos if photo not in bad], advance)
@@ -234,7 +236,7 @@ def train(
                     f"the word that a new photo's tokens say most is said of it in {learnt['first']:.0%} of the cases "
                     f"(the most common word in {learnt['commonest']:.0%})"
                 )
-        if training.train(vlm, groups, chosen, built, bank, out, settings, max_steps, seed, engine):
+        if training.train(vlm, groups, chosen, built, features_cache, out, settings, max_steps, seed, engine):
             console.print(f"model written to {out}; its curve is {out / 'loss.png'}")
             if bad:
                 console.print(f"of the images {len(bad):,} could not be used: {out / 'training.json'} names them (bad_images)")
@@ -244,24 +246,26 @@ def train(
 
 
 def _talks(console: Any, data: list[str], images: Path | None, stage: str, epochs: int, seed: int, allow_outside: bool) -> Any:
-    """What the data says, as a corpus."""
+    """What the data says, as a dataset."""
     from functools import partial
 
     from sparse_vlm.cli.progress import fetching, reading
-    from sparse_vlm.data.conversations import MIXES
-    from sparse_vlm.data.dataset import files_of, photos_of, read_corpus
+    from sparse_vlm.data.conversations import MIXTURES
+    from sparse_vlm.data.dataset import files_of, photos_of, read_conversations
     from sparse_vlm.data.llava import LlavaFile
 
     with fetching(console) as on_fetched:
         photos = photos_of(data, on_fetched)
     files = files_of(data)
     with reading(console, [path for path, _ in files]) as on_bytes:
-        return read_corpus(
-            files, photos, images, MIXES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes, allow_outside=allow_outside)
+        return read_conversations(
+            files, photos, images, MIXTURES[stage], epochs, seed, partial(LlavaFile, on_bytes=on_bytes, allow_outside=allow_outside)
         )
 
 
-def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, out: Path, first: bool) -> tuple[Any, dict[int, str]]:
+def _look(
+    console: Any, samples: Any, features_cache: Any, label: str, on_bad_image: str, out: Path, first: bool
+) -> tuple[Any, dict[int, str]]:
     """Let the tower look at what it has not seen yet, or, where it learns, make sure that all can be read.
 
     Returns:
@@ -272,15 +276,15 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
     from sparse_vlm.errors import UserError
 
     def look(wanted: Any, on_bad: Any) -> None:
-        if bank is None:
+        if features_cache is None:
             return
-        if missing := len(bank.missing(wanted)):
+        if missing := len(features_cache.missing(wanted)):
             with counting(console, label, "photos", missing) as advance:
-                bank.fill(wanted, advance, on_bad)
+                features_cache.fill(wanted, advance, on_bad)
         else:
             console.print(f"{label}: {len(wanted)} photos, all done before")
 
-    bad = settle(samples.talks, on_bad_image, out, first, look)
+    bad = settle(samples.examples, on_bad_image, out, first, look)
     kept = samples.without(bad) if on_bad_image == "skip" else samples
     if not len(kept):
         raise UserError(f"--on-bad-image skip: no sample is left, as {len(bad):,} images cannot be used; {out / DECISIONS} says why")
@@ -289,9 +293,9 @@ def _look(console: Any, samples: Any, bank: Any, label: str, on_bad_image: str, 
         console.print(f"bad images: {len(bad):,}, {done}; {out / DECISIONS} names all")
         for why in list(bad.values())[:5]:
             console.print(f"  {why}")
-    if bank is not None:
-        bank.stand_in(bad)
-        bank.fill([photo for photo in kept.talks.wanted() if photo not in bad])
+    if features_cache is not None:
+        features_cache.stand_in(bad)
+        features_cache.fill([photo for photo in kept.examples.wanted() if photo not in bad])
     return kept, bad
 
 
@@ -302,7 +306,7 @@ def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_siz
     from sparse_vlm.data.samples import arrange, report
     from sparse_vlm.train.cost import token_cost
 
-    known = samples.counts.talks
+    known = samples.counts.examples
     about = (
         ""
         if known == len(samples)
@@ -318,7 +322,7 @@ def _describe(console: Any, samples: Any, groups: list[Any], vlm: Any, batch_siz
     for group in groups:
         table.add_row(group.name, str(len(group.parameters)), f"{group.size:,}", "frozen" if group.lr is None else f"{group.lr:g}")
     console.print(table)
-    talk = samples.talks[0]
-    shown = vlm.renderer.renderings(talk.conversations[-1], talk.name)[-1]
-    console.print(f"one conversation, [[what carries loss]] in brackets ({talk.name}):")
+    example = samples.examples[0]
+    shown = vlm.renderer.renderings(example.conversations[-1], example.name)[-1]
+    console.print(f"one conversation, [[what carries loss]] in brackets ({example.name}):")
     console.print(vlm.renderer.describe(shown))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sparse_vlm.data.dataset import Corpus
+from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo, PhotoError
 from sparse_vlm.utils.documents import parse_json
@@ -71,7 +71,11 @@ def broken(
 
 
 def settle(
-    talks: Corpus, policy: str, out: Path, decides: bool = True, look: Callable[[Sequence[int], OnBad], None] = lambda wanted, on_bad: None
+    examples: ConversationDataset,
+    policy: str,
+    out: Path,
+    decides: bool = True,
+    look: Callable[[Sequence[int], OnBad], None] = lambda wanted, on_bad: None,
 ) -> dict[int, str]:
     """Find the images that a run cannot use; where it goes on, those that it could not use when it began.
 
@@ -92,7 +96,7 @@ def settle(
     while not (decides or path.exists()):
         time.sleep(0.2)
     began, bad = path.exists(), {}
-    belongs = {"on_bad_image": policy, "data": talks.fingerprint()}
+    belongs = {"on_bad_image": policy, "data": examples.fingerprint()}
     if began:
         decided = parse_json(path.read_bytes(), str(path))
         if not isinstance(decided, dict) or {name: decided.get(name) for name in belongs} != belongs:
@@ -104,7 +108,7 @@ def settle(
         return bad
 
     def on_bad(number: int, why: PhotoError | str, others: int = 0) -> None:
-        name = talks.naming(number)
+        name = examples.naming(number)
         line = f"{name}: {str(why).removeprefix(f'{name}: ')}" + (f" (and {others:,} more)" if others else "")
         if policy == "raise":
             raise UserError(f"{line}; --check finds all that are bad, --on-bad-image skip or blank goes on without them")
@@ -112,8 +116,8 @@ def settle(
             raise UserError(f"{line}; this run began with it: restore it, or choose another --out")
         bad[number] = str(why)
 
-    wanted = [photo for photo in talks.wanted() if photo not in bad]
-    missing = absent(talks.photos, wanted)
+    wanted = [photo for photo in examples.wanted() if photo not in bad]
+    missing = absent(examples.photos, wanted)
     for number, why in missing.items():
         on_bad(number, why, len(missing) - 1)
     look([photo for photo in wanted if photo not in missing], on_bad)

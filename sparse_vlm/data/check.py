@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from sparse_vlm.data.bad_images import absent, broken
-from sparse_vlm.data.conversations import Mix
-from sparse_vlm.data.dataset import Corpus, read_corpus
+from sparse_vlm.data.conversations import Mixture
+from sparse_vlm.data.dataset import ConversationDataset, read_conversations
 from sparse_vlm.data.llava import MISTAKES, LlavaFile, Mistake
 from sparse_vlm.data.records import Record
 from sparse_vlm.data.samples import longest_of, render
@@ -130,10 +130,12 @@ class Checker:
         mix: what a stage says about the photos.
     """
 
-    def __init__(self, files: Sequence[Path], photos: Sequence[Photo], images: Path | None, mix: Mix, allow_outside: bool = False) -> None:
+    def __init__(
+        self, files: Sequence[Path], photos: Sequence[Photo], images: Path | None, mix: Mixture, allow_outside: bool = False
+    ) -> None:
         self.files, self.photos, self.images, self.mix, self.allow_outside = files, photos, images, mix, allow_outside
         self.report = Report()
-        self.talks: Corpus
+        self.examples: ConversationDataset
         self._names: dict[str, str] = {}  # the first sample of an id
         self._contents: dict[int, str] = {}  # the first sample of a content
 
@@ -145,14 +147,14 @@ class Checker:
         """
         open_file = functools.partial(LlavaFile, on_bytes=on_bytes, on_record=self._record, allow_outside=self.allow_outside)
         photos = {1.0: self.photos} if self.photos else {}
-        self.talks = read_corpus([(path, 1.0) for path in self.files], photos, self.images, self.mix, open_file=open_file)
+        self.examples = read_conversations([(path, 1.0) for path in self.files], photos, self.images, self.mix, open_file=open_file)
         report = self.report
-        if not len(self.talks) and not report.problems:
+        if not len(self.examples) and not report.problems:
             raise UserError(f"{', '.join(map(str, self.files))}: no samples")
-        report.samples += len(self.talks)
-        shown = np.array([len(self.talks.shown(index)) for index in range(len(self.talks))], dtype=np.int64)
+        report.samples += len(self.examples)
+        shown = np.array([len(self.examples.shown(index)) for index in range(len(self.examples))], dtype=np.int64)
         report.text_only, report.several_pictures = int((shown == 0).sum()), int((shown > 1).sum())
-        report.pictures = len(self.talks.wanted())
+        report.pictures = len(self.examples.wanted())
 
     def _record(self, name: str, record: Record, mistakes: list[Mistake]) -> None:
         self.report.problems += [Problem(mistake.kind, name, mistake.text) for mistake in mistakes]
@@ -177,7 +179,7 @@ class Checker:
         Args:
             threads: that decode.
         """
-        photos, wanted = self.talks.photos, self.talks.wanted()
+        photos, wanted = self.examples.photos, self.examples.wanted()
         users: dict[int, list[int]] = {}
         missing = absent(photos, wanted)
         bad: dict[int, tuple[str, str]] = {number: ("missing image", why) for number, why in missing.items()}
@@ -186,13 +188,13 @@ class Checker:
             bad[number] = ("broken image", str(error))
 
         broken(photos, [number for number in wanted if number not in missing], on_bad, on_photos, threads)
-        for index in range(len(self.talks)) if bad else ():
-            for number in bad.keys() & set(self.talks.shown(index)):
+        for index in range(len(self.examples)) if bad else ():
+            for number in bad.keys() & set(self.examples.shown(index)):
                 users.setdefault(number, []).append(index)
         for number, (kind, why) in sorted(bad.items()):
             first, *others = users[number]
             more = f" (and {len(others):,} more samples show it)" if others else ""
-            name = self.talks[first].name
+            name = self.examples[first].name
             self.report.problems.append(Problem(kind, name, why.removeprefix(f"{name}: ") + more))
 
     def render(self, renderer: Renderer, context: int | None, on_samples: Callable[[int], None]) -> None:
@@ -202,19 +204,19 @@ class Checker:
             context: tokens that the LLM reads at most.
         """
         lengths: dict[str, list[int]] = {"all": [], "image": [], "text": [], "with loss": []}
-        for index in range(len(self.talks)):
-            talk = self.talks[index]
-            self.report.conversations += len(talk.conversations)
+        for index in range(len(self.examples)):
+            example = self.examples[index]
+            self.report.conversations += len(example.conversations)
             on_samples(1)
             try:
-                tree = render(talk, self.talks.shown(index), renderer).tree
+                tree = render(example, self.examples.shown(index), renderer).tree
             except UserError as error:
-                self.report.problems.append(Problem("label mask", talk.name, str(error).removeprefix(f"{talk.name}: ")))
+                self.report.problems.append(Problem("label mask", example.name, str(error).removeprefix(f"{example.name}: ")))
                 continue
             longest = longest_of(tree)
             if context is not None and longest > context:
-                self.report.problems.append(Problem("too long", talk.name, f"{longest} tokens, but the LLM reads {context}"))
-            shown = len(talk.photos) * renderer.tokens_per_image
+                self.report.problems.append(Problem("too long", example.name, f"{longest} tokens, but the LLM reads {context}"))
+            shown = len(example.photos) * renderer.tokens_per_image
             for name, value in (("all", len(tree)), ("image", shown), ("text", len(tree) - shown), ("with loss", len(tree.targets))):
                 lengths[name].append(value)
         self.report.lengths = {name: np.array(values, dtype=np.int64) for name, values in lengths.items()}

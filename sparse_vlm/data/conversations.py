@@ -51,7 +51,7 @@ _PERSON = "man men woman women boy girl child children kid people person player 
 
 
 @dataclass(frozen=True)
-class Talk:
+class Example:
     """Conversations about the same photos, or about none.
 
     Attributes:
@@ -65,7 +65,7 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mixture:
     """What a stage takes from a photo at each visit.
 
     Attributes:
@@ -85,10 +85,10 @@ class Mix:
     caption_questions: int = 0
 
 
-MIXES: dict[str, Mix] = {
-    "read": Mix(captions=3, web_captions=False, labels=False, questions=12, existence_only=True),
-    "align": Mix(captions=5, web_captions=True, labels=True, questions=0),
-    "instruct": Mix(captions=2, web_captions=False, labels=False, questions=6, caption_questions=1),
+MIXTURES: dict[str, Mixture] = {
+    "read": Mixture(captions=3, web_captions=False, labels=False, questions=12, existence_only=True),
+    "align": Mixture(captions=5, web_captions=True, labels=True, questions=0),
+    "instruct": Mixture(captions=2, web_captions=False, labels=False, questions=6, caption_questions=1),
 }
 
 
@@ -155,7 +155,7 @@ def known_about(photo: Photo) -> Photo:
     return photo
 
 
-def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 0) -> list[Talk]:
+def examples_of_photos(photos: Sequence[Photo], mix: Mixture, visits: int = 1, seed: int = 0) -> list[Example]:
     """Conversations about every photo that something is known about, `visits` times with other captions and questions each time.
 
     Returns:
@@ -167,22 +167,22 @@ def photo_talks(photos: Sequence[Photo], mix: Mix, visits: int = 1, seed: int = 
     photos = [known_about(photo) for photo in photos]
     items = _balanced(photos, seed) if mix.questions else [[] for _ in photos]
     things = {item.word for asked in items for item in asked if item.word}
-    talks = []
+    examples = []
     for visit in range(visits):
         for photo, asked in zip(photos, items, strict=True):
             rng = random.Random(f"{seed}/{visit}/{photo.source.name}/{photo.key}".encode("utf-8", "surrogatepass"))
             conversations = [*_captions(photo.info, mix, rng), *_labels(photo.info, mix), *_questions(asked, mix, rng)]
             conversations += _caption_questions(photo.info, things, asked, mix, rng)
             if conversations:
-                talks.append(Talk(printable(f"{photo.source.name}:{photo.key}"), (photo,), tuple(conversations)))
-    if not talks:
+                examples.append(Example(printable(f"{photo.source.name}:{photo.key}"), (photo,), tuple(conversations)))
+    if not examples:
         names = list(dict.fromkeys(photo.source.name for photo in photos))
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise UserError(f"{where}: no photo has captions, questions or labels that this stage uses; give tars whose json files hold them")
-    return talks
+    return examples
 
 
-def _captions(info: dict[str, Any], mix: Mix, rng: random.Random) -> Iterable[tuple[Message, ...]]:
+def _captions(info: dict[str, Any], mix: Mixture, rng: random.Random) -> Iterable[tuple[Message, ...]]:
     captions = list(dict.fromkeys(text for caption in info.get("captions") or [] if (text := clean_caption(caption))))
     if info.get("prompt") is not None and not mix.web_captions:
         return
@@ -194,13 +194,13 @@ def _captions(info: dict[str, Any], mix: Mix, rng: random.Random) -> Iterable[tu
         yield user(prompt, 1), assistant(caption)
 
 
-def _labels(info: dict[str, Any], mix: Mix) -> Iterable[tuple[Message, ...]]:
+def _labels(info: dict[str, Any], mix: Mixture) -> Iterable[tuple[Message, ...]]:
     name = str(info.get("label_name") or "").split(",")[0].replace("_", " ").strip().lower()
     if mix.labels and name and not info.get("captions"):
         yield user(f"What is the main object in the image?\n{SHORT_ANSWER}", 1), assistant(name.capitalize())
 
 
-def _questions(items: list[_Item], mix: Mix, rng: random.Random) -> Iterable[tuple[Message, ...]]:
+def _questions(items: list[_Item], mix: Mixture, rng: random.Random) -> Iterable[tuple[Message, ...]]:
     """Conversations of one or two turns out of a photo's questions; single questions share all that stands before them."""
     if mix.existence_only:
         items = [item for item in items if item.word]
@@ -217,7 +217,7 @@ def _questions(items: list[_Item], mix: Mix, rng: random.Random) -> Iterable[tup
 
 
 def _caption_questions(
-    info: dict[str, Any], things: set[str], items: list[_Item], mix: Mix, rng: random.Random
+    info: dict[str, Any], things: set[str], items: list[_Item], mix: Mixture, rng: random.Random
 ) -> Iterable[tuple[Message, ...]]:
     """Single questions that the captions answer."""
     if not mix.caption_questions:

@@ -1,7 +1,7 @@
-"""All that a run learns from: talks of several sources, mixed by weight, and the photos that they are about, numbered once.
+"""All that a run learns from: examples of several sources, mixed by weight, and the photos that they are about, numbered once.
 
-Notable: talks about the photos of tars are few and kept; those of LLaVA's files may be many and are read when they are asked for
-(`data.llava`). Either way a corpus is a sequence of talks, and an order of them costs eight bytes a talk.
+Notable: examples about the photos of tars are few and kept; those of LLaVA's files may be many and are read when they are asked for
+(`data.llava`). Either way a dataset is a sequence of examples, and an order of them costs eight bytes a example.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from sparse_vlm.data import records
-from sparse_vlm.data.conversations import Mix, Talk, photo_talks
+from sparse_vlm.data.conversations import Example, Mixture, examples_of_photos
 from sparse_vlm.data.llava import TURN_CHARACTERS, LlavaFile, picture
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo, PhotoSet
@@ -31,13 +31,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Talk: ...
+    def __getitem__(self, index: int) -> Example: ...
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a talk's photos."""
+        """Numbers of a example's photos."""
 
     def characters(self, index: int) -> int:
-        """Length of a talk's text with its markup, about."""
+        """Length of a example's text with its markup, about."""
 
     def digest(self) -> str:
         """Of all that is said, and of the photos' names."""
@@ -67,18 +67,18 @@ class Photos(Sequence[Photo]):
 class _Kept:
     """A `Source` in memory."""
 
-    def __init__(self, talks: Sequence[Talk], numbers: dict[Photo, int]) -> None:
-        self._talks = talks
-        self._shown = [tuple(numbers.setdefault(photo, len(numbers)) for photo in talk.photos) for talk in talks]
+    def __init__(self, examples: Sequence[Example], numbers: dict[Photo, int]) -> None:
+        self._talks = examples
+        self._shown = [tuple(numbers.setdefault(photo, len(numbers)) for photo in example.photos) for example in examples]
 
     def __len__(self) -> int:
         return len(self._talks)
 
-    def __getitem__(self, index: int) -> Talk:
+    def __getitem__(self, index: int) -> Example:
         return self._talks[index]
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a talk's photos."""
+        """Numbers of a example's photos."""
         return self._shown[index]
 
     def characters(self, index: int) -> int:
@@ -89,60 +89,60 @@ class _Kept:
     def digest(self) -> str:
         """Of all that is said, and of the photos' names."""
         digest = hashlib.sha256()
-        for talk in self._talks:
-            said = [(message["role"], text_of(message)) for conversation in talk.conversations for message in conversation]
-            for text in (*(photo.key for photo in talk.photos), "", *(part for turn in said for part in turn)):
+        for example in self._talks:
+            said = [(message["role"], text_of(message)) for conversation in example.conversations for message in conversation]
+            for text in (*(photo.key for photo in example.photos), "", *(part for turn in said for part in turn)):
                 digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
 
 
-class Corpus(Sequence[Talk]):
+class ConversationDataset(Sequence[Example]):
     """Talks in the order in which they were drawn.
 
     Args:
         sources: what they are drawn from.
         photos: what the sources' numbers mean.
-        order: (talks, 2) int32: source, and talk in it.
+        order: (examples, 2) int32: source, and example in it.
     """
 
     def __init__(self, sources: Sequence[Source], photos: Sequence[Photo], order: np.ndarray) -> None:
         self.sources, self.photos, self.order = sources, photos, order
 
     @classmethod
-    def of(cls, talks: Sequence[Talk], known: Sequence[Photo] = ()) -> Corpus:
-        """A corpus of talks in memory.
+    def of(cls, examples: Sequence[Example], known: Sequence[Photo] = ()) -> ConversationDataset:
+        """A dataset of examples in memory.
 
         Args:
             known: photos to number first, whether talked about or not, so that runs over the same data share the tower's cached tokens.
         """
         numbers = {photo: number for number, photo in enumerate(known)}
-        source = _Kept(talks, numbers)
-        return cls([source], Photos(list(numbers)), _order([(0, np.arange(len(talks)))]))
+        source = _Kept(examples, numbers)
+        return cls([source], Photos(list(numbers)), _order([(0, np.arange(len(examples)))]))
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Talk:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         source, place = self.order[index].tolist()
         return self.sources[source][place]
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a talk's photos, without reading it."""
+        """Numbers of a example's photos, without reading it."""
         source, place = self.order[index].tolist()
         return self.sources[source].shown(place)
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """Length of a talk in tokens, about, without reading it, as LLaVA's grouping by length does."""
+        """Length of a example in tokens, about, without reading it, as LLaVA's grouping by length does."""
         source, place = self.order[index].tolist()
         text = self.sources[source].characters(place) // CHARACTERS_PER_TOKEN
         return text + len(self.sources[source].shown(place)) * tokens_per_image
 
-    def select(self, indices: Sequence[int]) -> Corpus:
-        """Some of the talks, in this order."""
-        return Corpus(self.sources, self.photos, self.order[np.asarray(indices, dtype=np.int64)])
+    def select(self, indices: Sequence[int]) -> ConversationDataset:
+        """Some of the examples, in this order."""
+        return ConversationDataset(self.sources, self.photos, self.order[np.asarray(indices, dtype=np.int64)])
 
     def naming(self, photo: int) -> str:
-        """The name of the first talk that shows a photo."""
+        """The name of the first example that shows a photo."""
         return self[next(index for index in range(len(self)) if photo in self.shown(index))].name
 
     def wanted(self) -> list[int]:
@@ -150,7 +150,7 @@ class Corpus(Sequence[Talk]):
         return sorted({photo for index in range(len(self)) for photo in self.shown(index)})
 
     def fingerprint(self) -> str:
-        """Changes when talks come, go, say something else, show other photos or change their place; not when their files are moved."""
+        """Changes when examples come, go, say something else, show other photos or change their place; not when their files are moved."""
         digest = hashlib.sha256(self.order.tobytes())
         for source in self.sources:
             digest.update(source.digest().encode())
@@ -181,7 +181,7 @@ def weighted(entry: str) -> tuple[str, float]:
 
 
 def drawn(count: int, times: float, seed: int) -> np.ndarray:
-    """Which of so many talks are learnt from: all of them as often as `times` is whole, and of the rest that share, without replacement."""
+    """Which of so many examples are learnt from: all of them as often as `times` is whole, and of the rest that part, without replacement."""
     if not count:
         return np.arange(0)
     total = max(1, round(count * times))
@@ -217,16 +217,16 @@ def photos_of(
     return found
 
 
-def read_corpus(
+def read_conversations(
     files: Sequence[tuple[Path, float]],
     photos: Mapping[float, Sequence[Photo]],
     images: Path | None,
-    mix: Mix,
+    mix: Mixture,
     epochs: int = 1,
     seed: int = 0,
     open_file: Callable[[Path, Path | None, dict[str, int], int], LlavaFile] = LlavaFile,
-) -> Corpus:
-    """The talks of all entries of `--data`.
+) -> ConversationDataset:
+    """The examples of all entries of `--data`.
 
     Args:
         files: from `files_of`.
@@ -241,16 +241,16 @@ def read_corpus(
     """
     known = list(dict.fromkeys(photo for some in photos.values() for photo in some))
     # over all photos together, as yes and no are balanced word by word
-    talks = photo_talks(known, mix, epochs, seed) if known else []
+    examples = examples_of_photos(known, mix, epochs, seed) if known else []
     numbers = {photo: number for number, photo in enumerate(known)}
     sources: list[Source] = []
     parts = []
     for weight, some in photos.items():
         own = set(some)
-        sources.append(_Kept([talk for talk in talks if talk.photos[0] in own], numbers))
+        sources.append(_Kept([example for example in examples if example.photos[0] in own], numbers))
         parts.append((len(parts), drawn(len(sources[-1]), weight, seed)))
     names: dict[str, int] = {}
     for path, weight in files:
         sources.append(open_file(path, images, names, len(known)))
         parts.append((len(parts), drawn(len(sources[-1]), weight * epochs, seed)))
-    return Corpus(sources, Photos(known, images, list(names)), _order(parts))
+    return ConversationDataset(sources, Photos(known, images, list(names)), _order(parts))

@@ -1,4 +1,4 @@
-"""LLaVA's data: json lists or json lines of {"id", "image" (optional), "conversations": [{"from", "value"}]}, as talks.
+"""LLaVA's data: json lists or json lines of {"id", "image" (optional), "conversations": [{"from", "value"}]}, as examples.
 
 Source: `preprocess_multimodal` and `preprocess_v1` of LLaVA 1.5 (llava/train/train.py), and what its successors added: several images
 a sample, a system turn, and user and assistant for human and gpt. Where LLaVA mends in silence (a leading answer is dropped, a
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.data.conversations import Talk
+from sparse_vlm.data.conversations import Example
 from sparse_vlm.data.records import Record, read_at, scan
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.photos import Photo, file_size
@@ -154,7 +154,7 @@ class Fence:
             return False
 
 
-class LlavaFile(Sequence[Talk]):
+class LlavaFile(Sequence[Example]):
     """Talks of one file, each read when it is asked for.
 
     Args:
@@ -184,7 +184,7 @@ class LlavaFile(Sequence[Talk]):
         fence = None if allow_outside or folder is None else Fence(folder)
         digest = hashlib.sha256()
         self._number, self._offset, self._size, self._characters = array("q"), array("q"), array("l"), array("l")
-        self._shown, self._end = array("l"), array("q")  # numbers of all images, and where each talk's end in it
+        self._shown, self._end = array("l"), array("q")  # numbers of all images, and where each example's end in it
         for record in scan(path, on_bytes):
             mistakes = [Mistake("unreadable line", record.error)] if record.error else mistakes_of(record.value)
             name = self._name(record.number, record.value)
@@ -216,18 +216,18 @@ class LlavaFile(Sequence[Talk]):
     def __len__(self) -> int:
         return len(self._offset)
 
-    def __getitem__(self, index: int) -> Talk:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         sample = read_at(self.path, self._offset[index], self._size[index])
         name = self._name(self._number[index], sample)
         photos = tuple(picture(self.folder, name) for name in pictures_of(sample)) if self.folder else ()
-        return Talk(name, photos, (messages_of(sample),))
+        return Example(name, photos, (messages_of(sample),))
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a talk's images, without reading it."""
+        """Numbers of a example's images, without reading it."""
         return tuple(self._shown[self._end[index - 1] if index else 0 : self._end[index]])
 
     def characters(self, index: int) -> int:
-        """Length of a talk's text with its markup, about, without reading it."""
+        """Length of a example's text with its markup, about, without reading it."""
         return self._characters[index]
 
     def digest(self) -> str:

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_vlm.data.bad_images import blank
-from sparse_vlm.data.conversations import Talk
-from sparse_vlm.data.dataset import Corpus
+from sparse_vlm.data.conversations import Example
+from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo, PhotoError
 from sparse_vlm.images.preprocess import OVERSAMPLING, Preprocessor
@@ -45,7 +45,7 @@ SOME_AHEAD = 2_000
 
 @dataclass(frozen=True)
 class Sample:
-    """A talk's conversations as one tree.
+    """A example's conversations as one tree.
 
     Attributes:
         name: what to call it in messages to people.
@@ -58,26 +58,26 @@ class Sample:
     tree: TokenTree
 
 
-def render(talk: Talk, photos: tuple[int, ...], renderer: Renderer, context: int | None = None) -> Sample:
-    """Render and merge a talk's conversations.
+def render(example: Example, photos: tuple[int, ...], renderer: Renderer, context: int | None = None) -> Sample:
+    """Render and merge a example's conversations.
 
     Args:
         photos: the numbers of its photos.
         context: tokens that the LLM reads at most.
 
     Raises:
-        UserError: naming the talk, whose mask or placeholders are not as they must be, or which is too long.
+        UserError: naming the example, whose mask or placeholders are not as they must be, or which is too long.
     """
     try:
-        tree = merge([one for conversation in talk.conversations for one in renderer.renderings(conversation, talk.name)])
+        tree = merge([one for conversation in example.conversations for one in renderer.renderings(conversation, example.name)])
     except UserError as error:
-        if talk.name in str(error):
+        if example.name in str(error):
             raise
-        raise UserError(f"{talk.name}: {error}") from error
+        raise UserError(f"{example.name}: {error}") from error
     if context is not None and longest_of(tree) > context:
-        raise UserError(f"{talk.name}: {longest_of(tree)} tokens, but the LLM reads {context}; shorten it or leave it out")
-    renderer.check_count(tree.ids, len(photos), talk.name)
-    return Sample(talk.name, photos, tree)
+        raise UserError(f"{example.name}: {longest_of(tree)} tokens, but the LLM reads {context}; shorten it or leave it out")
+    renderer.check_count(tree.ids, len(photos), example.name)
+    return Sample(example.name, photos, tree)
 
 
 def longest_of(tree: TokenTree) -> int:
@@ -90,9 +90,9 @@ def longest_of(tree: TokenTree) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in some talks and their samples."""
+    """What is in some examples and their samples."""
 
-    talks: int = 0
+    examples: int = 0
     conversations: int = 0
     answers: int = 0
     yes: int = 0
@@ -100,13 +100,13 @@ class Counts:
     tokens: int = 0
     targets: int = 0
 
-    def plus(self, talk: Talk, sample: Sample) -> Counts:
-        """The same with one talk more."""
-        messages = [message for conversation in talk.conversations for message in conversation]
+    def plus(self, example: Example, sample: Sample) -> Counts:
+        """The same with one example more."""
+        messages = [message for conversation in example.conversations for message in conversation]
         answers = [text_of(message) for message in messages if message["role"] == "assistant"]
         more = (
             1,
-            len(talk.conversations),
+            len(example.conversations),
             len(answers),
             answers.count("Yes"),
             answers.count("No"),
@@ -117,40 +117,46 @@ class Counts:
 
 
 class SampleSet(Sequence[Sample]):
-    """Samples of a corpus, each rendered when it is asked for.
+    """Samples of a dataset, each rendered when it is asked for.
 
     Args:
-        talks: what they are made of.
+        examples: what they are made of.
         renderer: makes them.
         lengths: (samples,) of their trees in tokens, at least about.
         counts: of those that were rendered ahead.
         context: tokens that the LLM reads at most.
     """
 
-    def __init__(self, talks: Corpus, renderer: Renderer, lengths: np.ndarray, counts: Counts, context: int | None = None) -> None:
-        self.talks, self.renderer, self.lengths, self.counts, self.context = talks, renderer, lengths, counts, context
+    def __init__(
+        self, examples: ConversationDataset, renderer: Renderer, lengths: np.ndarray, counts: Counts, context: int | None = None
+    ) -> None:
+        self.examples, self.renderer, self.lengths, self.counts, self.context = examples, renderer, lengths, counts, context
 
     def __len__(self) -> int:
-        return len(self.talks)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        return render(self.talks[index], self.talks.shown(index), self.renderer, self.context)
+        return render(self.examples[index], self.examples.shown(index), self.renderer, self.context)
 
     def select(self, indices: Sequence[int]) -> SampleSet:
         """Some of the samples, in this order."""
-        talks = self.talks.select(indices)
-        return SampleSet(talks, self.renderer, self.lengths[np.asarray(indices, dtype=np.int64)], self.counts, self.context)
+        examples = self.examples.select(indices)
+        return SampleSet(examples, self.renderer, self.lengths[np.asarray(indices, dtype=np.int64)], self.counts, self.context)
 
     def without(self, photos: Collection[int]) -> SampleSet:
         """The samples that show none of some photos."""
         bad = set(photos)
-        return self.select([index for index in range(len(self)) if bad.isdisjoint(self.talks.shown(index))])
+        return self.select([index for index in range(len(self)) if bad.isdisjoint(self.examples.shown(index))])
 
 
 def build_samples(
-    talks: Corpus, renderer: Renderer, context: int | None = None, seed: int = 0, on_samples: Callable[[int], None] = lambda samples: None
+    examples: ConversationDataset,
+    renderer: Renderer,
+    context: int | None = None,
+    seed: int = 0,
+    on_samples: Callable[[int], None] = lambda samples: None,
 ) -> SampleSet:
-    """Samples of talks; the label masks of all are verified, or of a large set those of some, and the others' when they are rendered.
+    """Samples of examples; the label masks of all are verified, or of a large set those of some, and the others' when they are rendered.
 
     Args:
         context: tokens that the LLM reads at most.
@@ -158,22 +164,22 @@ def build_samples(
         on_samples: called with the number of samples just rendered.
 
     Raises:
-        UserError: naming the talk whose mask or placeholders are not as they must be, or which is too long.
+        UserError: naming the example whose mask or placeholders are not as they must be, or which is too long.
     """
-    ahead: Sequence[int] = range(len(talks))
-    lengths = np.empty(len(talks), dtype=np.int32)
-    if len(talks) > ALL_AHEAD:
+    ahead: Sequence[int] = range(len(examples))
+    lengths = np.empty(len(examples), dtype=np.int32)
+    if len(examples) > ALL_AHEAD:
         ahead = sorted(random.Random(seed).sample(ahead, SOME_AHEAD))
-        lengths[:] = [talks.length(index, renderer.tokens_per_image) for index in range(len(talks))]
+        lengths[:] = [examples.length(index, renderer.tokens_per_image) for index in range(len(examples))]
     counts = Counts()
     for index in ahead:
-        talk = talks[index]
-        sample = render(talk, talks.shown(index), renderer, context)
+        example = examples[index]
+        sample = render(example, examples.shown(index), renderer, context)
         # what is known of all is exact, and what is known of some is about right for all
-        lengths[index] = len(sample.tree) if len(ahead) == len(talks) else lengths[index]
-        counts = counts.plus(talk, sample)
+        lengths[index] = len(sample.tree) if len(ahead) == len(examples) else lengths[index]
+        counts = counts.plus(example, sample)
         on_samples(1)
-    return SampleSet(talks, renderer, lengths, counts, context)
+    return SampleSet(examples, renderer, lengths, counts, context)
 
 
 def arrange(samples: SampleSet, batch_size: int, seed: int = 0) -> SampleSet:
@@ -197,9 +203,9 @@ def arrange(samples: SampleSet, batch_size: int, seed: int = 0) -> SampleSet:
 def report(samples: SampleSet) -> dict[str, int | float]:
     """What a run will learn from, in numbers; those of text are extrapolated where not all samples were rendered ahead."""
     counts = samples.counts
-    share = len(samples) / max(1, counts.talks)
+    share = len(samples) / max(1, counts.examples)
     return {
-        "photos": len(samples.talks.wanted()),
+        "photos": len(samples.examples.wanted()),
         "samples": len(samples),
         "conversations": round(counts.conversations * share),
         "answers": round(counts.answers * share),
@@ -207,7 +213,7 @@ def report(samples: SampleSet) -> dict[str, int | float]:
         "no": round(counts.no * share),
         "tokens": round(counts.tokens * share),
         "tokens with loss": round(counts.targets * share),
-        "tokens per sample": round(counts.tokens / max(1, counts.talks), 1),
+        "tokens per sample": round(counts.tokens / max(1, counts.examples), 1),
     }
 
 
@@ -219,7 +225,7 @@ def _stamp(path: Path) -> str:
         return str(path)
 
 
-class TokenBank:
+class FeatureCache:
     """The tower's tokens of each photo, on disk; photos are known by the path, size and time of change of their files.
 
     Where several commands want the same ones, one looks and the others wait for it.

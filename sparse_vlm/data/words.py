@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from sparse_vlm.data.conversations import SHORT_ANSWER, Talk
-from sparse_vlm.data.dataset import Corpus
+from sparse_vlm.data.conversations import SHORT_ANSWER, Example
+from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.vlm.prompts import text_of
 
 # words that name nothing one could see, those of our questions among them
@@ -18,24 +18,24 @@ _FUNCTION_WORDS = (
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
-def words_by_photo(talks: Corpus) -> dict[int, list[set[str]]]:
+def words_by_photo(examples: ConversationDataset) -> dict[int, list[set[str]]]:
     """The words of each sentence about each photo, by the photo's number; what is said about several photos counts for each of them."""
     sentences: dict[int, list[set[str]]] = {}
-    for index in range(len(talks)):
-        if photos := talks.shown(index):
-            said = words_about(talks[index])
+    for index in range(len(examples)):
+        if photos := examples.shown(index):
+            said = words_about(examples[index])
             for photo in photos:
                 sentences.setdefault(photo, []).extend(said)
     return sentences
 
 
-def words_about(talk: Talk) -> list[set[str]]:
-    """The words of each sentence that says what is in a talk's photos; sentences without any are left out."""
+def words_about(example: Example) -> list[set[str]]:
+    """The words of each sentence that says what is in a example's photos; sentences without any are left out."""
     sentences: list[str] = []
-    for photo in talk.photos:
+    for photo in example.photos:
         sentences += photo.info.get("captions") or []
         sentences.append(" ".join(photo.info.get("objects") or []))
-    for conversation in talk.conversations:
+    for conversation in example.conversations:
         texts = [text_of(message) for message in conversation if message["role"] != "system"]
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             sentences.append(question.replace(SHORT_ANSWER, "") if answer == "Yes" else answer)
