@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sparse_vlm.eval.run import Column, Report
 from sparse_vlm.tower.visualize import as_label
-from sparse_vlm.utils.files import aside
+from sparse_vlm.utils.files import atomic_path
 
 WIDE = 4  # panels in a row
 
@@ -94,6 +94,6 @@ def draw(report: Report, path: Path) -> None:
     found = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as part:
+    with atomic_path(path) as part:
         figure.savefig(part, dpi=130, format="png")
     plt.close(figure)

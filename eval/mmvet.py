@@ -56,7 +56,7 @@ class MMVet(VLMTask):
         mean_words = bootstrap(np.stack([words, count], axis=1), lambda sums: sums[..., 0] / sums[..., 1], unit="")
         submission = {f"v1_{index - 1}": answer for (index, _, _), answer in answered}
         guessed = sum(record.get("image_inferred", False) for _, record in asked)
-        notes = [f"{guessed} of {len(asked)} questions stand with a picture that was inferred from the order of the set"] if guessed else []
+        notes = [f"{guessed} of {len(asked)} questions stand with an image that was inferred from the order of the set"] if guessed else []
         if data.limit is not None:
             notes.append("a part of the questions, which MM-Vet's evaluator does not take")
         return Result({"words an answer": mean_words}, predictions, notes, submission=submission)

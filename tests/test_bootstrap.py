@@ -148,7 +148,7 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(teacher: Teacher, photos:
     broken.fill(teacher, batch_size=4, on_rows=asked.append)
     assert broken.done == len(broken) == 48
     for row in range(48):
-        assert all(map(torch.equal, whole.answers(row), broken.answers(row)))
+        assert all(map(torch.equal, whole.outputs(row), broken.outputs(row)))
     cache(tmp_path / "broken").fill(teacher, on_rows=stop)  # full: the teacher is not asked again
 
 
@@ -169,15 +169,15 @@ def test_more_views_a_photo_keep_those_that_are_cached(teacher: Teacher, photos:
     few = list(PhotoSet(photos))[:8]
     one = TeacherCache(tmp_path, teacher, few, 1, grid_rois(49))
     one.fill(teacher)
-    first = [one.answers(row) for row in range(8)]
+    first = [one.outputs(row) for row in range(8)]
     two = TeacherCache(tmp_path, teacher, few, 2, grid_rois(49))
     assert (two.done, len(two)) == (8, 16)
     asked: list[int] = []
     two.fill(teacher, on_rows=asked.append)
     assert sum(asked) == 8
     for row in range(8):
-        assert all(map(torch.equal, first[row], two.answers(row)))
-    embeds, _ = two.answers(8 + 3)  # view 1 of photo 3
+        assert all(map(torch.equal, first[row], two.outputs(row)))
+    embeds, _ = two.outputs(8 + 3)  # view 1 of photo 3
     pixels = normalize(two.pixels(8 + 3), teacher.spec.image_mean, teacher.spec.image_std).unsqueeze(0)
     assert torch.cosine_similarity(embeds, teacher(pixels).embeds[0], dim=0) > 0.999
 
@@ -242,7 +242,7 @@ def test_a_live_teacher_says_what_a_cached_one_says(teacher: Teacher, photos: Pa
     live = LiveTeacher(teacher, grid_rois(49))
     embeds, tokens = live(torch.stack([views.pixels(row) for row in (2, 9)]))
     for i, row in enumerate((2, 9)):
-        assert torch.allclose(cache.answers(row)[0], embeds[i], atol=0.02) and torch.allclose(cache.answers(row)[1], tokens[i], atol=0.02)
+        assert torch.allclose(cache.outputs(row)[0], embeds[i], atol=0.02) and torch.allclose(cache.outputs(row)[1], tokens[i], atol=0.02)
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "elastic"])
@@ -279,7 +279,7 @@ def test_cells_are_averaged_from_patches_that_another_run_kept(teacher: Teacher,
     kept = TeacherCache(tmp_path / "kept", teacher, few, 1, cells)
     kept.fill(None)  # nobody is there to be asked
     for row in range(8):
-        assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(asked.answers(row), kept.answers(row), strict=True))
+        assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(asked.outputs(row), kept.outputs(row), strict=True))
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,14 +406,14 @@ def test_another_run_in_the_same_folder_is_refused(teacher_name: str, photos: Pa
 
 
 def test_checkpoints_of_an_unknown_run_are_never_resumed(tmp_path: Path) -> None:
-    from sparse_vlm.train.run import claim
+    from sparse_vlm.train.run import lock_settings
 
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    claim(tmp_path, {"seed": 0})  # what is not whole does not count
+    lock_settings(tmp_path, {"seed": 0})  # what is not whole does not count
     (tmp_path / "settings.json").unlink()
     (tmp_path / "checkpoints" / "checkpoint-3" / "complete").touch()
     with pytest.raises(UserError, match="unknown run"):
-        claim(tmp_path, {"seed": 0})
+        lock_settings(tmp_path, {"seed": 0})
 
 
 def test_unknown_recipes_are_one_line() -> None:
@@ -441,7 +441,7 @@ def test_numbers_of_a_recipe_change_the_student(teacher: Teacher) -> None:
 
 
 def test_the_students_pictures_may_be_larger_than_the_teachers(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
-    from sparse_vlm.train.lessons import CachedViews
+    from sparse_vlm.train.batches import CachedViews
 
     cache = TeacherCache(tmp_path, teacher, list(PhotoSet(photos))[:4], 1, grid_rois(49))
     cache.fill(teacher)

@@ -55,7 +55,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [f"b.json.{os.getpid()}@{host}.tmp", f"c.json.{ended.pid}@elsewhere.tmp", "notes.tmp"]
     )
-    assert files.aside_prefix("tiny") == f".tiny.{os.getpid()}@{host}."
+    assert files.temporary_prefix("tiny") == f".tiny.{os.getpid()}@{host}."
 
 
 HOLD = """
@@ -99,7 +99,7 @@ def test_room_is_taken_or_the_file_is_as_it_was(tmp_path: Path) -> None:
 )
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, error: Exception) -> None:
     path = tmp_path / "a.json"
-    with pytest.raises((OSError, UserError), match="a.json"), files.aside(path) as part:
+    with pytest.raises((OSError, UserError), match="a.json"), files.atomic_path(path) as part:
         part.write_text("half")
         raise error
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from sparse_vlm.roi import crop_level, crop_rois, grid_rois, grid_rois_for, imag
 from sparse_vlm.teachers import TeacherSpec
 from sparse_vlm.tower import FocusConfig
 from sparse_vlm.tower.focus import MAP, SCALES, Focus, area_bias, coarse_cells, variation
-from sparse_vlm.train.lessons import LiveViews, gather, live_statistics
+from sparse_vlm.train.batches import LiveViews, collate, live_statistics
 
 
 def focused(**changes: object) -> SparseFormer:
@@ -225,7 +225,7 @@ def test_a_teacher_is_shown_squares_of_whole_views(tmp_path: Path) -> None:
 
     live_statistics(views, [0, 1, 2], ask)
     assert asked == [(3, 3, 56, 56)]
-    batch = gather([LiveViews(views, [0, 1, 2], 112)[i] for i in range(3)])
+    batch = collate([LiveViews(views, [0, 1, 2], 112)[i] for i in range(3)])
     assert batch["image_sizes"].tolist() == [[60, 80], [90, 60], [70, 70]] and batch["seen"].shape == (3, 3, 56, 56)
     assert torch.equal(batch["pixels"][1, :, :90, :60], views.for_student(1, 112)) and not batch["pixels"][1, :, 90:].any()
 

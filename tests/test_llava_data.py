@@ -13,7 +13,7 @@ from tiny_vlm import picture, save_llm, save_tower
 
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data import records, samples
-from sparse_vlm.data.bad_images import blank, settle
+from sparse_vlm.data.bad_images import blank, resolve_bad_images
 from sparse_vlm.data.conversations import MIXTURES
 from sparse_vlm.data.dataset import ConversationDataset, drawn, files_of, photos_of, read_conversations, weighted
 from sparse_vlm.data.llava import LlavaFile
@@ -21,8 +21,8 @@ from sparse_vlm.data.samples import FeatureCache, arrange, build_samples, report
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.train import words
-from sparse_vlm.train.learner import Gather
-from sparse_vlm.train.words import words_of
+from sparse_vlm.train.loss_module import Collator
+from sparse_vlm.train.vocabulary import words_of
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import text_of
 from sparse_vlm.vlm.tree import merge, target_log_probs
@@ -149,7 +149,7 @@ def test_every_picture_stands_at_its_own_mark(vlm, tmp_path):
     )
     examples = dataset_of(tmp_path, *entries)
     features_cache = torch.randn(2, vlm.tokens_per_image, 32, generator=torch.Generator().manual_seed(0))
-    batch = Gather(vlm)(
+    batch = Collator(vlm)(
         [
             (one, torch.stack([features_cache[i] for i in one.photos]) if one.photos else None)
             for one in build_samples(examples, vlm.renderer)
@@ -174,9 +174,9 @@ def test_a_step_names_the_sample_whose_pictures_do_not_fit(vlm, tmp_path):
     picture("red").save(tmp_path / "red.png")
     [one] = build_samples(dataset_of(tmp_path, sample("<image> or <image>?", id="x", image=["red.png"] * 2)), vlm.renderer)
     tokens = torch.zeros(2, 5, 64)
-    assert Gather(vlm)([(one, tokens)])["names"] == [one.name]
+    assert Collator(vlm)([(one, tokens)])["names"] == [one.name]
     with pytest.raises(UserError, match=r"data.json:0 \(id x\): 10 image placeholders, but 1 images give 5 tokens"):
-        Gather(vlm)([(one, tokens[:1])])
+        Collator(vlm)([(one, tokens[:1])])
 
 
 @pytest.mark.parametrize(
@@ -402,16 +402,16 @@ def test_a_blank_picture_stands_in_for_a_bad_one(parts, vlm, damaged, tmp_path):
 def test_a_decision_is_of_one_run(tmp_path):
     picture("red").save(tmp_path / "red.png")
     examples = dataset_of(tmp_path, sample("<image>", image="red.png"), sample("<image>", image="gone.png"))
-    bad = settle(examples, "skip", tmp_path / "run")
+    bad = resolve_bad_images(examples, "skip", tmp_path / "run")
     assert list(bad) == [1]
     # other processes take over what the first one found, and find nothing themselves
     (tmp_path / "red.png").unlink()
-    assert settle(examples, "skip", tmp_path / "run", decides=False) == bad
+    assert resolve_bad_images(examples, "skip", tmp_path / "run", decides=False) == bad
     with pytest.raises(UserError, match="data.json:0: .*red.png: no such image; this run began with it"):
-        settle(examples, "skip", tmp_path / "run")
+        resolve_bad_images(examples, "skip", tmp_path / "run")
     for other, policy in ((examples, "blank"), (examples.select([1]), "skip")):
         with pytest.raises(UserError, match="bad-images.json: was decided for other data or another --on-bad-image"):
-            settle(other, policy, tmp_path / "run")
+            resolve_bad_images(other, policy, tmp_path / "run")
 
 
 def test_nothing_left_is_an_error(parts, damaged, tmp_path):

@@ -12,7 +12,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 from sparse_vlm.data.samples import Sample
 from sparse_vlm.train import parts as training_parts
-from sparse_vlm.train.learner import Gather, Learner
+from sparse_vlm.train.loss_module import Collator, LossModule
 from sparse_vlm.train.parts import FLASH, choose_attention, packable, prepare
 from sparse_vlm.train.vlm import STAGES
 from sparse_vlm.vlm import VLM
@@ -67,7 +67,7 @@ def pixels(vlm: VLM, colour: str) -> torch.Tensor:
 def step(vlm: VLM, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A batch's loss and gradients."""
     vlm.model.zero_grad(set_to_none=True)
-    loss = Learner(vlm)(batch["trees"], batch["pictures"], batch["chains"])["loss"]
+    loss = LossModule(vlm)(batch["trees"], batch["pictures"], batch["chains"])["loss"]
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in vlm.model.named_parameters() if p.grad is not None}
 
@@ -83,7 +83,7 @@ def test_conversations_need_no_mask_under_sdpa(parts):
     """Padding stands last, where the causal mask that SDPA's flash kernel has hides it."""
     vlm = learning(parts)
     vlm.model.model.language_model.set_attn_implementation("sdpa")
-    batch = Gather(vlm)(items(vlm, trees=False))
+    batch = Collator(vlm)(items(vlm, trees=False))
     assert batch["chains"] and batch["trees"].lengths == ()
     seen = []
     hook = vlm.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(
@@ -110,7 +110,7 @@ def test_flash_attention_is_given_conversations_without_padding(parts, monkeypat
     vlm = learning(parts)
     language = vlm.model.model.language_model
     language.set_attn_implementation("eager")
-    wanted = step(vlm, Gather(vlm)(items(vlm, trees=False)))
+    wanted = step(vlm, Collator(vlm)(items(vlm, trees=False)))
     calls = []
 
     @functools.wraps(varlen)  # transformers asks it which arguments it takes
@@ -122,11 +122,11 @@ def test_flash_attention_is_given_conversations_without_padding(parts, monkeypat
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **options: (None, counted, *[None] * rest))
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     language.config._attn_implementation = FLASH
-    batch = Gather(vlm)(items(vlm, trees=False))
+    batch = Collator(vlm)(items(vlm, trees=False))
     tokens = sum(batch["trees"].lengths)
     assert_same(step(vlm, batch), wanted)
     assert calls == [tokens] * 2, "once a layer, and no padding"
-    mixed = Gather(vlm)(items(vlm))
+    mixed = Collator(vlm)(items(vlm))
     assert mixed["trees"].lengths == (), "trees have a mask of their own"
     step(vlm, mixed)
     assert len(calls) == 2 and language.config._attn_implementation == "sdpa"

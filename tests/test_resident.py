@@ -21,7 +21,7 @@ from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.teachers import load_teacher
-from sparse_vlm.train.lessons import ResidentViews, Show, gather
+from sparse_vlm.train.batches import Augmentation, ResidentViews, collate
 from sparse_vlm.utils.devices import compiling, free_memory
 
 CPU = torch.device("cpu")
@@ -48,11 +48,11 @@ def test_a_devices_views_are_those_of_pillow(photos: Path) -> None:
     broken = next(i for i, photo in enumerate(views.photos) if "broken" in photo.key)
     assert list(views.unreadable) == [broken] and "not an image" in views.unreadable[broken]
     rows = [view * 161 + index for view in range(3) for index in range(8)]
-    lesson = gather([ResidentViews(views, kept, rows)[i] for i in range(len(rows))])
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in lesson.items()} == {
+    batch = collate([ResidentViews(views, kept, rows)[i] for i in range(len(rows))])
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
         "photo": (torch.int64, (24,)), "box": (torch.float32, (24, 4)), "flipped": (torch.bool, (24,)),
     }  # fmt: skip
-    found = Show(56, 56, kept, 0.0, seed=0)(lesson, step=1)["pixels"].float()
+    found = Augmentation(56, 56, kept, 0.0, seed=0)(batch, step=1)["pixels"].float()
     wanted = torch.stack([views.pixels(row) for row in rows]).float()
     apart = (found - wanted).abs().mean((1, 2, 3))
     assert apart.max() < 2.5  # of 255
@@ -63,14 +63,14 @@ def test_a_devices_views_are_those_of_pillow(photos: Path) -> None:
 def test_two_sizes_are_the_same_views(photos: Path) -> None:
     views = ViewSet(list(PhotoSet(photos))[:4], 2, 56)
     kept = ResidentPhotos(views, CPU)
-    lesson = gather([ResidentViews(views, kept, range(4, 8))[i] for i in range(4)])
-    shown = Show(112, 56, kept, 0.5, seed=3)(lesson, step=7)
+    batch = collate([ResidentViews(views, kept, range(4, 8))[i] for i in range(4)])
+    shown = Augmentation(112, 56, kept, 0.5, seed=3)(batch, step=7)
     assert shown["pixels"].shape == (4, 3, 112, 112) and shown["seen"].shape == (4, 3, 56, 56)
     smaller = nn.functional.avg_pool2d(shown["pixels"].float(), 2)
     assert (smaller - shown["seen"].float()).abs().mean() < 1.5, "mixed alike, too"
-    again = Show(112, 56, kept, 0.5, seed=3)(lesson, step=7)
+    again = Augmentation(112, 56, kept, 0.5, seed=3)(batch, step=7)
     assert torch.equal(again["pixels"], shown["pixels"])
-    assert not torch.equal(Show(112, 56, kept, 0.5, seed=3)(lesson, step=8)["pixels"], shown["pixels"])
+    assert not torch.equal(Augmentation(112, 56, kept, 0.5, seed=3)(batch, step=8)["pixels"], shown["pixels"])
 
 
 def test_view_0_is_the_centre(photos: Path) -> None:

@@ -47,7 +47,7 @@ def test_damaged_settings_are_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_bytes(text.encode("latin-1"))
     with (
         pytest.raises(UserError, match=r"settings.json: (cannot be read|holds no JSON object).*choose another --out"),
-        run.claimed(tmp_path, {}),
+        run.locked_run(tmp_path, {}),
     ):
         pass
 
@@ -62,19 +62,19 @@ def test_what_is_only_named_like_a_checkpoint_is_none(tmp_path: Path) -> None:
 
 def test_a_start_that_fails_leaves_nothing_and_a_run_that_fails_its_checkpoints(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
-    with pytest.raises(UserError, match=r"run: No space left on device"), run.claimed(out, {"seed": 0}):
+    with pytest.raises(UserError, match=r"run: No space left on device"), run.locked_run(out, {"seed": 0}):
         (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # not written to its end
         raise OSError(28, "No space left on device")
     assert not out.exists()
-    with pytest.raises(KeyError), run.claimed(out, {"seed": 0}):
+    with pytest.raises(KeyError), run.locked_run(out, {"seed": 0}):
         (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         (out / "checkpoints" / "checkpoint-1" / "complete").write_text("{}")
         (out / "checkpoints" / "checkpoint-2").mkdir()
         raise KeyError
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-1"]
-    with pytest.raises(UserError, match="another seed"), run.claimed(out, {"seed": 1}):
+    with pytest.raises(UserError, match="another seed"), run.locked_run(out, {"seed": 1}):
         pass
-    with run.claimed(out, {"seed": 0}):
+    with run.locked_run(out, {"seed": 0}):
         pass
 
 
@@ -168,14 +168,14 @@ def test_arrays_that_are_not_as_they_say_are_asked_for_again(
 ) -> None:
     whole = cache_of(tmp_path, teacher, photos)
     whole.fill(teacher)
-    wanted = [whole.answers(row) for row in range(16)]
+    wanted = [whole.outputs(row) for row in range(16)]
     path = whole.folder / name
     path.write_bytes(change(path.read_bytes()))
     again = cache_of(tmp_path, teacher, photos)
     assert again.done == 8
     again.fill(teacher)
     for row in range(16):
-        assert all(torch.equal(a, b) for a, b in zip(again.answers(row), wanted[row], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(again.outputs(row), wanted[row], strict=True))
 
 
 @pytest.mark.parametrize("name", ["embeds-0.npy", "patches-0.npy"])
@@ -186,9 +186,9 @@ def test_a_row_that_is_not_what_was_written_is_never_learnt_from(name: str, teac
     data[-64:] = bytes(64)  # of the same size, as a copy that was cut off leaves it
     (cache.folder / name).write_bytes(data)
     again = cache_of(tmp_path, teacher, photos)
-    again.answers(0)
+    again.outputs(0)
     with pytest.raises(UserError, match=r"row 7 of view 0 is not what was written"):
-        again.answers(7)
+        again.outputs(7)
     with pytest.raises(UserError, match=r"row 7 of view 0"):
         again.statistics()
 

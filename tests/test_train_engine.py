@@ -20,7 +20,7 @@ from sparse_vlm.hub.zoo import describe_folder
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.train.cost import token_cost
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
-from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
+from sparse_vlm.train.loss_module import Collator, LiveImages, LossModule, Samples, VLMTrainer
 from sparse_vlm.train.parts import choose_attention, prepare, save_memory
 from sparse_vlm.train.run import check_reporters
 from sparse_vlm.train.vlm import STAGES, Engine, Stage, train
@@ -65,7 +65,7 @@ def learn(parts, photos, out, stage=LEARNS, rank=2, visits=8, init=None, engine=
     samples = arrange(build_samples(talks_about(photos, visits), vlm.renderer), stage.batch_size)
     groups = prepare(vlm, stage, rank, **tower)
     if tower:
-        features_cache = LivePictures(vlm.tower.config, samples.examples.photos)
+        features_cache = LiveImages(vlm.tower.config, samples.examples.photos)
     else:
         features_cache = FeatureCache(out.parent / "cache", vlm.tower, samples.examples.photos)
         features_cache.fill(range(len(samples.examples.photos)))
@@ -128,7 +128,7 @@ def test_an_interrupted_run_with_a_tuned_tower_goes_on_exactly(parts, photos, tm
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     straight, _ = learn(parts, photos, tmp_path / "a" / "run", rank=None, tune_tower=True)
-    steps, original = [], LearnerTrainer.compute_loss
+    steps, original = [], VLMTrainer.compute_loss
 
     def interrupting(self, *args, **kwargs):
         steps.append(1)
@@ -136,7 +136,7 @@ def test_an_interrupted_run_with_a_tuned_tower_goes_on_exactly(parts, photos, tm
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(LearnerTrainer, "compute_loss", interrupting)
+    monkeypatch.setattr(VLMTrainer, "compute_loss", interrupting)
     _, complete = learn(parts, photos, tmp_path / "b" / "run", rank=None, tune_tower=True)
     assert not complete and len(steps) == 3
     resumed, complete = learn(parts, photos, tmp_path / "b" / "run", rank=None, tune_tower=True)
@@ -184,7 +184,7 @@ def test_groups_cover_every_parameter_once(parts, held):
 
 def gradients(vlm, batch) -> dict[str, torch.Tensor]:
     vlm.model.train()
-    Learner(vlm)(**{name: value for name, value in batch.items() if name != "names"})["loss"].backward()
+    LossModule(vlm)(**{name: value for name, value in batch.items() if name != "names"})["loss"].backward()
     found = {name: parameter.grad for name, parameter in vlm.model.named_parameters() if parameter.grad is not None}
     vlm.model.zero_grad(set_to_none=True)
     return found
@@ -194,8 +194,8 @@ def test_activations_computed_again_give_the_same_gradients(parts, photos):
     vlm = VLM.build(*parts, dtype=torch.float32)
     samples = build_samples(talks_about(photos, 1), vlm.renderer)
     prepare(vlm, LEARNS, 2, tune_tower=True)
-    shown = Samples(samples, LivePictures(vlm.tower.config, samples.examples.photos))
-    batch = Gather(vlm)([shown[i] for i in range(4)])
+    shown = Samples(samples, LiveImages(vlm.tower.config, samples.examples.photos))
+    batch = Collator(vlm)([shown[i] for i in range(4)])
     kept = gradients(vlm, batch)
     assert {name.split(".")[1] for name in kept} == {"vision_tower", "multi_modal_projector", "language_model"}
     save_memory(vlm)
@@ -226,15 +226,15 @@ def test_which_attention_runs_is_said(parts, monkeypatch):
     from sparse_vlm.train import parts as training_parts
 
     vlm = VLM.build(*parts, dtype=torch.bfloat16)
-    assert choose_attention(vlm).startswith("plain") and not Learner(vlm)._attend(chains=True)
+    assert choose_attention(vlm).startswith("plain") and not LossModule(vlm)._attend(chains=True)
     monkeypatch.setattr(type(vlm.model), "device", torch.device("cuda"))
     assert choose_attention(vlm).startswith("SDPA")
-    assert Learner(vlm)._attend(chains=True) and not Learner(vlm)._attend(chains=False)
+    assert LossModule(vlm)._attend(chains=True) and not LossModule(vlm)._attend(chains=False)
     monkeypatch.setattr(training_parts, "is_flash_attn_2_available", lambda: True)
     language = vlm.model.model.language_model
     monkeypatch.setattr(type(language), "set_attn_implementation", lambda self, name: setattr(self.config, "_attn_implementation", name))
     assert choose_attention(vlm).startswith("flash-attention 2 for single conversations, packed without padding; SDPA")
-    learner = Learner(vlm)
+    learner = LossModule(vlm)
     assert learner._attend(chains=True) and language.config._attn_implementation == "flash_attention_2"
     assert not learner._attend(chains=False) and language.config._attn_implementation == "sdpa"
     assert learner._attend(chains=True)
@@ -259,7 +259,7 @@ def talkative(photos) -> ConversationDataset:
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_batch_in_parts_teaches_what_the_whole_does(parts, photos, tmp_path, monkeypatch, at_once):
     """Each target counts the same, in whichever part it is, also where parts have several times as many as others."""
-    sizes, gradients, original = [], [], Learner.forward
+    sizes, gradients, original = [], [], LossModule.forward
 
     def forward(self, trees, *args, **kwargs):
         sizes.append(len(trees.input_ids))
@@ -268,7 +268,7 @@ def test_a_batch_in_parts_teaches_what_the_whole_does(parts, photos, tmp_path, m
     def before_update(self, args, state, control, optimizer, **kwargs):
         gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
 
-    monkeypatch.setattr(Learner, "forward", forward)
+    monkeypatch.setattr(LossModule, "forward", forward)
     monkeypatch.setattr(FiniteSteps, "on_pre_optimizer_step", before_update)
     for part in (4, at_once):
         vlm = VLM.build(*parts, dtype=torch.float32)
@@ -299,7 +299,7 @@ def test_parts_of_a_batch(parts, photos, tmp_path):
 
 def spoil(monkeypatch, bad: set[int], gradient: bool = False) -> None:
     """Make the loss of some steps, by their numbers from 1, not a number; or their gradient alone."""
-    count, original = [], Learner.forward
+    count, original = [], LossModule.forward
 
     def forward(self, *args, **kwargs):
         out = original(self, *args, **kwargs)
@@ -310,7 +310,7 @@ def spoil(monkeypatch, bad: set[int], gradient: bool = False) -> None:
             out["loss"] = out["loss"] * torch.nan
         return out
 
-    monkeypatch.setattr(Learner, "forward", forward)
+    monkeypatch.setattr(LossModule, "forward", forward)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -430,7 +430,7 @@ def test_interrupted_run_goes_on_where_it_stopped(parts, tmp_path, monkeypatch):
     from sparse_vlm.train import vlm as training
 
     seen = []
-    original = training.LearnerTrainer.compute_loss
+    original = training.VLMTrainer.compute_loss
 
     def interrupting(self, *args, **kwargs):
         seen.append(1)
@@ -438,7 +438,7 @@ def test_interrupted_run_goes_on_where_it_stopped(parts, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LearnerTrainer, "compute_loss", interrupting)
+    monkeypatch.setattr(training.VLMTrainer, "compute_loss", interrupting)
     _, complete = learn(parts, tmp_path / "b" / "run", stage, rank=2)
     assert not complete
     assert len(seen) == 5

@@ -53,7 +53,7 @@ def alone(tower: SparseFormer, one: Photo | Image.Image) -> torch.Tensor:
 
 def test_a_learning_tower_is_given_images_of_many_shapes_at_once(folder: str, photos: list[Photo], tmp_path: Path) -> None:
     from sparse_vlm.data.samples import Sample
-    from sparse_vlm.train.learner import Gather, Learner, LivePictures, Samples
+    from sparse_vlm.train.loss_module import Collator, LiveImages, LossModule, Samples
     from sparse_vlm.vlm.prompts import assistant, user
     from sparse_vlm.vlm.tree import merge
 
@@ -62,17 +62,17 @@ def test_a_learning_tower_is_given_images_of_many_shapes_at_once(folder: str, ph
     vlm.tower.requires_grad_(True)
     said = merge([vlm.renderer.render([user("What?", 1), assistant("This.")])])
     samples = [Sample(f"sample {i}", (i,), said) for i in range(len(photos))]
-    shown = Samples(samples, LivePictures(vlm.tower.config, photos))
-    batch = Gather(vlm)([shown[i] for i in range(len(photos))])
+    shown = Samples(samples, LiveImages(vlm.tower.config, photos))
+    batch = Collator(vlm)([shown[i] for i in range(len(photos))])
     assert isinstance(batch["pictures"], Inputs)
     assert batch["pictures"].image_sizes.tolist() == [[60, 90], [96, 40], [10, 96]]
-    learner = Learner(vlm)
+    learner = LossModule(vlm)
     with torch.no_grad():
         for features, one in zip(learner.features(batch["pictures"]), photos, strict=True):
             torch.testing.assert_close(features, vlm.image_features([one.load()])[0], atol=1e-4, rtol=1e-4)
     learner(batch["trees"], batch["pictures"].to("cpu"), batch["chains"])["loss"].backward()
     assert vlm.tower.glance.patch_embed.weight.grad.abs().max() > 0
-    text = Gather(vlm)([(Sample("text", (), merge([vlm.renderer.render([user("Hello?"), assistant("Yes.")])])), [])])
+    text = Collator(vlm)([(Sample("text", (), merge([vlm.renderer.render([user("Hello?"), assistant("Yes.")])])), [])])
     assert text["pictures"] is None and learner(text["trees"], None, text["chains"])["loss"].isfinite()
 
 

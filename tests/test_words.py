@@ -17,9 +17,9 @@ from sparse_vlm.data.words import words_about
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.train import words as learning
-from sparse_vlm.train.reading import WordPictures
+from sparse_vlm.train.text_images import WordImages
 from sparse_vlm.train.vlm import STAGES, prepare, train
-from sparse_vlm.train.words import say_words, words_of
+from sparse_vlm.train.vocabulary import pretrain_projector, words_of
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import assistant, user
 
@@ -78,7 +78,7 @@ def test_the_projector_learns_to_say_what_is_there(vlm, tmp_path, monkeypatch):
     vlm.projector.float().requires_grad_(True)
     before = {name: t.clone() for name, t in vlm.model.state_dict().items()}
     seen: list[int] = []
-    learnt = say_words(vlm, words, features_cache, epochs=12, on_photos=seen.append)
+    learnt = pretrain_projector(vlm, words, features_cache, epochs=12, on_photos=seen.append)
 
     held_out = 90 - sum(seen) // 12
     assert 0 < held_out < 15 and sum(seen) == 12 * (90 - held_out)
@@ -107,7 +107,7 @@ def test_words_about_a_photo_are_what_is_there(tmp_path):
 def test_pictures_of_words_show_every_word(vlm, tmp_path):
     examples = talks_about_colors(tmp_path, 3)
     embeddings = vlm.model.get_input_embeddings().weight
-    shown = WordPictures(vlm, ConversationDataset.of(examples))[0]
+    shown = WordImages(vlm, ConversationDataset.of(examples))[0]
     assert shown.shape == (vlm.tokens_per_image, embeddings.shape[1])
     # the tokenizer of tests knows bytes: each word begins with a space
     assert {tuple(row) for row in shown.tolist()} == {tuple(embeddings[vlm.tokenizer.encode(" ")[0]].tolist())}
@@ -129,7 +129,7 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
     fresh = {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
 
     def last_loss(shown: list[str]) -> float:
-        pictures = WordPictures(vlm, dataset)
+        pictures = WordImages(vlm, dataset)
         # this tokenizer begins every word with the same byte, and these are told by another
         pictures._ids = {i: vlm.tokenizer.encode(letter) for i, letter in enumerate(shown)}
         with torch.no_grad():

@@ -84,6 +84,6 @@ def test_sizes_that_a_file_leaves_open_are_those_of_the_models_width(under_torch
 
 def test_tensors_that_are_whole_are_left_alone() -> None:
     layer = nn.Linear(2, 2)
-    with zero.whole(layer.parameters(), change=True), torch.no_grad():
+    with zero.gathered_parameters(layer.parameters(), change=True), torch.no_grad():
         layer.weight.zero_()
     assert not layer.weight.any()

@@ -27,7 +27,7 @@ from sparse_vlm.bench.machine import describe, versions
 from sparse_vlm.data.samples import Sample
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.preprocess import Preprocessor
-from sparse_vlm.train.learner import Gather, Learner
+from sparse_vlm.train.loss_module import Collator, LossModule
 from sparse_vlm.train.parts import choose_attention, computes_in_bfloat16, prepare
 from sparse_vlm.train.vlm import STAGES
 from sparse_vlm.utils.devices import few_tokens, own_device
@@ -160,8 +160,8 @@ def _told(vlm: VLM, prompts: list[list[Message]], photo: Image.Image, seen: torc
 def _step(vlm: VLM, trees: list[Any], tokens: torch.Tensor) -> None:
     """A training step's forward and backward pass, as `sparse-vlm train` computes it."""
     device = vlm.model.device
-    batch = Gather(vlm)([(Sample("a photo", (0,), tree), tokens[None].cpu()) for tree in trees])
-    learner = Learner(vlm).train()
+    batch = Collator(vlm)([(Sample("a photo", (0,), tree), tokens[None].cpu()) for tree in trees])
+    learner = LossModule(vlm).train()
     with few_tokens(device), torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(vlm)):
         loss = learner(batch["trees"].to(device), batch["pictures"].to(device), batch["chains"])["loss"]
     loss.backward()

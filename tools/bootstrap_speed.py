@@ -31,8 +31,8 @@ from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.teachers import Teacher, load_teacher
 from sparse_vlm.teachers.load import read_open_clip
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.train.batches import Augmentation, LiveViews, ResidentViews, collate
 from sparse_vlm.train.bootstrap import adamw, compile_parts, groups_of
-from sparse_vlm.train.lessons import LiveViews, ResidentViews, Show, gather
 from sparse_vlm.utils.devices import few_tokens, native_dtype, own_device, use_processors
 from sparse_vlm.utils.files import write_json
 
@@ -101,8 +101,8 @@ class Step:
         rows = range(len(views.photos), len(views))  # of the second view: a random crop
         photos = ResidentPhotos(views, self.device) if resident else None
         size = tower.config.image_size
-        self._lessons = LiveViews(views, rows, size) if photos is None else ResidentViews(views, photos, rows)
-        self._show = Show(size, views.size, photos, self.recipe.mixed, seed)
+        self._batches = LiveViews(views, rows, size) if photos is None else ResidentViews(views, photos, rows)
+        self._show = Augmentation(size, views.size, photos, self.recipe.mixed, seed)
         self._ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), self.device)
         if compiled:
             compile_parts(tower, self._ask)
@@ -120,12 +120,12 @@ class Step:
     def photos(self, nothing: None) -> dict[str, torch.Tensor]:
         rows = range(self._next, self._next + self.batch)
         self._next += self.batch
-        lesson = gather([self._lessons[row % len(self._lessons)] for row in rows])
-        return self._show({name: value.to(self.device) for name, value in lesson.items()}, self._next // self.batch)
+        batch = collate([self._batches[row % len(self._batches)] for row in rows])
+        return self._show({name: value.to(self.device) for name, value in batch.items()}, self._next // self.batch)
 
-    def _teacher(self, lesson: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        embeds, tokens = self._ask(lesson.get("seen", lesson["pixels"]))
-        return {"pixels": lesson["pixels"], "embeds": embeds, "tokens": tokens}
+    def _teacher(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        embeds, tokens = self._ask(batch.get("seen", batch["pixels"]))
+        return {"pixels": batch["pixels"], "embeds": embeds, "tokens": tokens}
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -140,10 +140,10 @@ class Step:
         self._optimizer.zero_grad()
         update_average(self._average, self._model.tower, self.recipe.ema)
 
-    def learn(self, lesson: dict[str, torch.Tensor]) -> None:
+    def learn(self, batch: dict[str, torch.Tensor]) -> None:
         """A step on photos that are there, each part beginning as soon as it can."""
         with few_tokens(self.device):
-            self._optimize(self._backward(self._forward(self._teacher(lesson))))
+            self._optimize(self._backward(self._forward(self._teacher(batch))))
 
     def run(self) -> dict[str, float]:
         """One step; seconds of each part."""
@@ -164,12 +164,12 @@ def measure(step: Step, rounds: int) -> dict[str, Any]:
     ms = {part: 1000 * statistics.median(seconds[part] for seconds in taken) / step.batch for part in PARTS}
     peak = peaks(native_dtype(step.device), step.device)
     student = ms["forward"] + ms["backward"] + ms["optimizer"]
-    lesson, taken = step.photos(None), []
+    batch, taken = step.photos(None), []
     for _ in range(rounds):
         synchronize(step.device)
         began = time.perf_counter()
         for _ in range(IN_A_ROW):
-            step.learn(lesson)
+            step.learn(batch)
         synchronize(step.device)
         taken.append((time.perf_counter() - began) / IN_A_ROW)
     together = 1000 * statistics.median(taken) / step.batch

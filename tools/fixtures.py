@@ -70,7 +70,7 @@ def asked(i: int) -> dict[str, Any]:
 def write_noise(folder: Path, count: int) -> None:
     """Images of noise, a few of which a bootstrap holds out."""
     from sparse_vlm.images.photos import Photo
-    from sparse_vlm.train.lessons import held_out
+    from sparse_vlm.train.batches import held_out
 
     folder.mkdir()
     names = [f"{i:04d}.png" for i in range(1000)]

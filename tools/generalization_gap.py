@@ -27,7 +27,7 @@ from sparse_vlm.eval.metrics import Metric, mean
 from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.teachers import load_teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.lessons import Lesson, held_out, lessons_now, live_statistics
+from sparse_vlm.train.batches import Batch, batches_now, held_out, live_statistics
 from sparse_vlm.utils.devices import native_dtype, own_device, use_processors
 from sparse_vlm.utils.files import write_json
 
@@ -35,7 +35,7 @@ SIDES = {"cosine": "embedding", "token_cosine": "tokens"}
 
 
 @torch.no_grad()
-def closeness(model: Distillation, lessons: Sequence[Lesson], num_tokens: int | None) -> dict[str, Metric]:
+def closeness(model: Distillation, batches: Sequence[Batch], num_tokens: int | None) -> dict[str, Metric]:
     """Mean centred cosines over photos, by the names of `SIDES`, with 95 % intervals.
 
     Args:
@@ -44,8 +44,8 @@ def closeness(model: Distillation, lessons: Sequence[Lesson], num_tokens: int | 
     device = model.embed_mean.device
     rows = []
     with torch.autocast(device.type, torch.bfloat16, enabled=native_dtype(device) == torch.bfloat16):
-        for lesson in lessons:
-            said = model(**{key: value[None].to(device) for key, value in lesson.items()}, num_tokens=num_tokens)
+        for batch in batches:
+            said = model(**{key: value[None].to(device) for key, value in batch.items()}, num_tokens=num_tokens)
             rows.append([said[key].item() for key in SIDES])
     return {key: mean(values, "") for key, values in zip(SIDES, np.array(rows).T, strict=True)}
 
@@ -68,11 +68,11 @@ def measure(student: str, teacher: str, data: Sequence[str], tokens: Sequence[in
     ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), device)
     model = Distillation(tower, live_statistics(views, seen, ask), 0.0).to(device)
     groups = {"learnt from": seen, "held out": unseen}
-    lessons = {name: lessons_now(views, indices, tower.config.image_size, ask) for name, indices in groups.items()}
+    batches = {name: batches_now(views, indices, tower.config.image_size, ask) for name, indices in groups.items()}
     return [
         {"tokens": number or tower.config.num_latent_tokens, "photos": name, **closeness(model, some, number)}
         for number in tokens
-        for name, some in lessons.items()
+        for name, some in batches.items()
     ]
 
 

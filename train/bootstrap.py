@@ -38,7 +38,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import PhotoError
 from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.lessons import CachedViews, LiveViews, ResidentViews, Show, gather, held_out, lessons_now, live_statistics
+from sparse_vlm.train.batches import Augmentation, CachedViews, LiveViews, ResidentViews, batches_now, collate, held_out, live_statistics
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import (
     HISTORY,
@@ -48,16 +48,16 @@ from sparse_vlm.train.run import (
     StopOnSignal,
     arguments,
     carry_out,
-    claimed,
     curve_of,
     finished,
     latest_checkpoint,
+    locked_run,
     made,
     of_all_processes,
 )
-from sparse_vlm.train.zero import announce, whole, with_sizes
+from sparse_vlm.train.zero import gathered_parameters, register_external_parameters, with_sizes
 from sparse_vlm.utils.devices import compiling, few_tokens, native_dtype, own_device, rank
-from sparse_vlm.utils.files import aside, write_text
+from sparse_vlm.utils.files import atomic_path, write_text
 
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
@@ -92,7 +92,7 @@ class BootstrapTrainer(Trainer):
     average: dict[str, Tensor]
     bf16: bool
     ask: LiveTeacher | None = None
-    show: Show
+    show: Augmentation
     small: float = 0.0
     side: int = 0  # of the canvas for views that are shown small
     unreadable: set[int]
@@ -170,7 +170,7 @@ class AveragedWeights(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Follow the weights; a young average is shorter, so that it forgets where it began."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        with whole(self.model.tower.parameters()):
+        with gathered_parameters(self.model.tower.parameters()):
             update_average(self.average, self.model.tower, decay)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -214,7 +214,7 @@ def bootstrap(
     settings = settings_of(recipe_name, recipe, teacher, views, seed, deepspeed, resident is not None, begun)
     if finished(out, settings):
         return True
-    with claimed(out, settings):
+    with locked_run(out, settings):
         return _train(recipe, teacher, views, out, mapping, tower, settings, seed, deepspeed, resident, compiled)
 
 
@@ -254,7 +254,7 @@ def _train(
     resident: ResidentPhotos | None,
     compiled: bool,
 ) -> bool:
-    """`bootstrap` in a folder that is claimed for these settings."""
+    """`bootstrap` in a folder that is locked for these settings."""
     own = own_device()
     device = own.type
     bf16 = native_dtype(own) == torch.bfloat16
@@ -269,17 +269,17 @@ def _train(
         raise UserError(f"{count} photos are too few: none is left to train on, or none to hold out")
     ask = None
     if isinstance(views, TeacherCache):
-        lessons, tests, known = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.statistics()
+        train_views, tests, known = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.statistics()
     else:
         ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
-        lessons = LiveViews(views, rows, size) if resident is None else ResidentViews(views, resident, rows)
-        tests, known = lessons_now(views, test_rows, size, ask), live_statistics(views, indices, ask)
+        train_views = LiveViews(views, rows, size) if resident is None else ResidentViews(views, resident, rows)
+        tests, known = batches_now(views, test_rows, size, ask), live_statistics(views, indices, ask)
 
     if compiled:
         compile_parts(tower, ask)
     model = Distillation(tower, known, recipe.dense_weight, recipe.relation_weight, recipe.whitened)
     if deepspeed is not None:
-        announce(tower)
+        register_external_parameters(tower)
     average: dict[str, Tensor] = {}
     args = arguments(
         out,
@@ -299,9 +299,9 @@ def _train(
         trainer = BootstrapTrainer(
             model=model,
             args=args,
-            train_dataset=lessons,
+            train_dataset=train_views,
             eval_dataset=tests,
-            data_collator=gather,
+            data_collator=collate,
             callbacks=[
                 EndsInTime(),
                 AveragedWeights(model, average, recipe.ema),
@@ -317,7 +317,7 @@ def _train(
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
         trainer.ask, trainer.unreadable = ask, set()
-        trainer.show = Show(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, seed)
+        trainer.show = Augmentation(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, seed)
         trainer.budgets = tower.config.budgets
         trainer.small, trainer.side = recipe.small, views.size
         if compiled:
@@ -354,13 +354,13 @@ def _why(views: ViewSet, index: int) -> str:
 
 
 def _copies(tower: SparseFormer) -> dict[str, Tensor]:
-    with whole(tower.parameters()):
+    with gathered_parameters(tower.parameters()):
         return {name: p.detach().clone() for name, p in tower.named_parameters()}
 
 
 @torch.no_grad()
 def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
-    with whole(tower.parameters(), change=True):
+    with gathered_parameters(tower.parameters(), change=True):
         for name, parameter in tower.named_parameters():
             parameter.copy_(values[name])
 
@@ -388,7 +388,7 @@ def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(settings["recipe"])
-    with aside(out / "loss.png") as part:
+    with atomic_path(out / "loss.png") as part:
         figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
     write_text(out / HISTORY, json.dumps(document, indent=1) + "\n")  # last: it says that the run is complete

@@ -189,7 +189,7 @@ def choose_attention(vlm: VLM) -> str:
     """Set how the LLM computes attention, and say it.
 
     A tree needs a mask of its own, which flash-attention does not take: batches of plain conversations go through it, packed into one row,
-    trees through SDPA (`train.learner`).
+    trees through SDPA (`train.loss_module`).
     """
     language = vlm.model.model.language_model
     if vlm.model.device.type == "cpu":

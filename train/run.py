@@ -280,7 +280,7 @@ def latest_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+def locked_run(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Have a folder for oneself and tie it to a run's settings, so that a resumed run is the same run. To be entered around the run; of
     several processes the first claims it.
 
@@ -296,7 +296,7 @@ def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
         return
     with about(out), locked(out):
         began = (out / SETTINGS).exists()
-        claim(out, settings)
+        lock_settings(out, settings)
         try:
             yield
         except BaseException:
@@ -316,7 +316,7 @@ def _take_back(out: Path) -> None:
         (out / "checkpoints").rmdir()
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
+def lock_settings(out: Path, settings: dict[str, Any]) -> None:
     """Tie a folder to a run's settings.
 
     Raises:

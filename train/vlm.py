@@ -4,8 +4,8 @@
     sparse-vlm train --stage align --init build/read --data 'photos/*.tar' --out build/align
     sparse-vlm train --stage instruct --init build/align --data 'photos/*.tar' --out build/chat
 
-`read` teaches a small LLM to answer from words that stand in an image's place (`train.reading`); larger ones do without. `align` trains
-the projector alone, on captions and names, after it has learnt words without the LLM (`train.words`); `instruct` trains projector and LLM
+`read` teaches a small LLM to answer from words that stand in an image's place (`train.text_images`); larger ones do without. `align` trains
+the projector alone, on captions and names, after it has learnt words without the LLM (`train.vocabulary`); `instruct` trains projector, LLM
 (LoRA on every linear layer, or all of it). The tower is frozen unless it is asked to learn, itself or through adapters (`train.parts`).
 
 Notable: runs on transformers' Trainer, also in several processes (`torchrun --nproc-per-node N --no-python sparse-vlm train ...`), which
@@ -29,10 +29,9 @@ from transformers import PrinterCallback, TrainerCallback
 from sparse_vlm.data.samples import FeatureCache, Sample
 from sparse_vlm.errors import UserError
 from sparse_vlm.train.finite import FiniteSteps
-from sparse_vlm.train.learner import Gather, Learner, LearnerTrainer, LivePictures, Samples
+from sparse_vlm.train.loss_module import Collator, LiveImages, LossModule, Samples, VLMTrainer
 from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
 from sparse_vlm.train.progress import ProgressLine
-from sparse_vlm.train.reading import WordPictures
 from sparse_vlm.train.run import (
     HISTORY,
     EndsInTime,
@@ -41,16 +40,17 @@ from sparse_vlm.train.run import (
     StopOnSignal,
     arguments,
     carry_out,
-    claimed,
     curve_of,
     finished,
     latest_checkpoint,
+    locked_run,
     made,
     reporters,
 )
-from sparse_vlm.train.zero import announce, gathered, shares_weights, with_sizes
+from sparse_vlm.train.text_images import WordImages
+from sparse_vlm.train.zero import gathered, register_external_parameters, shares_weights, with_sizes
 from sparse_vlm.utils.devices import few_tokens, rank, world_size
-from sparse_vlm.utils.files import aside, write_text
+from sparse_vlm.utils.files import atomic_path, write_text
 from sparse_vlm.vlm import VLM
 
 __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "prepare", "train", "write_history"]
@@ -62,8 +62,8 @@ class Stage(Rates):
 
     Attributes:
         batch_size: photos a step.
-        pictures_of_words: whether words stand in an image's place (`train.reading`).
-        word_epochs: how often a new projector goes over the photos to learn words (`train.words`) before the stage begins.
+        pictures_of_words: whether words stand in an image's place (`train.text_images`).
+        word_epochs: how often a new projector goes over the photos to learn words (`train.vocabulary`) before the stage begins.
     """
 
     batch_size: int = 16
@@ -121,7 +121,7 @@ ENGINE = Engine()
 class TrainedAlone(TrainerCallback):
     """DeepSpeed's checkpoints without what is frozen."""
 
-    trainer: LearnerTrainer
+    trainer: VLMTrainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The engine exists by now."""
@@ -134,7 +134,7 @@ def train(
     groups: list[Group],
     stage: Stage,
     samples: Sequence[Sample],
-    features_cache: FeatureCache | LivePictures | WordPictures,
+    features_cache: FeatureCache | LiveImages | WordImages,
     out: Path,
     settings: dict[str, Any],
     max_steps: int | None = None,
@@ -159,7 +159,7 @@ def train(
         raise UserError(f"--deepspeed: ZeRO-3 cannot share weights in {vlm.quantized}; take zero1 or zero2, or leave --quantize out")
     if finished(out, settings):
         return True
-    with claimed(out, settings):
+    with locked_run(out, settings):
         return _train(vlm, groups, stage, samples, features_cache, out, settings, max_steps, seed, engine)
 
 
@@ -168,21 +168,21 @@ def _train(
     groups: list[Group],
     stage: Stage,
     samples: Sequence[Sample],
-    features_cache: FeatureCache | LivePictures | WordPictures,
+    features_cache: FeatureCache | LiveImages | WordImages,
     out: Path,
     settings: dict[str, Any],
     max_steps: int | None,
     seed: int,
     engine: Engine,
 ) -> bool:
-    """`train` in a folder that is claimed for these settings."""
+    """`train` in a folder that is locked for these settings."""
     batch = min(stage.batch_size, len(samples))
     steps = len(samples) // batch if max_steps is None else min(max_steps, len(samples) // batch)
     device = vlm.model.device.type
     if engine.gradient_checkpointing:
         save_memory(vlm, engine.shares_weights)
     if engine.deepspeed is not None:
-        announce(vlm.tower)
+        register_external_parameters(vlm.tower)
     args = arguments(
         out,
         device,
@@ -198,11 +198,11 @@ def _train(
     )
     with StopOnSignal() as stop:
         finite = FiniteSteps(engine.max_bad_steps, engine.deepspeed is not None, args.gradient_accumulation_steps > 1)
-        trainer = LearnerTrainer(
-            model=Learner(vlm, project=not stage.pictures_of_words),
+        trainer = VLMTrainer(
+            model=LossModule(vlm, project=not stage.pictures_of_words),
             args=args,
             train_dataset=Samples(samples, features_cache),
-            data_collator=Gather(vlm),
+            data_collator=Collator(vlm),
             callbacks=[
                 EndsInTime(),
                 finite,
@@ -244,7 +244,7 @@ def write_history(out: Path, settings: dict[str, Any], history: list[dict[str, A
     axis.plot(*zip(*points, strict=True), linewidth=1)
     axis.set(title=f"stage {settings['stage']}", xlabel="photos", ylabel="negative log-likelihood a token")
     axis.grid(alpha=0.3)
-    with aside(out / "loss.png") as part:
+    with atomic_path(out / "loss.png") as part:
         figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
     # last: it says that the run is complete

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 --no-python sparse-vlm bootstrap --deepspeed zero3 --recipe paper-clip-large ...
 
 Notable: weights stay float32 and are multiplied in bfloat16 under DeepSpeed's own autocast, because a coordinate in bfloat16 has a
-resolution of one pixel in 256. Under stage 3 a process holds a part of each tensor; who needs whole tensors asks for them with `whole`.
+resolution of one pixel in 256. Under stage 3 a process holds a part of each tensor; `gathered_parameters` gives whole tensors.
 Source: ZeRO (arXiv 1910.02054), ZeRO-Offload (arXiv 2101.06840).
 """
 
@@ -137,7 +137,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def whole(tensors: Iterable[Tensor], change: bool = False) -> Any:
+def gathered_parameters(tensors: Iterable[Tensor], change: bool = False) -> Any:
     """Tensors as they are, also where a process holds only its part of each.
 
     Small tensors, which DeepSpeed keeps whole between two steps, are whole in float32 afterwards, as a step and a checkpoint of its leave
@@ -163,13 +163,13 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors whole and on the CPU, one after another, in the first process; nothing in the others, which must call it as well."""
     kept = {}
     for name, tensor in tensors.items():
-        with whole([tensor]):
+        with gathered_parameters([tensor]):
             if rank() == 0:
                 kept[name] = tensor.detach().to("cpu", copy=True)
     return kept
 
 
-def announce(model: nn.Module) -> None:
+def register_external_parameters(model: nn.Module) -> None:
     """Tell DeepSpeed which tensors a module reads of a child without calling it, so that it has them whole by then: tables, and the patch
     embedding that a cropping glance multiplies with."""
     import deepspeed

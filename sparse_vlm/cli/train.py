@@ -100,11 +100,11 @@ def train(
     from sparse_vlm.data.words import words_about
     from sparse_vlm.errors import UserError
     from sparse_vlm.train import vlm as training
-    from sparse_vlm.train.learner import LivePictures
+    from sparse_vlm.train.loss_module import LiveImages
     from sparse_vlm.train.parts import choose_attention
-    from sparse_vlm.train.reading import WordPictures
     from sparse_vlm.train.run import check_reporters, finished, marked_checkpoints
-    from sparse_vlm.train.words import say_words, words_of
+    from sparse_vlm.train.text_images import WordImages
+    from sparse_vlm.train.vocabulary import pretrain_projector, words_of
     from sparse_vlm.train.zero import find_config
     from sparse_vlm.utils.devices import own_device, use_processors
     from sparse_vlm.utils.devices import rank as process_rank
@@ -182,14 +182,14 @@ def train(
     if chosen.pictures_of_words:
         features_cache = None
     elif live:
-        features_cache = LivePictures(vlm.tower.config, examples.photos, owner=first, threads=threads or 1)
+        features_cache = LiveImages(vlm.tower.config, examples.photos, owner=first, threads=threads or 1)
     else:
         features_cache = FeatureCache(cache, vlm.tower, examples.photos, owner=first)
     with locked(out) if first else nullcontext():  # from here on something is written to it
         built, bad = _look(console, built, features_cache, "reading" if live else "looking", on_bad_image, out, first)
         examples = built.examples
         if features_cache is None:
-            features_cache = WordPictures(vlm, examples, seed)
+            features_cache = WordImages(vlm, examples, seed)
         built = arrange(built, chosen.batch_size, seed)
         settings = {
             "stage": stage,
@@ -230,7 +230,7 @@ def train(
                 with counting(console, "looking", "photos", len(heard.missing(words.photos))) as advance:
                     heard.fill([photo for photo in words.photos if photo not in bad], advance)
             with counting(console, f"saying {len(words.names):,} words", "photos", len(words.photos) * chosen.word_epochs) as advance:
-                learnt = say_words(vlm, words, heard, chosen.word_epochs, seed, advance)
+                learnt = pretrain_projector(vlm, words, heard, chosen.word_epochs, seed, advance)
             if learnt:
                 console.print(
                     f"the word that a new photo's tokens say most is said of it in {learnt['first']:.0%} of the cases "
@@ -272,7 +272,7 @@ def _look(
         The samples that remain, and the images that cannot be used.
     """
     from sparse_vlm.cli.progress import counting
-    from sparse_vlm.data.bad_images import DECISIONS, settle
+    from sparse_vlm.data.bad_images import DECISIONS, resolve_bad_images
     from sparse_vlm.errors import UserError
 
     def look(wanted: Any, on_bad: Any) -> None:
@@ -284,7 +284,7 @@ def _look(
         else:
             console.print(f"{label}: {len(wanted)} photos, all done before")
 
-    bad = settle(samples.examples, on_bad_image, out, first, look)
+    bad = resolve_bad_images(samples.examples, on_bad_image, out, first, look)
     kept = samples.without(bad) if on_bad_image == "skip" else samples
     if not len(kept):
         raise UserError(f"--on-bad-image skip: no sample is left, as {len(bad):,} images cannot be used; {out / DECISIONS} says why")

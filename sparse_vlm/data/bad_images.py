@@ -39,7 +39,7 @@ def blank(size: int, mean: tuple[float, float, float]) -> Image.Image:
 def absent(photos: Sequence[Photo], wanted: Sequence[int]) -> dict[int, str]:
     """Those of the photos that have no file, and the line that says so; nothing is read."""
     sizes = ((index, photos[index]) for index in wanted)
-    return {index: f"{photo.source}: no such picture" for index, photo in sizes if photo.size < 0}
+    return {index: f"{photo.source}: no such image" for index, photo in sizes if photo.size < 0}
 
 
 def broken(
@@ -70,7 +70,7 @@ def broken(
             on_photos(len(part))
 
 
-def settle(
+def resolve_bad_images(
     examples: ConversationDataset,
     policy: str,
     out: Path,

@@ -181,7 +181,7 @@ def weighted(entry: str) -> tuple[str, float]:
 
 
 def drawn(count: int, times: float, seed: int) -> np.ndarray:
-    """Which of so many examples are learnt from: all of them as often as `times` is whole, and of the rest that part, without replacement."""
+    """Which of so many examples are learnt from: all, as often as `times` is whole; of the rest that part, without replacement."""
     if not count:
         return np.arange(0)
     total = max(1, round(count * times))

@@ -36,7 +36,7 @@ from sparse_vlm.images.photos import Photo, PhotoError
 from sparse_vlm.roi import roi_average_weights
 from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower.config import Fit
-from sparse_vlm.utils.files import aside, locked, reserve, write_text
+from sparse_vlm.utils.files import atomic_path, locked, reserve, write_text
 
 DTYPES: dict[str, type] = {"embeds": np.float16, "patches": np.float16, "sums": np.uint32}  # of the arrays of a view
 
@@ -107,7 +107,7 @@ class TeacherCache(ViewSet):
         self._progress(view).unlink(missing_ok=True)
         for name in broken:
             shape, dtype = self._shapes[name], DTYPES[name]
-            with aside(self._path(view, name)) as part:
+            with atomic_path(self._path(view, name)) as part:
                 with open(part, "wb") as stream:
                     np.lib.format.write_array_header_1_0(stream, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
                     start = stream.tell()
@@ -142,7 +142,7 @@ class TeacherCache(ViewSet):
         """The teacher and its cells as well."""
         return self.meta
 
-    def answers(self, row: int) -> tuple[Tensor, Tensor]:
+    def outputs(self, row: int) -> tuple[Tensor, Tensor]:
         """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32.
 
         Raises:
@@ -254,7 +254,7 @@ class TeacherCache(ViewSet):
         rows = [i for i in range(0, len(self.photos), max(1, len(self.photos) // 4096)) if i not in self.unreadable]
         if not rows:
             raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
-        embeds, patches = zip(*(self.answers(row) for row in rows), strict=True)  # view 0
+        embeds, patches = zip(*(self.outputs(row) for row in rows), strict=True)  # view 0
         tokens = torch.stack(patches)
         return Statistics.of(torch.stack(embeds), tokens.mean((0, 1)), tokens.square().sum(-1).mean())
 

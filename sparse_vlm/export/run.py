@@ -1,4 +1,4 @@
-"""Exporting: write aside, load again, compare, and only then let it take its name."""
+"""Exporting: write atomic_path, load again, compare, and only then let it take its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_vlm.export.formats import choose
 from sparse_vlm.export.source import find
 from sparse_vlm.hub import store
 from sparse_vlm.images.photos import load_image
-from sparse_vlm.utils.files import aside_prefix, sweep, write_text
+from sparse_vlm.utils.files import sweep, temporary_prefix, write_text
 
 FORMAT = "sparse-vlm/export/1"
 DESCRIPTION = "export.json"
@@ -69,7 +69,7 @@ def export(
     except OSError as error:
         raise UserError(f"--out {out}: {out.parent} cannot be made ({error.strerror}); name another folder") from None
     sweep(out.parent)
-    with about(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=aside_prefix(out.name), ignore_cleanup_errors=True) as aside:
+    with about(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=temporary_prefix(out.name), ignore_cleanup_errors=True) as aside:
         staging = Path(aside) / "export"
         staging.mkdir()
         exporter.write(staging)

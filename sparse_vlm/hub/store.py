@@ -1,7 +1,7 @@
 """Where weights come in: a path or a name of the zoo becomes a folder whose every file has been checked.
 
-Notable: needs the standard library alone (huggingface_hub is asked only when a source is the hub). Files are fetched into a folder aside
-and renamed when size and sha256 are right, so that a partial or altered download is never used. A file that was checked once is
+Notable: needs the standard library alone (huggingface_hub only where a source is the hub). Files are fetched into a temporary folder and
+renamed when size and sha256 are right, so that a partial or altered download is never used. A file that was checked once is
 not read again until its size or time changes.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError, printable
-from sparse_vlm.utils.files import aside_prefix, sweep, write_text
+from sparse_vlm.utils.files import sweep, temporary_prefix, write_text
 from sparse_vlm.utils.schema import COUNT, check, read_json
 
 INDEX_FORMAT = "sparse-vlm/zoo/1"
@@ -306,7 +306,7 @@ def fetch(sources: Sequence[Mapping[str, str]], files: Mapping[str, FileSpec], f
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(folder.parent)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=aside_prefix(folder.name), ignore_cleanup_errors=True) as aside:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=temporary_prefix(folder.name), ignore_cleanup_errors=True) as aside:
                 staging = Path(aside) / "files"
                 staging.mkdir()
                 deliver(names=list(files), dest=staging, **arguments)

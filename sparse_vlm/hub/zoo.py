@@ -24,7 +24,7 @@ from typing import Any
 from sparse_vlm.errors import UserError, about
 from sparse_vlm.hub import store
 from sparse_vlm.hub.store import Entry, FileSpec
-from sparse_vlm.utils.files import aside_prefix, sweep, write_text
+from sparse_vlm.utils.files import sweep, temporary_prefix, write_text
 
 MAX_FILE_BYTES = 60_000_000
 MAX_ZOO_BYTES = 170_000_000
@@ -206,7 +206,7 @@ def add(name: str, folder: Path, *, kind: str, license: str, summary: str, card:
 
     model = Entry(name, kind, summary, license, files, sources=(), needs=tuple(needs))
     sweep(root)
-    with tempfile.TemporaryDirectory(dir=root, prefix=aside_prefix(name)) as aside:
+    with tempfile.TemporaryDirectory(dir=root, prefix=temporary_prefix(name)) as aside:
         staging = Path(aside) / "files"
         staging.mkdir()
         for path in sources:

@@ -27,7 +27,7 @@ from sparse_vlm.images.photos import Photo, PhotoError, PhotoSet
 from sparse_vlm.images.preprocess import OVERSAMPLING, resize, scaled
 from sparse_vlm.images.remote import add_member, suffix_of
 from sparse_vlm.utils.documents import parse_json, whole
-from sparse_vlm.utils.files import aside, write_text
+from sparse_vlm.utils.files import atomic_path, write_text
 
 FORMAT = "sparse-vlm/shards/1"
 INDEX = "shards.json"
@@ -122,7 +122,7 @@ def write_shards(
                 raise UserError(f"{out / shard.name}: is there already, and not of our making; choose another --out")
             on_photos(len(shard.photos))
             continue
-        with aside(out / shard.name) as part:
+        with atomic_path(out / shard.name) as part:
             index["shards"][shard.name] = {"source": fingerprint, **_write(shard, part, side, threads, on_photos)}
             # before the tar takes its name: one without an entry would not be known as ours
             write_text(out / INDEX, json.dumps(index, indent=1) + "\n")

@@ -86,7 +86,7 @@ class Line:
 LINES = (
     Line("tokens a picture", lambda e, c: e.request["tokens"]),
     Line("tower, M parameters", lambda e, c: e.model["parameters"] / 1e6),
-    Line("tower, GMACs a picture", lambda e, c: e.model["macs"] / 1e9),
+    Line("tower, GMACs an image", lambda e, c: e.model["macs"] / 1e9),
     Line("to the first token, GMACs a request", lambda e, c: e.request["macs"] / 1e9 / c.batch),
     Line("tower and projector, ms", lambda e, c: milliseconds(e, "tower", "projector"), lambda e: e.spread("tower", "projector")),
     Line("reading the prompt, ms", lambda e, c: milliseconds(e, "prefill"), lambda e: e.spread("prefill")),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_vlm.report.quality import SHOWN, Measure, Quality, Score
 from sparse_vlm.report.records import Entry
 from sparse_vlm.tower.visualize import as_label
-from sparse_vlm.utils.files import aside
+from sparse_vlm.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ def draw(entries: Sequence[Entry], quality: Quality, measure: Measure, title: st
     handles.append(Line2D([], [], color="0.5", marker="o", alpha=0.35, linestyle="", label=f"faint: {BEHIND}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     figure.suptitle(as_label(title), fontsize=10)
-    with aside(path) as part:
+    with atomic_path(path) as part:
         figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
 

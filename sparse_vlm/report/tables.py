@@ -14,7 +14,7 @@ from rich.text import Text
 from sparse_vlm.bench.summary import Row
 from sparse_vlm.errors import printable
 from sparse_vlm.tower.visualize import as_label
-from sparse_vlm.utils.files import aside, write_text
+from sparse_vlm.utils.files import atomic_path, write_text
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def draw(document: Row, folder: Path) -> list[Path]:
         handles, labels = axes.flat[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=8)
         path = folder / f"cost.{Path(llm).name}.{dtype}.{batch}.png"
-        with aside(path) as part:
+        with atomic_path(path) as part:
             figure.savefig(part, dpi=110, format="png")
         plt.close(figure)
         written.append(path)

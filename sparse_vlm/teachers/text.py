@@ -24,7 +24,7 @@ from sparse_vlm.errors import UserError, naming
 from sparse_vlm.hub.pretrained import as_user_error, check_size, from_pretrained
 from sparse_vlm.hub.store import locate
 from sparse_vlm.hub.weights import read_tensors
-from sparse_vlm.utils.files import aside, write_text
+from sparse_vlm.utils.files import atomic_path, write_text
 
 FORMAT = "sparse-vlm/text/1"
 BATCH = 64
@@ -109,7 +109,7 @@ class TextEncoder(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with aside(folder / "model.safetensors") as part:
+        with atomic_path(folder / "model.safetensors") as part:
             save_file(self._own_tensors(), part, metadata={"format": "pt"})
         write_text(folder / "config.json", json.dumps({"format": FORMAT, **asdict(self.config)}, indent=1) + "\n")
 

@@ -25,7 +25,7 @@ from sparse_vlm.tower.config import SparseFormerConfig, read_config
 from sparse_vlm.tower.focus import Focus, area_bias
 from sparse_vlm.tower.layers import AttentionPool, EarlyConvolution, RoIPatchEmbedding, Unit, rows
 from sparse_vlm.tower.released import check_names, load_strictly
-from sparse_vlm.utils.files import aside, write_text
+from sparse_vlm.utils.files import atomic_path, write_text
 
 if TYPE_CHECKING:
     from sparse_vlm.tower.open_clip import OpenClipVisual
@@ -331,7 +331,7 @@ class SparseFormer(nn.Module):
             name: (tensor if dtype is None or name == "initial_roi.weight" else tensor.to(dtype)).detach().cpu().contiguous()
             for name, tensor in self.state_dict().items()
         }
-        with aside(folder / "model.safetensors") as part:
+        with atomic_path(folder / "model.safetensors") as part:
             save_file(state, part, metadata={"format": "pt"})
         write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
 

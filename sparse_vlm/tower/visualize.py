@@ -29,7 +29,7 @@ from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.roi import crop_rois
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.model import image_extent
-from sparse_vlm.utils.files import aside
+from sparse_vlm.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,7 +174,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     if form not in known:
         raise UserError(f"{path}: cannot draw {path.suffix or 'without a suffix'}; use one of {', '.join(sorted(known))}")
     try:
-        with aside(path) as part:
+        with atomic_path(path) as part:
             figure.savefig(part, format=form)
     except OSError as error:
         raise UserError(f"{path}: cannot write here ({error.strerror or error})") from None

@@ -25,7 +25,7 @@ _SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what it writes to before it
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; what was written is flushed to disk and takes its name when all went well, and is gone when not.
 
     Several processes may write the same file at once: one of them wins, whole.
@@ -54,7 +54,7 @@ def aside(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole; its folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as part:
+    with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -174,7 +174,7 @@ def _own_mark() -> str:
     return f".{os.getpid()}@{socket.gethostname()}"
 
 
-def aside_prefix(name: str) -> str:
+def temporary_prefix(name: str) -> str:
     """How the name of a temporary folder begins that is made beside what will be `name`; `sweep` knows such folders."""
     return f".{name}{_own_mark()}."
 

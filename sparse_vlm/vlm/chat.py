@@ -20,7 +20,7 @@ from PIL import Image
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import photo_of
 from sparse_vlm.images.preprocess import Preprocessor
-from sparse_vlm.utils.files import aside
+from sparse_vlm.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -184,7 +184,7 @@ class Conversation:
             raise UserError("nothing to save yet; ask something first")
         text = WRITERS[path.suffix.lower()](self, path.parent)
         try:
-            with aside(path) as part:
+            with atomic_path(path) as part:
                 part.write_text(text, encoding="utf-8", errors="backslashreplace")  # an image's name may be no text
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             shown = str(path).replace("\0", "\\0")

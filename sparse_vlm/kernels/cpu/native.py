@@ -92,7 +92,7 @@ def _library() -> ctypes.CDLL | None:
         path = _folder() / f"towers-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with files.aside(path) as part:
+            with files.atomic_path(path) as part:
                 subprocess.run([*command, "-o", str(part)], capture_output=True, check=True, timeout=TIMEOUT_S)
         return _declared(ctypes.CDLL(str(path)))
     return None

@@ -2,7 +2,7 @@
 
 Shape legend: N tokens an image, d width of the tower, D width of the LLM, h x w pixels of an image, H x W of a batch's canvas.
 Images come as the tower's cached tokens (N, d), as pixels (3, h, w) where the tower learns, or as embeddings (N, D) that stand in an
-image's place (`train.reading`).
+image's place (`train.text_images`).
 
 Notable: a batch without images runs projector and tower all the same, on zeros whose output counts nothing: several processes wait for
 each other at every module whose weights they share, and for every gradient.
@@ -27,12 +27,12 @@ from sparse_vlm.images.preprocess import Inputs, Preprocessor
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.parts import FLASH, SDPA, Group
-from sparse_vlm.train.reading import WordPictures
+from sparse_vlm.train.text_images import WordImages
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, pack, target_log_probs
 
 
-class LivePictures:
+class LiveImages:
     """Pixels of photos, for a tower that learns: (3, h, w). Stands where a `FeatureCache` would.
 
     Args:
@@ -69,7 +69,7 @@ class LivePictures:
         return prepare.pixels(blank(prepare.size, prepare.mean) if index in self._blank else prepare.load(self.photos[index]))
 
 
-class Learner(nn.Module):
+class LossModule(nn.Module):
     """What the Trainer sees; its state dict is what is trained.
 
     Args:
@@ -133,7 +133,7 @@ class Learner(nn.Module):
 class Samples(Dataset):
     """Samples in the order in which they are learnt from, each with its images as the features_cache holds them."""
 
-    def __init__(self, samples: Sequence[Sample], features_cache: FeatureCache | LivePictures | WordPictures) -> None:
+    def __init__(self, samples: Sequence[Sample], features_cache: FeatureCache | LiveImages | WordImages) -> None:
         self.samples, self.features_cache = samples, features_cache
 
     def __len__(self) -> int:
@@ -144,8 +144,8 @@ class Samples(Dataset):
         return sample, [self.features_cache[photo] for photo in sample.photos]
 
 
-class Gather:
-    """Samples and their images to a batch: what `Learner` takes, and the samples' names; packed for flash-attention."""
+class Collator:
+    """Samples and their images to a batch: what `LossModule` takes, and the samples' names; packed for flash-attention."""
 
     def __init__(self, vlm: VLM) -> None:
         self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id
@@ -172,7 +172,7 @@ class Gather:
         return self.preprocessor.batch(pictures) if pictures[0].ndim == 3 else torch.stack(list(pictures))
 
 
-class LearnerTrainer(Trainer):
+class VLMTrainer(Trainer):
     """The Trainer with our groups, keeping the samples' order, and leaving out steps that are not finite."""
 
     groups: list[Group]

@@ -91,7 +91,7 @@ class Chosen(nn.Module):
         return F.log_softmax(self.log_scale.exp() * pointed, dim=-1).logsumexp(1) - math.log(tokens.shape[1])
 
 
-def say_words(
+def pretrain_projector(
     vlm: VLM, words: Words, features_cache: FeatureCache, epochs: int, seed: int = 0, on_photos: Callable[[int], None] = lambda photos: None
 ) -> dict[str, float]:
     """Train the projector to say words, and give what it says the length of a word's embedding.

@@ -19,7 +19,7 @@ from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
 
-class WordPictures:
+class WordImages:
     """For each photo N embeddings of words that are said about it, all of them where they fit, in random order: (N, D).
 
     Args:

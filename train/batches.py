@@ -29,7 +29,7 @@ KNOWN_FROM = 1024
 ASKED_AT_ONCE = 8
 LARGEST_CANVAS = 4096  # pixels a side: the largest `image_size` of a tower
 
-Lesson = dict[str, Tensor]
+Batch = dict[str, Tensor]
 
 
 class CachedViews(Dataset):
@@ -41,9 +41,9 @@ class CachedViews(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Batch:
         row = self.rows[index]
-        embeds, tokens = self.cache.answers(row)
+        embeds, tokens = self.cache.outputs(row)
         return {"pixels": self.cache.for_student(row, self.size), "embeds": embeds, "tokens": tokens}
 
 
@@ -59,16 +59,16 @@ class LiveViews(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Batch:
         bad = -1
         for step in range(len(self.rows)):
             row = self.rows[(index + step) % len(self.rows)]
             try:
-                lesson = self.views.for_both(row, self.size)
+                batch = self.views.for_both(row, self.size)
             except PhotoError:
                 bad = row % len(self.views.photos) if bad < 0 else bad
                 continue
-            return lesson | {"unreadable": torch.tensor(bad)}
+            return batch | {"unreadable": torch.tensor(bad)}
         raise UserError(f"none of the {len(self.views.photos)} photos can be read")
 
 
@@ -81,13 +81,13 @@ class ResidentViews(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Lesson:
+    def __getitem__(self, index: int) -> Batch:
         photo = self.rows[index] % len(self.sizes)
         box, flipped = part_shown(self.views, self.sizes[photo], self.rows[index])
         return {"photo": torch.tensor(photo), "box": torch.tensor(box), "flipped": torch.tensor(flipped)}
 
 
-class Show:
+class Augmentation:
     """Turns what a loader brought into pixels, where the teacher is asked at every step: views made here, some of them mixed.
 
     Args:
@@ -100,7 +100,7 @@ class Show:
     def __init__(self, size: int, seen: int, photos: ResidentPhotos | None, mixed: float, seed: int) -> None:
         self.size, self.seen, self.photos, self.mixed, self.seed = size, seen, photos, mixed, seed
 
-    def __call__(self, brought: Lesson, step: int) -> Lesson:
+    def __call__(self, brought: Batch, step: int) -> Batch:
         """`pixels` (B, 3, S, S) uint8 at the student's size, and `seen` where the teacher's is another.
 
         Args:
@@ -118,12 +118,12 @@ class Show:
         return shown
 
 
-def gather(lessons: Sequence[Lesson]) -> Lesson:
+def collate(batches: Sequence[Batch]) -> Batch:
     """A batch; views of several sizes share a canvas, and `image_sizes` (B, 2) gives the height and width of each."""
-    batch = {key: torch.stack([lesson[key] for lesson in lessons]) for key in lessons[0] if key != "pixels"}
-    if "pixels" not in lessons[0]:
+    batch = {key: torch.stack([batch[key] for batch in batches]) for key in batches[0] if key != "pixels"}
+    if "pixels" not in batches[0]:
         return batch
-    pixels = [lesson["pixels"] for lesson in lessons]
+    pixels = [batch["pixels"] for batch in batches]
     if len({view.shape for view in pixels}) == 1:
         return batch | {"pixels": torch.stack(pixels)}
     return batch | lay_out(pixels, LARGEST_CANVAS)._asdict()
@@ -136,21 +136,21 @@ def held_out(photos: Sequence[Photo]) -> list[int]:
     return found or ([hashes.index(min(hashes))] if len(hashes) > 1 else [])
 
 
-def lessons_now(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Lesson]:
+def batches_now(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Batch]:
     """Lessons on photos as evaluation sees them, the teacher asked now: at most `AT_MOST`, spread evenly, those that can be read."""
     count = min(len(indices), AT_MOST)
     spread = [indices[i * len(indices) // count] for i in range(count)]
     shown = LiveViews(views, spread, size)
-    lessons: list[Lesson] = []
+    batches: list[Batch] = []
     for start in range(0, len(spread), ASKED_AT_ONCE):
         some = [shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(spread)))]
-        some = [lesson for lesson in some if lesson["unreadable"] < 0]
+        some = [batch for batch in some if batch["unreadable"] < 0]
         if some:
-            batch = gather(some)
+            batch = collate(some)
             embeds, tokens = ask(batch.get("seen", batch["pixels"]))
             answered = zip(some, embeds.cpu(), tokens.cpu(), strict=True)
-            lessons += [{"pixels": lesson["pixels"], "embeds": e, "tokens": t} for lesson, e, t in answered]
-    return lessons
+            batches += [{"pixels": batch["pixels"], "embeds": e, "tokens": t} for batch, e, t in answered]
+    return batches
 
 
 def live_statistics(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) -> Statistics:
@@ -159,7 +159,7 @@ def live_statistics(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) ->
     shown = LiveViews(views, indices[::step], views.size)
     embeds, patches, squares = [], [], []
     for start in range(0, len(shown), ASKED_AT_ONCE):
-        batch = gather([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])
+        batch = collate([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])
         said = ask(batch.get("seen", batch["pixels"]))
         embeds.append(said[0].cpu())
         patches.append(said[1].mean(1).sum(0))
