@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ALONE = [str(Path(sys.executable).with_name("sparse-vlm"))]
 TWO = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python", *ALONE]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["open_clip", "matplotlib.pyplot", "sparse_vlm.train.bootstrap", "sparse_vlm.train.vlm", "sparse_vlm.eval"])
+_FORKS.set_forkserver_preload(
+    ["open_clip", "matplotlib.pyplot", "sparse_vlm.train.distillation", "sparse_vlm.train.vlm", "sparse_vlm.eval"]
+)
 
 
 def run_command(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 500) -> subprocess.CompletedProcess[str]:

@@ -234,6 +234,23 @@ def test_a_short_bootstrap_learns(finished: Path) -> None:
     assert SparseFormer.from_pretrained(finished).config.num_latent_tokens == 49
 
 
+def test_python_trains_as_the_command_does(teacher_name: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparse_vlm.train import BootstrapConfig, bootstrap
+
+    config = BootstrapConfig(
+        teacher_name, data=[photos], recipe="tiny", changes={"batch_size": 8}, views=32, out=tmp_path / "student", cache=tmp_path / "cache"
+    )
+    result = bootstrap(config)
+    assert result.completed and result.out == tmp_path / "student" and {"loss", "cosine", "token_cosine"} <= result.metrics.keys()
+    assert "student" not in capsys.readouterr().out, "only a reporter prints"
+    assert json.loads((result.out / "settings.json").read_text())["batch_size"] == 8
+    written = (result.out / "model.safetensors").stat().st_mtime_ns
+    assert bootstrap(config) == result and (result.out / "model.safetensors").stat().st_mtime_ns == written, "nothing is trained twice"
+    for wrong in (dataclasses.replace(config, changes={"batch_size": 0.5}), dataclasses.replace(config, data=())):
+        with pytest.raises(UserError, match="batch_size|--data"):
+            bootstrap(wrong)
+
+
 def test_a_live_teacher_says_what_a_cached_one_says(teacher: Teacher, photos: Path, tmp_path: Path) -> None:
     few = list(PhotoSet(photos))[:6]
     cache = TeacherCache(tmp_path, teacher, few, 2, grid_rois(49))

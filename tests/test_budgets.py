@@ -159,7 +159,7 @@ def test_the_objective_averages_the_teachers_patches_over_the_budgets_cells() ->
 def test_a_run_draws_budgets_and_draws_them_again_after_a_resume() -> None:
     from types import SimpleNamespace
 
-    from sparse_vlm.train.bootstrap import BootstrapTrainer
+    from sparse_vlm.train.distillation import BootstrapTrainer
 
     run = SimpleNamespace(args=SimpleNamespace(seed=0), budgets=(9, 64))
     drawn = [BootstrapTrainer.budget(run, step) for step in range(2000)]

@@ -127,7 +127,7 @@ def test_compiled_parts_compute_the_same(teacher_name: str, photos: Path, monkey
     from sparse_vlm.distill.inherit import inherit
     from sparse_vlm.distill.recipes import RECIPES
     from sparse_vlm.tower import SparseFormer
-    from sparse_vlm.train.bootstrap import compile_parts
+    from sparse_vlm.train.distillation import compile_parts
 
     def compile_eagerly(module: nn.Module) -> None:
         module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")

@@ -24,7 +24,7 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_wrong_is_one_line(under_torchrun: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are zero1, zero2, zero3, zero2-offload, zero3-offload"):
         zero.find_config("zero9")
-    with pytest.raises(UserError, match="ZeRO-3 has a process's own part of the weights alone"):
+    with pytest.raises(UserError, match="--gradient-checkpointing"):
         bootstrap(teacher="any", deepspeed="zero3", gradient_checkpointing=True)
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(UserError, match="holds no json object"):

@@ -32,7 +32,7 @@ from sparse_vlm.teachers import Teacher, load_teacher
 from sparse_vlm.teachers.load import read_open_clip
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.batches import Augmentation, LiveViews, ResidentViews, collate
-from sparse_vlm.train.bootstrap import adamw, compile_parts, groups_of
+from sparse_vlm.train.distillation import adamw, compile_parts, groups_of
 from sparse_vlm.utils.devices import few_tokens, native_dtype, own_device, use_processors
 from sparse_vlm.utils.files import write_json
 

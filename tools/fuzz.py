@@ -54,7 +54,7 @@ OURS = tuple(str(ROOT / folder) + os.sep for folder in ("sparse_vlm", "train", "
 WARM = (
     *("open_clip", "timm", "peft", "gguf", "rich.console", "matplotlib.pyplot", "transformers.modeling_gguf_pytorch_utils"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "clip", "llava")),
-    *(f"sparse_vlm.{name}" for name in ("cli.eval", "train.bootstrap", "train.vlm", "eval.run", "vlm", "cli.checking")),
+    *(f"sparse_vlm.{name}" for name in ("cli.eval", "train.distillation", "train.vlm", "eval.run", "vlm", "cli.checking")),
 )
 
 

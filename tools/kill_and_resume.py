@@ -41,7 +41,7 @@ WARM = (
     "open_clip",
     "peft",
     "matplotlib.pyplot",
-    "sparse_vlm.train.bootstrap",
+    "sparse_vlm.train.distillation",
     "sparse_vlm.train.vlm",
     "sparse_vlm.cli.train",
     "sparse_vlm.cli.zoo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,30 @@ def readable(text: str) -> str:
 def for_people(quiet: bool = False) -> Console:
     """A console on stdout, as wide as the terminal that it is."""
     return plain_console(quiet=quiet, width=None if sys.stdout.isatty() else UNBOUNDED)
+
+
+class ConsoleReporter:
+    """A `sparse_vlm.train.Reporter` that prints to stdout; `quiet` for all processes but the first."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = for_people(quiet)
+
+    def message(self, text: str) -> None:
+        self.console.print(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        from rich.table import Table
+
+        table = Table(*columns, title=title, title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def counting(self, label: str, unit: str, total: int, completed: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+        return counting(self.console, label, unit, total, completed)
+
+    def fetching(self) -> AbstractContextManager[Callable[[str, int, int], None]]:
+        return fetching(self.console)
 
 
 def check_teacher(name: str) -> None:

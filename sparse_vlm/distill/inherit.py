@@ -9,6 +9,8 @@ Source: Bootstrapping SparseFormers (arXiv 2312.01987), section 3; the warm star
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,6 +95,22 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMa
     rows += [TensorMapping("", name, "new", _beginning(name, teacher)) for name in tower.state_dict() if name not in filled]
     rows = [replace(row, reason="; ".join(filter(None, (teacher.inventory.notes.get(row.source), row.reason)))) for row in rows]
     return rows + [TensorMapping(source, "", "left out", reason) for source, reason in teacher.inventory.left_out.items()]
+
+
+def summarize(mapping: Sequence[TensorMapping]) -> list[tuple[str, str, str, str]]:
+    """Rows of a table of the mapping: teacher tensor, student tensor, fate, reason; tensors of the same fate in all blocks share a row."""
+    counts = Counter((_pattern(row.source), _pattern(row.target), row.fate, row.reason) for row in mapping)
+    rows = []
+    for (source, target, fate, reason), count in counts.items():
+        many = f" ({count} tensors)" if count > 1 else ""
+        rows.append(((source or "-") + (many if source else ""), (target or "-") + ("" if source else many), fate, reason))
+    return rows
+
+
+def _pattern(name: str) -> str:
+    """The name of a block, for the names of its tensors."""
+    parts = name.split(".")
+    return ".".join([*parts[:2], "*"]) if parts[0] in ("blocks", "layers") else name
 
 
 def _beginning(name: str, teacher: Teacher) -> str:

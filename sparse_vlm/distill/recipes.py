@@ -7,7 +7,7 @@ those of RoIs are absolute, and at 5e-4 the RoIs run away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -300,17 +300,17 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+def changed(recipe: Recipe, changes: Mapping[str, float] | Sequence[str]) -> Recipe:
     """A recipe with some of its numbers changed.
 
     Args:
-        changes: each `field=number`.
+        changes: number by name, or `name=number` each.
 
     Raises:
         UserError: no such number in a recipe, or no number.
     """
     numbers = {field.name: int if field.type == "int" else float for field in fields(Recipe) if field.type in ("int", "float")}
-    for change in changes:
+    for change in [f"{name}={value}" for name, value in changes.items()] if isinstance(changes, Mapping) else changes:
         name, _, value = change.partition("=")
         if name not in numbers:
             raise UserError(f"--set {change}: a recipe has no number called {name!r}; it has {', '.join(numbers)}")

@@ -1,23 +1,20 @@
-"""Bootstrapping a tower: a recipe, a teacher and photos become a folder that `SparseFormer.from_pretrained` loads.
-
-    sparse-vlm bootstrap --recipe tiny --teacher local-dir:build/teacher --data 'photos/*.tar' --out build/tiny
+"""The Trainer of bootstrapping: a student learns from views and its teacher's outputs (`train.bootstrapping` is the pipeline around it).
 
 Notable: runs on transformers' Trainer, also in several processes (`torchrun --nproc-per-node N --no-python sparse-vlm bootstrap ...`),
-which share each batch, and with `--deepspeed` also optimizer, gradients and weights. The teacher answers once, into a cache, and is not
-part of the engine or of any checkpoint. An average of the weights is kept beside them; the average is what is evaluated and what becomes
-the student. A run that is interrupted (Ctrl-C saves first) goes on from its last checkpoint when the same command is given again.
+which share each batch, and with `--deepspeed` also optimizer states, gradients and weights. The teacher is in no engine and no
+checkpoint. An exponential moving average of the weights is kept beside them, in checkpoints too; it is what is evaluated and what becomes
+the student.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,15 +46,16 @@ from sparse_vlm.train.run import (
     arguments,
     carry_out,
     curve_of,
-    finished,
     latest_checkpoint,
-    locked_run,
     made,
     of_all_processes,
 )
 from sparse_vlm.train.zero import gathered_parameters, register_external_parameters, with_sizes
 from sparse_vlm.utils.devices import compiling, few_tokens, native_dtype, own_device, rank
 from sparse_vlm.utils.files import atomic_path, write_text
+
+if TYPE_CHECKING:
+    from sparse_vlm.train.bootstrapping import Student
 
 KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
@@ -181,80 +179,31 @@ class AveragedWeights(TrainerCallback):
         save_file({name: t.contiguous() for name, t in self.average.items()}, folder / "average.safetensors")
 
 
-def bootstrap(
-    recipe_name: str,
-    recipe: Recipe,
-    teacher: Teacher,
+def train_student(
+    student: Student,
     views: ViewSet,
     out: Path,
-    mapping: list[TensorMapping],
-    tower: SparseFormer,
-    seed: int = 0,
+    settings: dict[str, Any],
     deepspeed: dict[str, Any] | None = None,
     resident: ResidentPhotos | None = None,
     compiled: bool = False,
-    begun: str = "",
-) -> bool:
-    """Train `tower` (already inherited) and write the student to `out`.
+) -> list[dict[str, Any]] | None:
+    """Train a student that has inherited its weights, and write it to `out`, which is locked for these settings.
 
     Args:
-        mapping: that `inherit` carried out.
-        views: to learn from; a `TeacherCache` is filled, and where it is none the teacher answers at every step.
+        views: to train on; a `TeacherCache` must be filled, and without one the teacher's outputs are computed at every step.
+        settings: that identify the run.
         deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism by default.
-        resident: the photos of `views`, where the device keeps them; for a teacher that answers at every step.
+        resident: the photos of `views`, where the device keeps them; only with teacher outputs computed at every step.
         compiled: compile teacher and student.
-        begun: the digest of the weights that the student begins from, where they are another tower's.
 
     Returns:
-        True when the run is complete; False when it was interrupted and saved.
+        The Trainer's log of the whole run; None where the run was interrupted and a checkpoint saved.
 
     Raises:
-        UserError: `out` holds a run of other settings, or photos are too few.
+        UserError: photos are too few.
     """
-    settings = settings_of(recipe_name, recipe, teacher, views, seed, deepspeed, resident is not None, begun)
-    if finished(out, settings):
-        return True
-    with locked_run(out, settings):
-        return _train(recipe, teacher, views, out, mapping, tower, settings, seed, deepspeed, resident, compiled)
-
-
-def settings_of(
-    recipe_name: str,
-    recipe: Recipe,
-    teacher: Teacher,
-    views: ViewSet,
-    seed: int = 0,
-    deepspeed: dict[str, Any] | None = None,
-    resident: bool = False,
-    begun: str = "",
-) -> dict[str, Any]:
-    """What makes a run this run, in JSON; the arguments are `bootstrap`'s."""
-    return {
-        "recipe": recipe_name,
-        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name not in ("student", "blocks", "summary")},
-        "cache": {"teacher": teacher.fingerprint()} | views.describe(),
-        "seed": seed,
-        "groups": "sizes to a quarter of an octave",  # runs of before had a group a tensor: their optimizers' states are others
-        **({"deepspeed": deepspeed} if deepspeed else {}),
-        **({"resident": True} if resident else {}),
-        **({"begun": begun} if begun else {}),
-    }
-
-
-def _train(
-    recipe: Recipe,
-    teacher: Teacher,
-    views: ViewSet,
-    out: Path,
-    mapping: list[TensorMapping],
-    tower: SparseFormer,
-    settings: dict[str, Any],
-    seed: int,
-    deepspeed: dict[str, Any] | None,
-    resident: ResidentPhotos | None,
-    compiled: bool,
-) -> bool:
-    """`bootstrap` in a folder that is locked for these settings."""
+    tower, teacher, recipe, mapping, _ = student
     own = own_device()
     device = own.type
     bf16 = native_dtype(own) == torch.bfloat16
@@ -291,7 +240,7 @@ def _train(
         deepspeed=with_sizes(deepspeed, tower.config.width),
         bf16=bf16,
         logging_nan_inf_filter=False,  # would wait for the GPU at every step; a loss that is not finite is to be seen
-        seed=seed,
+        seed=settings["seed"],
         eval_strategy="steps",
         eval_steps=max(1, min(200, steps // 4)),
     )
@@ -317,7 +266,7 @@ def _train(
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
         trainer.ask, trainer.unreadable = ask, set()
-        trainer.show = Augmentation(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, seed)
+        trainer.show = Augmentation(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, settings["seed"])
         trainer.budgets = tower.config.budgets
         trainer.small, trainer.side = recipe.small, views.size
         if compiled:
@@ -332,16 +281,16 @@ def _train(
             with compiling("teacher or student"):
                 carry_out(trainer, checkpoint)
             if trainer.state.global_step < steps:
-                return False
+                return None
             trainer.evaluate()
     views.unreadable |= {index: _why(views, index) for index in set().union(*of_all_processes(trainer.unreadable))}
     if rank() == 0:
         # the tower that was trained may be spread over the processes
-        student = SparseFormer(tower.config)
-        _copy_into(student, average)
-        student.save_pretrained(out)
+        trained = SparseFormer(tower.config)
+        _copy_into(trained, average)
+        trained.save_pretrained(out)
         write_history(out, settings, teacher, trainer.state.log_history, list(views.unreadable.values()))
-    return True
+    return trainer.state.log_history
 
 
 def _why(views: ViewSet, index: int) -> str:
