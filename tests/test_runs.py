@@ -86,6 +86,8 @@ def test_a_complete_run_is_known_by_all_that_it_made(tmp_path: Path, capsys: pyt
     (tmp_path / "training.json").write_text(json.dumps({"settings": {"seed": 0}, "files": run.made(tmp_path)}))
     assert run.finished(tmp_path, {"seed": 0}) and "is complete" in capsys.readouterr().err
     assert not run.finished(tmp_path, {"seed": 1})
+    (tmp_path / "training.json").write_text(json.dumps({"settings": {"seed": 0, "relation_weight": 0.0}, "files": run.made(tmp_path)}))
+    assert run.finished(tmp_path, {"seed": 0}), "of an earlier version"
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
     assert not run.finished(tmp_path, {"seed": 0})
 

@@ -48,7 +48,6 @@ ROWS = (
     AblationRow("looks", "two looks", changes=("looks=2",)),
     AblationRow("objective", "final representation alone", changes=("dense_weight=0",)),
     AblationRow("objective", "tokens count twice as much", changes=("dense_weight=1",)),
-    AblationRow("objective", "and relations within the batch", changes=("relation_weight=1",)),
     AblationRow("objective", "half of the embedding's after whitening", changes=("whitened=0.5",)),
     AblationRow("beginning", "the paper's random focusing part", recipe="tiny-focus"),
     AblationRow("beginning", "the same, twin initial RoIs", recipe="tiny-focus-twins"),

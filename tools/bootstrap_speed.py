@@ -108,7 +108,7 @@ class Step:
             compile_parts(tower, self._ask)
         width = source.spec.embed_dim
         known = Statistics(torch.zeros(width), torch.zeros(source.spec.width), torch.eye(width), torch.tensor(1.0))
-        weights = self.recipe.dense_weight, self.recipe.relation_weight, self.recipe.whitened
+        weights = self.recipe.dense_weight, self.recipe.whitened
         self._model = Distillation(tower, known, *weights).to(self.device)
         self._optimizer = adamw(groups_of(tower, mapping, self.recipe))
         self._average = {name: p.detach().clone() for name, p in tower.named_parameters()}

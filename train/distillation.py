@@ -226,7 +226,7 @@ def train_student(
 
     if compiled:
         compile_parts(tower, ask)
-    model = Distillation(tower, known, recipe.dense_weight, recipe.relation_weight, recipe.whitened)
+    model = Distillation(tower, known, recipe.dense_weight, recipe.whitened)
     if deepspeed is not None:
         register_external_parameters(tower)
     average: dict[str, Tensor] = {}

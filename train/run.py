@@ -26,6 +26,7 @@ from sparse_vlm.utils.devices import give_back_if_scarce, rank, world_size
 from sparse_vlm.utils.files import locked, write_text
 
 T = TypeVar("T")
+RETIRED = {"relation_weight": 0.0}  # settings of earlier versions; a run that recorded this value can be continued
 SETTINGS, HISTORY = "settings.json", "training.json"  # of a run: written when it begins, and when it is complete
 
 
@@ -325,7 +326,7 @@ def lock_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / SETTINGS
     wanted = json.loads(json.dumps(settings))
     if path.exists():
-        found = _read_object(path)
+        found = _without_retired(_read_object(path))
         differing = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
         if differing:
             raise UserError(f"{out} holds a run with another {', '.join(differing)}; choose another --out, or remove it to start over")
@@ -342,7 +343,7 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     except UserError:
         return False
     wanted = json.loads(json.dumps(settings))
-    if document.get("settings") != wanted or not document.get("files") or document["files"] != made(out):
+    if _without_retired(document.get("settings")) != wanted or not document.get("files") or document["files"] != made(out):
         return False
     if rank() == 0:
         print(printable(f"{out}: this run is complete, and nothing is left to be done"), file=sys.stderr)
@@ -359,6 +360,13 @@ def made(out: Path) -> dict[str, list[int]]:
     folders = (out, *(path for path in out.iterdir() if path.is_dir() and path.name not in ("checkpoints", "tensorboard")))
     files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.is_file())
     return {path.relative_to(out).as_posix(): _fingerprint(path) for path in files if path.name not in (SETTINGS, HISTORY, DECISIONS)}
+
+
+def _without_retired(settings: Any) -> Any:
+    """Recorded settings without those that no longer exist."""
+    return (
+        {key: value for key, value in settings.items() if (key, value) not in RETIRED.items()} if isinstance(settings, dict) else settings
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

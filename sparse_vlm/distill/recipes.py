@@ -40,7 +40,6 @@ class Recipe:
         lr_rois: absolute peak rate of all that moves points and RoIs.
         lr_focus: absolute peak rate of the network that places cells.
         dense_weight: weight of the token-by-token term of the objective.
-        relation_weight: weight of the term that compares the images of a batch with each other.
         whitened: share of the embedding's term that is measured after whitening by the teacher's embeddings.
         mixed: share of the views that are each mixed with another of its batch; for a teacher that answers at every step.
         small: share of the views that are shown small, somewhere on a plain background (`distill.shrink`); for students of several budgets.
@@ -66,7 +65,6 @@ class Recipe:
     lr_focus: float = 2e-3
     weight_decay: float = 0.05
     dense_weight: float = 0.5
-    relation_weight: float = 0.0
     whitened: float = 0.0
     mixed: float = 0.0
     small: float = 0.0
