@@ -1,7 +1,7 @@
 """ScienceQA (questions with an image) and MMBench: lettered options, answered in the model's own words.
 
 Sources: ScienceQA (Lu et al. 2022), scored as LLaVA does; MMBench (Liu et al. 2023): each question is asked once for every rotation of its
-options, and counts where every round is right ("circular evaluation", section 4.2). Letters: `sparse_vlm.eval.letters`.
+options, and counts where every round is right ("circular evaluation", section 4.2). Letters: `sparse_vlm.eval.lettered_options`.
 
 Notable: a file of MMBench may hold its rotations as rows of their own (`index` from a million on) or not; they are made here from the first
 row, so that both give the same.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, generated
-from sparse_vlm.eval.letters import ANSWER_WITH_A_LETTER, LETTERS, lettered, mmbench_choice, science_choice
+from sparse_vlm.eval.lettered_options import ANSWER_WITH_A_LETTER, LETTERS, lettered, mmbench_choice, science_choice
 from sparse_vlm.eval.metrics import grouped_share
 from sparse_vlm.eval.official import Entry, OfficialTask, OnAnswers, by_kind, photo_file
 from sparse_vlm.eval.task import Data, Result

@@ -7,12 +7,12 @@ from sparse_vlm.eval.agreement import Agreement
 from sparse_vlm.eval.captions import Captions
 from sparse_vlm.eval.mmvet import MMVet
 from sparse_vlm.eval.multiple_choice import MMBench, ScienceQA
-from sparse_vlm.eval.pairs import LikelierCaption, NearerSentence
+from sparse_vlm.eval.paired_statements import LikelierCaption, NearerSentence
 from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
 from sparse_vlm.eval.questions import AOKVQAFiles, InTar, PopeFiles
 from sparse_vlm.eval.rendered_words import RenderedWords
 from sparse_vlm.eval.retrieval import Retrieval
-from sparse_vlm.eval.short_answers import GQA, TextVQA, VQAv2
+from sparse_vlm.eval.short_answer_vqa import GQA, TextVQA, VQAv2
 from sparse_vlm.eval.small_objects import SmallObjects
 from sparse_vlm.eval.task import Task
 from sparse_vlm.eval.vqa import AOKVQA, VSR, AOKVQADirect, Counting, Existence, Pope, PopeInWords

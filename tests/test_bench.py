@@ -21,8 +21,8 @@ from sparse_vlm.bench.machine import higher, peak_bytes
 from sparse_vlm.bench.pruner import ClsPruner, cls_attention
 from sparse_vlm.bench.run import Bench, Settings
 from sparse_vlm.bench.summary import saturation
-from sparse_vlm.bench.turns import WARM_UP, Piece, take_turns
-from sparse_vlm.bench.vision import BOX, REDUCTIONS, RIVALS, Rival, count_weights, load_visions, projector_work
+from sparse_vlm.bench.timing import WARM_UP, TimedCall, take_turns
+from sparse_vlm.bench.vision import BASELINES, BOX, REDUCTIONS, Baseline, count_weights, load_visions, projector_work
 from sparse_vlm.cli.bench import bench
 from sparse_vlm.distill.recipes import get_recipe
 from sparse_vlm.errors import UserError
@@ -42,7 +42,7 @@ QUICK: dict[str, Any] = {"dtypes": ("float32",), "rounds": 3, "copied_bytes": 1 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rival and a shape that take no time, and peaks that take little."""
-    monkeypatch.setitem(RIVALS, "vit", Rival("a small ViT", get_recipe("vit").config(VIT), VIT))
+    monkeypatch.setitem(BASELINES, "vit", Baseline("a small ViT", get_recipe("vit").config(VIT), VIT))
     monkeypatch.setitem(SHAPES, "shape", SHAPE)
     monkeypatch.setattr(machine, "MATRIX_SIDES", {"cpu": (128,)})
 
@@ -59,7 +59,7 @@ def document_of(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_tower_moves_each_of_its_matrices_once_and_what_they_read_and_write() -> None:
-    config = RIVALS["vit"].config
+    config = BASELINES["vit"].config
     tower = SparseFormer(config)
     matrices = [m.weight.numel() for m in tower.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert sum(work.weights for work in count_work(config).values()) == sum(matrices)
@@ -70,7 +70,7 @@ def test_a_tower_moves_each_of_its_matrices_once_and_what_they_read_and_write() 
 
 @pytest.mark.parametrize("name", ["vit", "sparseformer-b", "adaptive-s"])
 def test_macs_are_those_that_torch_counts(name: str) -> None:
-    config = RIVALS[name].config
+    config = BASELINES[name].config
     with torch.device("meta"):
         tower = SparseFormer(config).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -83,7 +83,7 @@ def test_macs_are_those_that_torch_counts(name: str) -> None:
 def test_rivals_are_as_large_as_in_their_own_library(name: str) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-    spec, config = RIVALS[name].vit, RIVALS[name].config
+    spec, config = BASELINES[name].vit, BASELINES[name].config
     sizes = {
         **{"hidden_size": spec.width, "intermediate_size": 4 * spec.width, "num_hidden_layers": spec.num_blocks},
         **{"num_attention_heads": spec.num_heads, "patch_size": spec.patch_size, "image_size": spec.image_size},
@@ -176,7 +176,7 @@ def test_a_model_is_measured_at_each_number_of_tokens_it_can_serve() -> None:
 
 
 def test_the_box_holds_what_there_is() -> None:
-    assert {name.partition("+")[0] for name in BOX} == {"tiny", *RIVALS} - {"vit", "adaptive-s", "uniform-s"}
+    assert {name.partition("+")[0] for name in BOX} == {"tiny", *BASELINES} - {"vit", "adaptive-s", "uniform-s"}
     assert {name.partition("+")[2] for name in BOX} == {"", *REDUCTIONS}
 
 
@@ -233,9 +233,9 @@ def test_pieces_take_turns_and_factors_count() -> None:
         time.sleep(0.02)
         return "ready, "
 
-    told: list[Piece] = []
-    one = Piece("one", [(step("a", 0.002), 10.0), (step("b", 0.001), 1.0)], prepare=prepare)
-    two = Piece("two", [(step("c", 0.03), 1.0)])
+    told: list[TimedCall] = []
+    one = TimedCall("one", [(step("a", 0.002), 10.0), (step("b", 0.001), 1.0)], prepare=prepare)
+    two = TimedCall("two", [(step("c", 0.03), 1.0)])
     take_turns([one, two], CPU, rounds=6, limit_s=0.05, on_turn=told.append)
     assert order[:6] == ["a", "b", "c"] * 2
     assert (len(one.seconds), len(two.seconds)) == (3, 3), "each has taken its time, and is spared what it need not do"
@@ -269,7 +269,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of everything, small."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RIVALS, "vit", Rival("a small ViT", get_recipe("vit").config(VIT), VIT))
+        patch.setitem(BASELINES, "vit", Baseline("a small ViT", get_recipe("vit").config(VIT), VIT))
         patch.setitem(SHAPES, "shape", SHAPE)
         patch.setattr(machine, "MATRIX_SIDES", {"cpu": (128,)})
         patch.setattr(torch, "compile", lambda call, **options: call)

@@ -30,12 +30,12 @@ def invoke(*arguments: str, exit_code: int = 0) -> str:
 
 def test_rows_differ_in_tower_and_projector_alone(tmp_path: Path) -> None:
     plan = comparison.Plan("V", "I", ("a", "b"), "E", tmp_path, 49, 30, 960, 1)
-    pool, ours = (plan.commands(next(r for r in comparison.RIVALS if r.name == name), 3) for name in ("pool", "tiny"))
+    pool, ours = (plan.commands(next(r for r in comparison.BASELINES if r.name == name), 3) for name in ("pool", "tiny"))
     assert pool[0][pool[0].index("--tower") + 1] == "V" and ours[0][ours[0].index("--tower") + 1] == "tiny"
     assert pool[0][pool[0].index("--projector") + 1] == "pool" and "--projector" not in ours[0]
     for one, other in zip(pool[1:], ours[1:], strict=True):
         assert [word.replace("pool", "tiny") for word in one] == other
-    assert all(rival.projector in {"mlp", *PROJECTORS} for rival in comparison.RIVALS)
+    assert all(rival.projector in {"mlp", *PROJECTORS} for rival in comparison.BASELINES)
 
 
 class Commands:
@@ -93,7 +93,7 @@ def test_a_row_that_fails_ends_the_table_and_says_where_to_look(
     Commands(monkeypatch, fails="eval")
     plan = comparison.Plan("V", "I", ("a",), "E", tmp_path, 49, 30, 960, 1)
     with pytest.raises(typer.Exit) as failed:
-        comparison.run(comparison.Scores(plan), comparison.RIVALS[0], 0, log=True)
+        comparison.run(comparison.Scores(plan), comparison.BASELINES[0], 0, log=True)
     assert failed.value.exit_code == 3
     assert f"failed, with exit code 3; {tmp_path / 'tiny-seed0' / 'log.txt'} says why: sparse-vlm eval" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ TABLES = {  # what can be chosen by name, and what of each entry is pinned besid
     "projector": ("sparse_vlm.vlm.projectors:PROJECTORS", None),
     "default projector": ("sparse_vlm.vlm.projectors:MLP", None),
     "export format": ("sparse_vlm.export.formats:FORMATS", lambda one: " ".join((*sorted(one.writers), *one.dtypes))),
-    "bench baseline": ("sparse_vlm.bench.vision:RIVALS", None),
+    "bench baseline": ("sparse_vlm.bench.vision:BASELINES", None),
     "bench model of --rivals": ("sparse_vlm.bench.vision:BOX", None),
     "bench reduction": ("sparse_vlm.bench.vision:REDUCTIONS", None),
     "bench llm": ("sparse_vlm.bench.llms:SHAPES", None),

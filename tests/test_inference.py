@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels, load_image
-from sparse_vlm.bench.vision import RIVALS
+from sparse_vlm.bench.vision import BASELINES
 from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.tower import RoIPatchConfig, UnitConfig, packed
 from sparse_vlm.tower.config import PUBLISHED, FocusConfig
@@ -225,7 +225,7 @@ def test_a_focus_in_bfloat16_chooses_by_maps_that_are_as_near_as_the_plain_ones(
 
 
 def test_a_vit_says_the_same() -> None:
-    config = RIVALS["clip-b32"].config
+    config = BASELINES["clip-b32"].config
     config = dataclasses.replace(config, units=config.units[:2])
     tower = stirred(config)
     assert differences(tower, optimized(tower), torch.randn(2, 3, 224, 224)) < 1e-4
@@ -264,7 +264,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_tower(tiny: SparseFor
 def test_without_onednn_it_says_the_same(tiny: SparseFormer, photos: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "packs", lambda dtype: False)
     assert differences(tiny, optimized(tiny), photos[:1]) < 1e-4
-    vit = stirred(dataclasses.replace(RIVALS["clip-b32"].config, units=RIVALS["clip-b32"].config.units[:1]))  # with quick_gelu
+    vit = stirred(dataclasses.replace(BASELINES["clip-b32"].config, units=BASELINES["clip-b32"].config.units[:1]))  # with quick_gelu
     assert differences(vit, optimized(vit), torch.randn(1, 3, 224, 224)) < 1e-4
 
 

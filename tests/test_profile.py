@@ -13,7 +13,7 @@ from profile_tower import REST, as_table, clocked, profile
 from speed_ratios import Comparison, Ratio, ratios
 from speed_ratios import as_table as ratio_table
 
-from sparse_vlm.bench.vision import RIVALS, Rival
+from sparse_vlm.bench.vision import BASELINES, Baseline
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import FocusConfig, RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower import layers as tower_modules
@@ -38,12 +38,12 @@ OPERATIONS = {
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tower with every operation, and a ViT."""
-    monkeypatch.setitem(RIVALS, "all", Rival("a tower with every operation", ALL))
+    monkeypatch.setitem(BASELINES, "all", Baseline("a tower with every operation", ALL))
     vit = SparseFormerConfig(
         units=(UnitConfig(64, ("ATTN", "MLP")),), num_latent_tokens=16, embed_dim=32, image_size=56, image_mean=(0.5,) * 3,
         image_std=(0.5,) * 3, cls_before_unit=0, token_init="glance", glance=RoIPatchConfig(14, 4, 1),
     )  # fmt: skip
-    monkeypatch.setitem(RIVALS, "plain", Rival("a ViT", vit))
+    monkeypatch.setitem(BASELINES, "plain", Baseline("a ViT", vit))
 
 
 def test_operations_are_counted_where_they_are_timed() -> None:
@@ -52,9 +52,9 @@ def test_operations_are_counted_where_they_are_timed() -> None:
 
 @pytest.mark.parametrize("count", [25, 36, 49, 64])
 def test_a_focus_takes_three_percent_of_its_tower_at_most(count: int) -> None:
-    macs = count_macs(RIVALS["adaptive-s"].config.at_budget(count), 224, 224)
+    macs = count_macs(BASELINES["adaptive-s"].config.at_budget(count), 224, 224)
     assert 0.01 < macs.focus / macs.total < 0.03
-    assert count_macs(RIVALS["uniform-s"].config).focus == 0
+    assert count_macs(BASELINES["uniform-s"].config).focus == 0
 
 
 @pytest.mark.parametrize("optimized", [False, True])

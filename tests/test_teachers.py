@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_teacher import write_teacher
 from torch import nn
 
 pytest.importorskip("open_clip", reason="teachers need open_clip and timm")
@@ -368,3 +369,19 @@ def test_a_licence_is_read_from_the_card(tmp_path: Path) -> None:
     assert stated_licence(tmp_path) == ""
     (tmp_path / "README.md").write_text("---\nlibrary_name: x\nlicense: apache-2.0\n---\ntext")
     assert stated_licence(tmp_path) == "apache-2.0"
+
+
+def test_size_of_a_model_with_a_text_tower_of_transformers_is_checked_by_its_image_side(tmp_path):
+    from sparse_vlm.teachers.sizes import check_size
+
+    folder = tmp_path / "teacher"
+    write_teacher(folder)
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"] = {"hf_model_name": "nowhere/to-be-found", "hf_proj_type": "linear"}
+    path.write_text(json.dumps(config))
+    check_size(folder)  # the text tower is neither fetched nor made
+    config["model_cfg"]["vision_cfg"]["width"] = 1024
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="parameters"):
+        check_size(folder)

@@ -33,7 +33,7 @@ from sparse_vlm.teachers.load import read_open_clip
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.batches import Augmentation, LiveViews, ResidentViews, collate
 from sparse_vlm.train.distillation import adamw, compile_parts, groups_of
-from sparse_vlm.utils.devices import few_tokens, native_dtype, own_device, use_processors
+from sparse_vlm.utils.devices import few_tokens, native_dtype, own_device, set_cpu_threads
 from sparse_vlm.utils.files import write_json
 
 PARTS = {
@@ -218,7 +218,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Time the parts of a step."""
-    use_processors(threads, keep_memory)
+    set_cpu_threads(threads, keep_memory)
     step = Step(recipe, change or [], teacher, data, batch, resident, compiled)
     document: dict[str, Any] = {"recipe": recipe, "changes": change or [], "keeps_memory": keep_memory}
     document |= {"resident": resident, "compiled": compiled}

@@ -32,7 +32,7 @@ METRICS = {("captions", "CIDEr"): 100.0, ("pope", "accuracy"): 100.0, ("aokvqa",
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """One row: how an image becomes tokens. `tower` None stands for the whole ViT."""
 
     name: str
@@ -41,12 +41,12 @@ class Rival:
     projector: str = "mlp"
 
 
-RIVALS = (
-    Rival("tiny", "our tower", tower="tiny"),
-    Rival("pool", "the whole ViT, tokens averaged", projector="pool"),
-    Rival("stride", "the whole ViT, every so many tokens", projector="stride"),
-    Rival("shuffle", "the whole ViT, 2 x 2 tokens side by side", projector="shuffle"),
-    Rival("resampler", "the whole ViT, learned queries", projector="resampler"),
+BASELINES = (
+    Baseline("tiny", "our tower", tower="tiny"),
+    Baseline("pool", "the whole ViT, tokens averaged", projector="pool"),
+    Baseline("stride", "the whole ViT, every so many tokens", projector="stride"),
+    Baseline("shuffle", "the whole ViT, 2 x 2 tokens side by side", projector="shuffle"),
+    Baseline("resampler", "the whole ViT, learned queries", projector="resampler"),
 )
 
 
@@ -64,11 +64,11 @@ class Plan:
     samples: int
     threads: int
 
-    def folder(self, rival: Rival, seed: int) -> Path:
+    def folder(self, rival: Baseline, seed: int) -> Path:
         """Of a row's runs."""
         return self.out / f"{rival.name}-seed{seed}"
 
-    def commands(self, rival: Rival, seed: int) -> list[list[str]]:
+    def commands(self, rival: Baseline, seed: int) -> list[list[str]]:
         """The commands of a row, in order; the last one evaluates."""
         folder = self.folder(rival, seed)
         data = [part for pattern in self.data for part in ("--data", pattern)]
@@ -85,7 +85,7 @@ class Plan:
             ["sparse-vlm", *judge, "--threads", str(self.threads), "--out", str(folder / "eval")],
         ]
 
-    def tower_gmacs(self, rival: Rival) -> float:
+    def tower_gmacs(self, rival: Baseline) -> float:
         """What the tower of a row costs for an image, in billions of multiply-accumulates; its projector is not in it."""
         tower = SparseFormer.from_pretrained(rival.tower or self.vit, num_tokens=self.tokens if rival.tower else None)
         return count_macs(tower.config).total / 1e9
@@ -105,18 +105,18 @@ class Scores:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.finished = plan, FinishedRuns(plan.out / "results.json", plan.settings())
 
-    def has(self, rival: Rival, seed: int) -> bool:
+    def has(self, rival: Baseline, seed: int) -> bool:
         """Whether a row is finished."""
         return self.plan.folder(rival, seed).name in self.finished.runs
 
-    def take(self, rival: Rival, seed: int) -> None:
+    def take(self, rival: Baseline, seed: int) -> None:
         """Read what an evaluation wrote."""
         folder = self.plan.folder(rival, seed)
         report = json.loads((folder / "eval" / "report.json").read_text())
         rows = {row["task"]: row["metrics"] for row in report["results"] if row["control"] == "none"}
         self.finished.add(folder.name, {f"{task} {metric}": rows[task][metric]["value"] for task, metric in METRICS})
 
-    def table(self, rivals: tuple[Rival, ...], seeds: list[int]) -> str:
+    def table(self, rivals: tuple[Baseline, ...], seeds: list[int]) -> str:
         """Markdown: mean over the finished seeds, and spread (largest minus smallest)."""
         names = [f"{task} {name}" for task, name in METRICS]
         lines = [f"| | what | tower, GMACs | seeds | {' | '.join(names)} |", "|---|---|---:|---:|" + "---:|" * len(names)]
@@ -131,7 +131,7 @@ class Scores:
         return "\n".join(lines) + "\n"
 
 
-def run(scores: Scores, rival: Rival, seed: int, log: bool) -> None:
+def run(scores: Scores, rival: Baseline, seed: int, log: bool) -> None:
     """Carry out the commands of a row, and keep its scores.
 
     Args:
@@ -164,16 +164,16 @@ def main(
     show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,
 ) -> None:
     """Run what is missing of the comparison, and print its table."""
-    if unknown := set(only or ()) - {rival.name for rival in RIVALS}:
-        raise UserError(f"--only {sorted(unknown)[0]}: no such row; there are {', '.join(rival.name for rival in RIVALS)}")
-    rivals = tuple(rival for rival in RIVALS if not only or rival.name in only)
+    if unknown := set(only or ()) - {rival.name for rival in BASELINES}:
+        raise UserError(f"--only {sorted(unknown)[0]}: no such row; there are {', '.join(rival.name for rival in BASELINES)}")
+    rivals = tuple(rival for rival in BASELINES if not only or rival.name in only)
     seeds = seed or [0, 1, 2]
     plan = Plan(vit, init, tuple(data), eval_data, out, tokens, align_steps, samples, threads)
     scores = Scores(plan)
     missing = [] if show else [(rival, number) for number in seeds for rival in rivals if not scores.has(rival, number)]
     ended = Event()  # by a row that failed or an interrupt: a worker takes the next row before anybody is told
 
-    def begin(rival: Rival, number: int) -> None:
+    def begin(rival: Baseline, number: int) -> None:
         if ended.is_set():
             return
         try:

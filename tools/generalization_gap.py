@@ -28,7 +28,7 @@ from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.teachers import load_teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.batches import Batch, batches_now, held_out, live_statistics
-from sparse_vlm.utils.devices import native_dtype, own_device, use_processors
+from sparse_vlm.utils.devices import native_dtype, own_device, set_cpu_threads
 from sparse_vlm.utils.files import write_json
 
 SIDES = {"cosine": "embedding", "token_cosine": "tokens"}
@@ -94,7 +94,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure a student on photos that it learnt from, and on held-out ones."""
-    use_processors(threads)
+    set_cpu_threads(threads)
     rows = measure(student, teacher, data, tokens or [None])
     if as_json:
         write_json("-", [{**row, **{key: row[key].as_json() for key in SIDES}} for row in rows])

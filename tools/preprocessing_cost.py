@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 
 from sparse_vlm.bench.machine import describe, versions
 from sparse_vlm.bench.run import made_picture
-from sparse_vlm.bench.turns import FEWEST, Piece, take_turns
+from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, take_turns
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo, PhotoSet, formats
@@ -145,12 +145,12 @@ def time_all(photos: dict[float, list[Photo]], how: dict[str, Way], rounds: int,
     Raises:
         UserError: fewer rounds than make a median.
     """
-    if rounds < FEWEST:
-        raise UserError(f"--rounds is {rounds}; a median needs {FEWEST} at least")
-    pieces: list[tuple[Piece, dict[str, Any]]] = []
+    if rounds < MIN_REPEATS:
+        raise UserError(f"--rounds is {rounds}; a median needs {MIN_REPEATS} at least")
+    pieces: list[tuple[TimedCall, dict[str, Any]]] = []
 
     def add(call: Callable[[], Any], threads: int, computing: int, **of: Any) -> None:
-        piece = Piece(of["what"], [(lambda _: call(), 1 / of["batch"])], prepare=lambda: torch.set_num_threads(computing))
+        piece = TimedCall(of["what"], [(lambda _: call(), 1 / of["batch"])], prepare=lambda: torch.set_num_threads(computing))
         pieces.append((piece, of | {"threads": threads}))
 
     for megapixels, every in photos.items():

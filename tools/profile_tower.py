@@ -24,7 +24,7 @@ from speed_ratios import DTYPES
 from torch import nn
 
 from sparse_vlm.bench.machine import COPIED_BYTES, describe, peaks, versions
-from sparse_vlm.bench.turns import FEWEST, WARM_UP
+from sparse_vlm.bench.timing import MIN_REPEATS, WARM_UP
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.kernels.cpu import native
@@ -163,8 +163,8 @@ def profile(
     Raises:
         UserError: an unknown name, one that is no tower of ours, or fewer rounds than make a median.
     """
-    if rounds < FEWEST:
-        raise UserError(f"--rounds is {rounds}; a median needs {FEWEST} at least")
+    if rounds < MIN_REPEATS:
+        raise UserError(f"--rounds is {rounds}; a median needs {MIN_REPEATS} at least")
     visions = {vision.name: vision for vision in load_visions(names)}
     for name, vision in visions.items():
         if not isinstance(vision.module, SparseFormer):

@@ -18,7 +18,7 @@ import typer
 from experiments import as_program
 
 from sparse_vlm.bench.machine import describe, versions
-from sparse_vlm.bench.turns import FEWEST, Piece, take_turns
+from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, take_turns
 from sparse_vlm.bench.vision import Vision, load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.utils.files import write_json
@@ -105,8 +105,8 @@ def ratios(
     Raises:
         UserError: a name that `load_visions` does not know, or fewer rounds than make a median.
     """
-    if rounds < FEWEST:
-        raise UserError(f"--rounds is {rounds}; a median needs {FEWEST} at least")
+    if rounds < MIN_REPEATS:
+        raise UserError(f"--rounds is {rounds}; a median needs {MIN_REPEATS} at least")
     names = list(dict.fromkeys(name for comparison in comparisons for name in (comparison.model, comparison.rival)))
     found = []
     for dtype in dtypes:
@@ -125,12 +125,12 @@ def _in_form(vision: Vision, form: str, dtype: torch.dtype) -> Vision:
     return vision
 
 
-def _piece(vision: Vision, batch: int, dtype: torch.dtype) -> Piece:
+def _piece(vision: Vision, batch: int, dtype: torch.dtype) -> TimedCall:
     pixels = torch.randn(batch, 3, vision.size, vision.size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return Piece("tower", [(lambda _: vision.see(pixels), 1.0)], vision.model, batch=batch)
+    return TimedCall("tower", [(lambda _: vision.see(pixels), 1.0)], vision.model, batch=batch)
 
 
-def _ratio(comparison: Comparison, pieces: dict[tuple[str, str], Piece], form: str, dtype: str, batch: int) -> Ratio:
+def _ratio(comparison: Comparison, pieces: dict[tuple[str, str], TimedCall], form: str, dtype: str, batch: int) -> Ratio:
     ours, theirs = pieces[form, comparison.model].seconds, pieces[form, comparison.rival].seconds
     each = [mine / other for mine, other in zip(ours, theirs, strict=False)]  # a slow model may have been spared the last rounds
     low, median, high = statistics.quantiles(each, n=4)

@@ -34,7 +34,7 @@ from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.cost import count_macs, vit_macs
 from sparse_vlm.train.reporter import Reporter
 from sparse_vlm.train.zero import find_config, shares_weights
-from sparse_vlm.utils.devices import own_device, rank, use_processors
+from sparse_vlm.utils.devices import own_device, rank, set_cpu_threads
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def inherit_student(config: BootstrapConfig, reporter: Reporter | None = None) -
     """
     reporter = reporter or Reporter()
     recipe = config.resolve()
-    use_processors(config.threads)
+    set_cpu_threads(config.threads)
     torch.manual_seed(config.seed)
     teacher = load_teacher(config.teacher)
     tower = SparseFormer(recipe.config(teacher.spec))

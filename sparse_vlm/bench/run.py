@@ -26,7 +26,7 @@ from sparse_vlm.bench.llms import Language, LLMPlan, layers_that_fit, plan_llm
 from sparse_vlm.bench.machine import COPIED_BYTES, describe, higher, peak_bytes, peaks, versions
 from sparse_vlm.bench.serving import serving
 from sparse_vlm.bench.summary import requests, saturation
-from sparse_vlm.bench.turns import FEWEST, WARM_UP, Piece, take_turns
+from sparse_vlm.bench.timing import MIN_REPEATS, WARM_UP, TimedCall, take_turns
 from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import decode_image, load_image
@@ -85,8 +85,8 @@ class Settings:
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
-        if self.rounds < FEWEST:
-            raise UserError(f"--rounds is {self.rounds}; a median needs {FEWEST} at least")
+        if self.rounds < MIN_REPEATS:
+            raise UserError(f"--rounds is {self.rounds}; a median needs {MIN_REPEATS} at least")
         kind = self.device.partition(":")[0]
         if self.optimized and self.compile:
             raise UserError("--optimized and --compile: an optimized tower cannot be compiled; measure them in two runs")
@@ -204,27 +204,27 @@ class Bench:
 
     # ---- what is measured
 
-    def _of_pictures(self) -> Iterator[Piece]:
+    def _of_pictures(self) -> Iterator[TimedCall]:
         """Decoding, and preprocessing for each size: per image, on the CPU, whatever the device."""
 
         def decode(_: Any) -> None:
             for name, data, _image in self.pictures:
                 decode_image(data, name)
 
-        yield Piece("decode_image", [(decode, 1 / len(self.pictures))])
+        yield TimedCall("decode_image", [(decode, 1 / len(self.pictures))])
         for prepared, vision in {vision.prepared: vision for vision in self.visions}.items():
 
             def prepare(_: Any, vision: Vision = vision) -> None:
                 for *_ignored, image in self.pictures:
                     vision.pixels(image)
 
-            yield Piece("preprocess", [(prepare, 1 / len(self.pictures))], model=prepared)
+            yield TimedCall("preprocess", [(prepare, 1 / len(self.pictures))], model=prepared)
 
     def _by_tower(self) -> list[Vision]:
         """One of those that share a tower."""
         return list({vision.tower: vision for vision in self.visions}.values())
 
-    def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[Piece]:
+    def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[TimedCall]:
         for vision in self._by_tower():
             pixels = vision.pixels([self.pictures[i % len(self.pictures)][2] for i in range(batch)]).to(self.device, dtype)
             for compiled in (False, True) if self.settings.compile else (False,):
@@ -234,7 +234,7 @@ class Bench:
                         return vision.see(pixels, compiled)
 
                 tokens = vision.tokens if vision.prunes else vision.tokens_in
-                piece = Piece("tower", [(look, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
+                piece = TimedCall("tower", [(look, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
                 piece.expected_s = self._seconds_at_peak(dtype, batch * vision.work.macs)
                 yield piece
 
@@ -251,7 +251,7 @@ class Bench:
             self._group(list(self._of_answers(language, batch)), name)
         self._group(list(self._of_first_tokens(language, projectors, self.settings.batches[0])), name)
 
-    def _of_projectors(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[Piece]:
+    def _of_projectors(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[TimedCall]:
         for vision in self.visions:
             projector, work = projectors[vision.name], self._projecting[vision.name]
             rows = vision.tokens if vision.prunes else vision.tokens_in
@@ -261,13 +261,13 @@ class Bench:
             def project(_: Any, projector: torch.nn.Module = projector, tokens: torch.Tensor = tokens) -> torch.Tensor:
                 return projector(tokens)
 
-            yield Piece("projector", [(project, 1.0)], vision.name, language.plan.name, batch, vision.tokens, work)
+            yield TimedCall("projector", [(project, 1.0)], vision.name, language.plan.name, batch, vision.tokens, work)
 
-    def _of_prompts(self, language: Language, batch: int) -> Iterator[Piece]:
+    def _of_prompts(self, language: Language, batch: int) -> Iterator[TimedCall]:
         """Reading an image's tokens and the text beside them, and choosing the first token of the answer."""
         for tokens in self._numbers():
             length = tokens + self.settings.prompt_tokens
-            yield Piece(
+            yield TimedCall(
                 "prefill",
                 [(language.decode, language.scale), (language.choose, 1.0)],
                 llm=language.plan.name,
@@ -279,12 +279,12 @@ class Bench:
                 beyond_bytes=language.missing_bytes(batch * length),
             )
 
-    def _of_answers(self, language: Language, batch: int) -> Iterator[Piece]:
+    def _of_answers(self, language: Language, batch: int) -> Iterator[TimedCall]:
         """One more token of each request's answer, with image and text in the cache."""
         one = language.embeds(batch, 1)
         for tokens in self._numbers():
             length = tokens + self.settings.prompt_tokens
-            yield Piece(
+            yield TimedCall(
                 "decode",
                 [(lambda cache: language.decode(one, cache), language.scale), (language.choose, 1.0)],
                 llm=language.plan.name,
@@ -295,7 +295,7 @@ class Bench:
                 beyond_bytes=language.missing_bytes(batch * length),
             )
 
-    def _of_first_tokens(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[Piece]:
+    def _of_first_tokens(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[TimedCall]:
         """From encoded images to the first token of an answer, in one go."""
         text = language.embeds(batch, self.settings.prompt_tokens)
         for vision in self.visions:
@@ -310,7 +310,7 @@ class Bench:
             length = vision.tokens + self.settings.prompt_tokens
             work = vision.work + self._projecting[vision.name] + language.work(length)
             steps = [(read, 1.0), (language.decode, language.scale), (language.choose, 1.0)]
-            piece = Piece("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
+            piece = TimedCall("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
             piece.expected_s = self._reading(language.plan, language.dtype, batch, length)
             yield piece
 
@@ -320,7 +320,7 @@ class Bench:
         """Each number of tokens an image that some model has."""
         return sorted({vision.tokens for vision in self.visions})
 
-    def _group(self, pieces: Sequence[Piece], dtype: str) -> None:
+    def _group(self, pieces: Sequence[TimedCall], dtype: str) -> None:
         """Time pieces in turn, and write down those that have a median, also when a turn is interrupted."""
         try:
             take_turns(pieces, self.device, self.settings.rounds, self.settings.limit_s, self._advance)
@@ -331,7 +331,7 @@ class Bench:
             self.document["measurements"] += [self._measured(piece, dtype) for piece in pieces if piece.finished]
             self._write()
 
-    def _measured(self, piece: Piece, dtype: str) -> dict[str, Any]:
+    def _measured(self, piece: TimedCall, dtype: str) -> dict[str, Any]:
         ms = piece.milliseconds()
         return {
             "stage": piece.stage,
@@ -386,7 +386,7 @@ class Bench:
             each += [self._reading(plan, dtype, first, vision.tokens + text) for vision in self.visions]
         return sum(each)
 
-    def _advance(self, piece: Piece) -> None:
+    def _advance(self, piece: TimedCall) -> None:
         """Tell how far it is, in thousandths."""
         before = int(self._done)
         self._done += 1000 * piece.expected_s / (self._expected * (WARM_UP + self.settings.rounds))

@@ -1,4 +1,4 @@
-"""What looks at images in a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A rival is one more entry in `RIVALS`.
+"""What looks at images in a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A rival is one more entry in `BASELINES`.
 
 Shape legend: B images, M tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
 
@@ -35,7 +35,7 @@ from sparse_vlm.vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_proj
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A tower of published dimensions.
 
     Attributes:
@@ -53,12 +53,12 @@ SIGLIP = {
 }  # fmt: skip
 
 
-def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, embed: int = 512, **changes: Any) -> Rival:
+def _vit(summary: str, width: int, blocks: int, patch: int, size: int = 224, embed: int = 512, **changes: Any) -> Baseline:
     spec = replace(clip_vit(summary, width, blocks, patch, embed, size), **changes)
-    return Rival(summary, get_recipe("vit").config(spec), spec)
+    return Baseline(summary, get_recipe("vit").config(spec), spec)
 
 
-RIVALS: dict[str, Rival] = {
+BASELINES: dict[str, Baseline] = {
     "clip-b32": _vit("CLIP ViT-B/32 at 224 pixels", 768, 12, 32),
     "clip-b16": _vit("CLIP ViT-B/16 at 224 pixels", 768, 12, 16),
     "siglip-b16": _vit("SigLIP ViT-B/16 at 224 pixels", 768, 12, 16, embed=768, **SIGLIP),
@@ -66,15 +66,19 @@ RIVALS: dict[str, Rival] = {
     "clip-l14-336": _vit("CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower", 1024, 24, 14, 336, 768),
     "vit-s14": _vit("ViT-S/14 at 224 pixels, the shape of tiny's teacher", 384, 12, 14, norm_pre=False, activation="gelu"),
     "vit-s32": _vit("the same blocks on 49 patches, as tiny's tokens are", 384, 12, 32, norm_pre=False, activation="gelu"),
-    "sparseformer-b": Rival("SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")),
-    "sparseformer-l": Rival("SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")),
+    "sparseformer-b": Baseline(
+        "SparseFormer B, bootstrapped of CLIP ViT-B", SparseFormerConfig.named("sparseformer_btsp_openai_clip_base")
+    ),
+    "sparseformer-l": Baseline(
+        "SparseFormer L, bootstrapped of CLIP ViT-L", SparseFormerConfig.named("sparseformer_btsp_openai_clip_large")
+    ),
 }
-PUBLISHED = tuple(RIVALS)
+PUBLISHED = tuple(BASELINES)
 # students of ViT-S/14 for whole images, which differ in where their tokens begin alone
-ADAPTIVE = get_recipe("adaptive").config(RIVALS["vit-s14"].vit)
-RIVALS |= {
-    "adaptive-s": Rival("49 tokens with ViT-S/14's blocks, on cells that a focus places", ADAPTIVE),
-    "uniform-s": Rival("the same on an even grid", replace(ADAPTIVE, focus=None)),
+ADAPTIVE = get_recipe("adaptive").config(BASELINES["vit-s14"].vit)
+BASELINES |= {
+    "adaptive-s": Baseline("49 tokens with ViT-S/14's blocks, on cells that a focus places", ADAPTIVE),
+    "uniform-s": Baseline("the same on an even grid", replace(ADAPTIVE, focus=None)),
 }
 REDUCTIONS = (*PROJECTORS, *PRUNERS)
 BOX = ("tiny", *PUBLISHED, *(f"clip-l14+{kind}" for kind in REDUCTIONS))  # what `--rivals` measures
@@ -230,7 +234,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _serves_budgets(name: str) -> bool:
-    return name not in RIVALS and not is_teacher(name) and serves_budgets(name)
+    return name not in BASELINES and not is_teacher(name) and serves_budgets(name)
 
 
 def _load_tower(name: str, tokens: int | None) -> _Tower:
@@ -239,7 +243,7 @@ def _load_tower(name: str, tokens: int | None) -> _Tower:
         spec = teacher.spec
         counts = spec.grid**2, spec.width, Preprocessor.of(spec), vit_work(spec)
         return _Tower(name, "a ViT by its own library", "trained", teacher, lambda pixels, sizes=None: teacher(pixels).patches, *counts)
-    rival = RIVALS.get(name)
+    rival = BASELINES.get(name)
     if rival is None:
         _known(name)
         tower = SparseFormer.from_pretrained(name, num_tokens=tokens)
@@ -273,7 +277,7 @@ def _known(name: str) -> None:
     try:
         locate(name, kind="tower")
     except UserError as error:
-        raise UserError(f"--model {error}; rivals are {', '.join(RIVALS)}") from error
+        raise UserError(f"--model {error}; rivals are {', '.join(BASELINES)}") from error
 
 
 def _vision(name: str, tower: _Tower, kind: str, count: int | None, chosen: bool) -> Vision:

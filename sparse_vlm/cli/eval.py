@@ -64,10 +64,10 @@ def eval(
         check_teacher(teacher)
     from sparse_vlm.eval.report import as_json, as_tables, save
     from sparse_vlm.eval.run import evaluate
-    from sparse_vlm.utils.devices import use_processors
+    from sparse_vlm.utils.devices import set_cpu_threads
     from sparse_vlm.utils.files import locked, write_json
 
-    use_processors(threads)
+    set_cpu_threads(threads)
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     with nullcontext() if out is None else locked(out), progress:
         keep = (lambda report: None) if out is None else (lambda report: save(report, out))

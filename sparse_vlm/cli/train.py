@@ -106,7 +106,7 @@ def train(
     from sparse_vlm.train.text_images import WordImages
     from sparse_vlm.train.vocabulary import pretrain_projector, words_of
     from sparse_vlm.train.zero import find_config
-    from sparse_vlm.utils.devices import own_device, use_processors
+    from sparse_vlm.utils.devices import own_device, set_cpu_threads
     from sparse_vlm.utils.devices import rank as process_rank
     from sparse_vlm.utils.files import locked
     from sparse_vlm.vlm import VLM
@@ -150,7 +150,7 @@ def train(
     engine = training.Engine(
         find_config(deepspeed, "train") if deepspeed else None, gradient_checkpointing, tuple(report_to or ()), max_bad_steps, at_once
     )
-    use_processors(threads)
+    set_cpu_threads(threads)
     # of the processes that torchrun starts, one looks, teaches words and speaks
     first = process_rank() == 0
     console = plain_console(soft_wrap=True, quiet=not first)

@@ -23,7 +23,7 @@ def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def use_processors(threads: int | None = None, keep_memory: bool = True) -> None:
+def set_cpu_threads(threads: int | None = None, keep_memory: bool = True) -> None:
     """Set up the CPUs for long work: how many threads compute, and that freed memory is kept.
 
     Args:

@@ -14,11 +14,11 @@ from sparse_vlm.bench.machine import synchronize
 from sparse_vlm.tower.cost import Work
 
 WARM_UP = 2
-FEWEST = 3  # calls below which a median is none
+MIN_REPEATS = 3  # calls below which a median is none
 
 
 @dataclass
-class Piece:
+class TimedCall:
     """A piece of work to be timed.
 
     Attributes:
@@ -67,7 +67,7 @@ class Piece:
     @property
     def finished(self) -> bool:
         """Whether there are enough turns for a median."""
-        return len(self.seconds) >= FEWEST
+        return len(self.seconds) >= MIN_REPEATS
 
     def milliseconds(self) -> dict[str, float | int]:
         """Median, quartiles and number of turns."""
@@ -76,13 +76,17 @@ class Piece:
 
 
 def take_turns(
-    pieces: Sequence[Piece], device: torch.device, rounds: int, limit_s: float, on_turn: Callable[[Piece], None] = lambda piece: None
+    pieces: Sequence[TimedCall],
+    device: torch.device,
+    rounds: int,
+    limit_s: float,
+    on_turn: Callable[[TimedCall], None] = lambda piece: None,
 ) -> None:
     """Time pieces in turn, after `WARM_UP` turns that do not count; each piece keeps its seconds.
 
     Args:
-        rounds: turns of each piece, `FEWEST` at least.
-        limit_s: a piece that has taken so many seconds takes no more turns once it has `FEWEST`.
+        rounds: turns of each piece, `MIN_REPEATS` at least.
+        limit_s: a piece that has taken so many seconds takes no more turns once it has `MIN_REPEATS`.
         on_turn: told after each turn which piece had it, also where the piece was spared it.
     """
     spent = dict.fromkeys(map(id, pieces), 0.0)
