@@ -16,7 +16,7 @@ from sparse_vlm.images.preprocess import resize_and_crop
 from sparse_vlm.roi import grid_rois, points_in_rois, standardize_offsets
 from sparse_vlm.tower import FocusConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.focus import MAP, SCALES
-from sparse_vlm.tower.visualize import crop_box, draw, follow, rois_of_points, save_figure, token_colours
+from sparse_vlm.tower.visualize import crop_box, draw, rois_of_points, save_figure, token_colours, trace_regions
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def test_crop_box_is_what_the_tower_sees(size):
 
 
 def test_follow_has_every_look(tower, photo):
-    gaze = follow(tower, photo)
-    assert [look.points.shape for look in gaze.looks] == [(9, 5, 2)] * 3
-    torch.testing.assert_close(gaze.start, grid_rois(9))
-    torch.testing.assert_close(gaze.looks[0].rois, gaze.start, atol=1e-4, rtol=0)
-    torch.testing.assert_close(gaze.looks[2].rois, gaze.end, atol=1e-4, rtol=0)  # the last look is after the last adjusting
-    assert (gaze.looks[1].rois - gaze.start).abs().max() > 0.01
-    assert [step["name"] for step in gaze.to_dict()["steps"]] == ["start", "look 1", "look 2", "look 3", "end"]
+    regions = trace_regions(tower, photo)
+    assert [look.points.shape for look in regions.looks] == [(9, 5, 2)] * 3
+    torch.testing.assert_close(regions.start, grid_rois(9))
+    torch.testing.assert_close(regions.looks[0].rois, regions.start, atol=1e-4, rtol=0)
+    torch.testing.assert_close(regions.looks[2].rois, regions.end, atol=1e-4, rtol=0)  # the last look is after the last adjusting
+    assert (regions.looks[1].rois - regions.start).abs().max() > 0.01
+    assert [step["name"] for step in regions.to_dict()["steps"]] == ["start", "look 1", "look 2", "look 3", "end"]
 
 
 def test_colours_tell_tokens_apart():
@@ -94,7 +94,7 @@ def test_colours_tell_tokens_apart():
 
 
 def test_figure_has_a_panel_for_each_step(tower, photo, tmp_path):
-    figure = draw(follow(tower, photo), "a $title with_a dollar$")
+    figure = draw(trace_regions(tower, photo), "a $title with_a dollar$")
     titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
     assert len(titles) == 5 and titles[0].startswith("Start") and titles[-1].startswith("End")
     save_figure(figure, tmp_path / "look.png")
@@ -104,7 +104,7 @@ def test_figure_has_a_panel_for_each_step(tower, photo, tmp_path):
 
 
 def test_figure_of_another_kind_is_one_line(tower, photo, tmp_path):
-    figure = draw(follow(tower, photo), "title")
+    figure = draw(trace_regions(tower, photo), "title")
     with pytest.raises(UserError, match="use one of .*png"):
         save_figure(figure, tmp_path / "look.docx")
     with pytest.raises(UserError, match="cannot write here"):
@@ -158,22 +158,22 @@ def focused() -> SparseFormer:
 
 
 def test_follow_has_cells_map_and_patches_of_the_whole_photo(focused, photo):
-    gaze = follow(focused, photo)
-    assert gaze.crop == (0, 0, *photo.size)
-    area = (gaze.start[:, 2:] - gaze.start[:, :2]).prod(-1)
+    regions = trace_regions(focused, photo)
+    assert regions.crop == (0, 0, *photo.size)
+    area = (regions.start[:, 2:] - regions.start[:, :2]).prod(-1)
     assert area.sum() == pytest.approx(1) and area.min() < 0.5 * area.max()
-    centres = (gaze.start[:, 0] + gaze.start[:, 2]) / 2
+    centres = (regions.start[:, 0] + regions.start[:, 2]) / 2
     assert centres[area == area.min()].min() > 0.5, "small cells are where the map is high"
-    np.testing.assert_allclose(gaze.variation[0], np.exp(np.linspace(-4, 0, MAP)), rtol=1e-5)
-    assert gaze.patches.shape == (16, 3, 14, 14)
+    np.testing.assert_allclose(regions.variation[0], np.exp(np.linspace(-4, 0, MAP)), rtol=1e-5)
+    assert regions.patches.shape == (16, 3, 14, 14)
     # the mean of a cell's patch is that of the photo there
     pixels = np.asarray(photo, dtype=float) / 255
-    x0, y0, x1, y1 = (gaze.start[0].numpy() * [140, 70, 140, 70]).round().astype(int)
-    assert gaze.patches[0].mean().item() == pytest.approx(pixels[y0:y1, x0:x1].mean(), abs=0.03)
+    x0, y0, x1, y1 = (regions.start[0].numpy() * [140, 70, 140, 70]).round().astype(int)
+    assert regions.patches[0].mean().item() == pytest.approx(pixels[y0:y1, x0:x1].mean(), abs=0.03)
 
 
 def test_figure_of_a_focus_has_cells_map_and_patches(focused, photo, tmp_path):
-    figure = draw(follow(focused, photo), "title")
+    figure = draw(trace_regions(focused, photo), "title")
     titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
     assert titles == [
         "16 tokens, each with its cell",
@@ -189,13 +189,13 @@ def test_figure_of_a_focus_has_cells_map_and_patches(focused, photo, tmp_path):
 
 
 def test_even_cells_are_not_darkened(photo):
-    figure = draw(follow(elastic(focus=FocusConfig(evenness=100.0), fit="whole"), photo), "title")
+    figure = draw(trace_regions(elastic(focus=FocusConfig(evenness=100.0), fit="whole"), photo), "title")
     shown = np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_allclose(shown, np.asarray(photo) / 255, atol=1e-6)
 
 
 def test_movement_is_shown_only_where_something_moved(photo):
-    figure = draw(follow(elastic(), photo), "title")  # no looks, no RoI adjusting
+    figure = draw(trace_regions(elastic(), photo), "title")  # no looks, no RoI adjusting
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Start: 16 tokens, each with its region"]
 
 

@@ -119,14 +119,14 @@ def test_the_benchmark_gives_a_tower_of_whole_images_its_whole_canvas(folder: st
 
 
 def test_look_shows_cells_on_the_whole_photo(tower: SparseFormer) -> None:
-    from sparse_vlm.tower.visualize import follow
+    from sparse_vlm.tower.visualize import trace_regions
 
     shown = photo(300, 100)
-    gaze = follow(tower, shown)
-    assert gaze.crop == (0, 0, 300, 100)
+    regions = trace_regions(tower, shown)
+    assert regions.crop == (0, 0, 300, 100)
     inputs = Preprocessor.of(tower.config)(shown)
-    torch.testing.assert_close(gaze.start, tower.first_cells(*inputs)[0])
-    assert gaze.start.shape == (7, 4)
+    torch.testing.assert_close(regions.start, tower.first_cells(*inputs)[0])
+    assert regions.start.shape == (7, 4)
 
 
 # ---- hosts that hand on pixels alone

@@ -80,7 +80,7 @@ def take_turns(
     device: torch.device,
     rounds: int,
     limit_s: float,
-    on_turn: Callable[[TimedCall], None] = lambda piece: None,
+    on_turn: Callable[[TimedCall], None] = lambda call: None,
 ) -> None:
     """Time pieces in turn, after `WARM_UP` turns that do not count; each piece keeps its seconds.
 

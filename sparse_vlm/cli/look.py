@@ -31,14 +31,14 @@ def look(
     folder = locate(model, kind="tower")
 
     from sparse_vlm.tower import SparseFormer
-    from sparse_vlm.tower.visualize import draw, follow, save_figure
+    from sparse_vlm.tower.visualize import draw, save_figure, trace_regions
 
-    gaze = follow(SparseFormer.from_pretrained(folder, num_tokens=tokens), picture)
+    regions = trace_regions(SparseFormer.from_pretrained(folder, num_tokens=tokens), picture)
     if out is None and not as_json:
         out = Path("look.png")
     if out is not None:
-        save_figure(draw(gaze, f"What {Path(model).name} looks at in {photo.name}"), out)
+        save_figure(draw(regions, f"What {Path(model).name} looks at in {photo.name}"), out)
     if as_json:
-        print(json.dumps({"model": model, "image": str(photo), **gaze.to_dict()}))
+        print(json.dumps({"model": model, "image": str(photo), **regions.to_dict()}))
     else:
         print(printable(f"wrote {out}"))

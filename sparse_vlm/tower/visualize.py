@@ -46,7 +46,7 @@ SHOWN_SIDE = 1024  # pixels of the photo behind a panel; more cannot be seen
 
 
 @dataclass(frozen=True)
-class Look:
+class SamplingStep:
     """One look: the RoIs (n, 4) from which the tokens looked, and the points (n, P, 2) that they sampled."""
 
     rois: Tensor
@@ -54,7 +54,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Gaze:
+class TokenRegions:
     """How the tokens went over one photo.
 
     Attributes:
@@ -71,7 +71,7 @@ class Gaze:
     photo: Image.Image
     crop: tuple[float, float, float, float]
     start: Tensor
-    looks: tuple[Look, ...]
+    looks: tuple[SamplingStep, ...]
     end: Tensor
     variation: Tensor | None = None
     patches: Tensor | None = None
@@ -92,7 +92,7 @@ class Gaze:
 
 
 @torch.inference_mode()
-def follow(tower: SparseFormer, photo: Image.Image) -> Gaze:
+def trace_regions(tower: SparseFormer, photo: Image.Image) -> TokenRegions:
     """Run a tower over a photo and keep where its tokens looked."""
     config = tower.config
     inputs = Preprocessor.of(config)(photo).to(tower.initial_roi.weight.device)
@@ -103,9 +103,9 @@ def follow(tower: SparseFormer, photo: Image.Image) -> Gaze:
         variation = tower.focus(inputs.pixels, extent=extent)[0, -2:].mean(0).exp().cpu()
         mean, std = (torch.tensor(of, device=inputs.pixels.device).view(3, 1, 1) for of in (config.image_mean, config.image_std))
         patches = (crop_rois(inputs.pixels, start, config.glance.patch_size, extent)[0] * std + mean).clamp(0, 1).cpu()
-    looks = tuple(Look(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.points_per_look)
+    looks = tuple(SamplingStep(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.points_per_look)
     seen = (0.0, 0.0, *map(float, photo.size)) if config.fit == "whole" else crop_box(photo.size, config.image_size)
-    return Gaze(photo, seen, start[0].cpu(), looks, output.rois[0].cpu(), variation, patches)
+    return TokenRegions(photo, seen, start[0].cpu(), looks, output.rois[0].cpu(), variation, patches)
 
 
 def rois_of_points(points: Tensor) -> Tensor:
@@ -124,26 +124,29 @@ def crop_box(photo_size: tuple[int, int], side: int) -> tuple[float, float, floa
     return left * across, top * down, (left + side) * across, (top + side) * down
 
 
-def draw(gaze: Gaze, title: str) -> Figure:
+def draw(regions: TokenRegions, title: str) -> Figure:
     """A figure of panels: of a tower with a focus its cells, the map and the patches; else the start and each look. The last one is how far
     every token moved, where one did."""
     from matplotlib.figure import Figure
 
     panels: list[Callable[[Axes], None]] = []
-    if gaze.variation is None:
-        panels += [partial(_start, gaze=gaze), *(partial(_look, gaze=gaze, number=number) for number in range(len(gaze.looks)))]
+    if regions.variation is None:
+        panels += [
+            partial(_start, regions=regions),
+            *(partial(_look, regions=regions, number=number) for number in range(len(regions.looks))),
+        ]
     else:
-        panels += [partial(draw_panel, gaze=gaze) for draw_panel in (_cells, _variation, _patches)]
-    if gaze.moved.max() >= MOVED:
-        panels.append(partial(_movement, gaze=gaze))
-    aspect = gaze.photo.width / gaze.photo.height
+        panels += [partial(draw_panel, regions=regions) for draw_panel in (_cells, _variation, _patches)]
+    if regions.moved.max() >= MOVED:
+        panels.append(partial(_movement, regions=regions))
+    aspect = regions.photo.width / regions.photo.height
     columns = min((3, 4), key=lambda columns: -len(panels) % columns)  # whichever leaves fewer places empty
     columns = min(len(panels), columns if aspect < WIDE else 1)
     rows = -(-len(panels) // columns)
     width = max(4.2 * columns, 7.0)
     panel = (width - 0.3 * (columns + 1)) / columns / aspect
     figure = Figure(
-        figsize=(width, rows * (panel + 0.48) + (1.3 if gaze.variation is None else 1.0)), dpi=110, facecolor=PAPER, layout="constrained"
+        figsize=(width, rows * (panel + 0.48) + (1.3 if regions.variation is None else 1.0)), dpi=110, facecolor=PAPER, layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.12)
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, parse_math=False)
@@ -152,7 +155,7 @@ def draw(gaze: Gaze, title: str) -> Figure:
         draw_panel(axis)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    _legend(figure, gaze)
+    _legend(figure, regions)
     return figure
 
 
@@ -196,14 +199,14 @@ def _to_photo(points: Tensor, crop: tuple[float, float, float, float]) -> np.nda
     return points.numpy() * (x1 - x0, y1 - y0) + (x0, y0)
 
 
-def _panel(axis: Axes, gaze: Gaze, title: str, light: float = 0.72) -> None:
+def _panel(axis: Axes, regions: TokenRegions, title: str, light: float = 0.72) -> None:
     """The photo, paler and darker so that colours stand out, darkest where the tower does not see it."""
     from matplotlib.patches import Rectangle
 
-    width, height = gaze.photo.size
-    pixels = _shown(gaze.photo)
+    width, height = regions.photo.size
+    pixels = _shown(regions.photo)
     scale = pixels.shape[1] / width, pixels.shape[0] / height
-    x0, y0, x1, y1 = gaze.crop
+    x0, y0, x1, y1 = regions.crop
     pixels = (pixels + pixels.mean(axis=-1, keepdims=True)) / 2
     lights = np.full((*pixels.shape[:2], 1), 0.3, dtype=np.float32)
     lights[round(y0 * scale[1]) : round(y1 * scale[1]), round(x0 * scale[0]) : round(x1 * scale[0])] = light
@@ -223,86 +226,86 @@ def _shown(photo: Image.Image) -> np.ndarray:
     return np.asarray(shown, dtype=np.float32) / 255
 
 
-def _cells(axis: Axes, gaze: Gaze) -> None:
+def _cells(axis: Axes, regions: TokenRegions) -> None:
     """The photo, from `DIM` in the largest cells to its own lightness in the smallest."""
-    area = (gaze.start[:, 2:] - gaze.start[:, :2]).prod(dim=-1).log()
+    area = (regions.start[:, 2:] - regions.start[:, :2]).prod(dim=-1).log()
     spread = area.max() - area.min()
     # rows of a grid may differ by a cell; a split makes cells four times as small
     finer = ((area.max() - area) / spread if spread > math.log(2) else torch.ones_like(area)).tolist()
-    _panel(axis, gaze, f"{len(gaze.start)} tokens, each with its cell", light=DIM)
-    photo, pixels = _shown(gaze.photo), axis.images[0].get_array().copy()
+    _panel(axis, regions, f"{len(regions.start)} tokens, each with its cell", light=DIM)
+    photo, pixels = _shown(regions.photo), axis.images[0].get_array().copy()
     height, width = pixels.shape[:2]
-    for (low, high), light in zip(_to_photo(gaze.start.view(-1, 2, 2), gaze.crop), finer, strict=True):
-        (left, top), (right, bottom) = (np.round(corner / gaze.photo.size * (width, height)).astype(int) for corner in (low, high))
+    for (low, high), light in zip(_to_photo(regions.start.view(-1, 2, 2), regions.crop), finer, strict=True):
+        (left, top), (right, bottom) = (np.round(corner / regions.photo.size * (width, height)).astype(int) for corner in (low, high))
         pixels[top:bottom, left:right] = photo[top:bottom, left:right] * (DIM + (1 - DIM) * light)
     axis.images[0].set_data(pixels)
-    _regions(axis, gaze, gaze.start, token_colours(gaze.start))
+    _regions(axis, regions, regions.start, token_colours(regions.start))
 
 
-def _variation(axis: Axes, gaze: Gaze) -> None:
+def _variation(axis: Axes, regions: TokenRegions) -> None:
     """The map in colours, as light as the photo, with a bar for them."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    _panel(axis, gaze, "Prediction: where there is much to see", light=DIM)
-    x0, y0, x1, y1 = gaze.crop
-    seen = _shown(gaze.photo.crop(tuple(round(side) for side in gaze.crop))).mean(-1)
-    fine = F.interpolate(100 * gaze.variation[None, None], size=seen.shape, mode="bicubic")[0, 0].clamp(min=0).numpy()
+    _panel(axis, regions, "Prediction: where there is much to see", light=DIM)
+    x0, y0, x1, y1 = regions.crop
+    seen = _shown(regions.photo.crop(tuple(round(side) for side in regions.crop))).mean(-1)
+    fine = F.interpolate(100 * regions.variation[None, None], size=seen.shape, mode="bicubic")[0, 0].clamp(min=0).numpy()
     scale = ScalarMappable(Normalize(0, fine.max()), cmap=colormaps["inferno"])
     light = 0.35 + 0.65 * seen[..., None]
     axis.imshow(scale.to_rgba(fine)[..., :3] * light, extent=(x0, x1, y1, y0), zorder=1)
-    axis.set(xlim=(0, gaze.photo.width), ylim=(gaze.photo.height, 0))
+    axis.set(xlim=(0, regions.photo.width), ylim=(regions.photo.height, 0))
     _bar(axis, scale, "predicted variance of the teacher's features, % of that of all images")
 
 
-def _patches(axis: Axes, gaze: Gaze) -> None:
+def _patches(axis: Axes, regions: TokenRegions) -> None:
     """Each cell as the few pixels that it is scaled to."""
-    side = gaze.patches.shape[-1]
-    _panel(axis, gaze, f"What each token begins with: {side} x {side} pixels")
-    for (low, high), patch in zip(_to_photo(gaze.start.view(-1, 2, 2), gaze.crop), gaze.patches, strict=True):
+    side = regions.patches.shape[-1]
+    _panel(axis, regions, f"What each token begins with: {side} x {side} pixels")
+    for (low, high), patch in zip(_to_photo(regions.start.view(-1, 2, 2), regions.crop), regions.patches, strict=True):
         pixels = patch.permute(1, 2, 0).numpy()
         axis.imshow(pixels, extent=(low[0], high[0], high[1], low[1]), interpolation="nearest", zorder=2)
-    width, height = gaze.photo.size
+    width, height = regions.photo.size
     axis.set(xlim=(0, width), ylim=(height, 0))
 
 
-def _start(axis: Axes, gaze: Gaze) -> None:
-    sides = gaze.start[:, 2:] - gaze.start[:, :2]
+def _start(axis: Axes, regions: TokenRegions) -> None:
+    sides = regions.start[:, 2:] - regions.start[:, :2]
     cover = max(1.0, float(sides.prod(dim=-1).sum()))  # regions over a place, on average
-    _panel(axis, gaze, f"Start: {len(gaze.start)} tokens, each with its region")
-    _regions(axis, gaze, gaze.start, token_colours(gaze.start), fill=0.45 / cover)
+    _panel(axis, regions, f"Start: {len(regions.start)} tokens, each with its region")
+    _regions(axis, regions, regions.start, token_colours(regions.start), fill=0.45 / cover)
 
 
-def _look(axis: Axes, gaze: Gaze, number: int) -> None:
-    look, colours = gaze.looks[number], token_colours(gaze.start)
-    _panel(axis, gaze, f"Look {number + 1}: {look.points.shape[1]} points a token")
-    _regions(axis, gaze, look.rois, colours)
-    at = _to_photo(look.points, gaze.crop)
+def _look(axis: Axes, regions: TokenRegions, number: int) -> None:
+    look, colours = regions.looks[number], token_colours(regions.start)
+    _panel(axis, regions, f"SamplingStep {number + 1}: {look.points.shape[1]} points a token")
+    _regions(axis, regions, look.rois, colours)
+    at = _to_photo(look.points, regions.crop)
     dots = np.repeat(colours, at.shape[1], axis=0)
     axis.scatter(*at.reshape(-1, 2).T, s=7, c=dots, linewidths=0.35, edgecolors="black", zorder=3)
 
 
-def _regions(axis: Axes, gaze: Gaze, rois: Tensor, colours: np.ndarray, fill: float = 0.0) -> None:
+def _regions(axis: Axes, regions: TokenRegions, rois: Tensor, colours: np.ndarray, fill: float = 0.0) -> None:
     from matplotlib.patches import Rectangle
 
-    corners = _to_photo(rois.view(-1, 2, 2), gaze.crop)
+    corners = _to_photo(rois.view(-1, 2, 2), regions.crop)
     for (low, high), colour in zip(corners, colours, strict=True):
         axis.add_patch(Rectangle(low, *(high - low), facecolor=(*colour, fill), edgecolor=colour, linewidth=1.1, zorder=2))
 
 
-def _movement(axis: Axes, gaze: Gaze) -> None:
+def _movement(axis: Axes, regions: TokenRegions) -> None:
     """Arrows from where each RoI's centre was to where it is, coloured by how far that is."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    areas = [(rois[:, 2:] - rois[:, :2]).prod(dim=-1).mean() for rois in (gaze.start, gaze.end)]
-    centres = [_to_photo((rois[:, :2] + rois[:, 2:]) / 2, gaze.crop) for rois in (gaze.start, gaze.end)]
-    far = 100 * gaze.moved.numpy()
-    _panel(axis, gaze, f"End: moved by {far.mean():.1f} % on average, area times {areas[1] / areas[0]:.2f}")
+    areas = [(rois[:, 2:] - rois[:, :2]).prod(dim=-1).mean() for rois in (regions.start, regions.end)]
+    centres = [_to_photo((rois[:, :2] + rois[:, 2:]) / 2, regions.crop) for rois in (regions.start, regions.end)]
+    far = 100 * regions.moved.numpy()
+    _panel(axis, regions, f"End: moved by {far.mean():.1f} % on average, area times {areas[1] / areas[0]:.2f}")
     scale = ScalarMappable(Normalize(0, far.max()), cmap=LinearSegmentedColormap.from_list("movement", STILL_TO_FAR))
     colours = scale.to_rgba(far)
-    _regions(axis, gaze, gaze.end, colours[:, :3])
+    _regions(axis, regions, regions.end, colours[:, :3])
     axis.quiver(
         *centres[0].T,
         *(centres[1] - centres[0]).T,
@@ -326,7 +329,7 @@ def _bar(axis: Axes, scale: ScalarMappable, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _legend(figure: Figure, gaze: Gaze) -> None:
+def _legend(figure: Figure, regions: TokenRegions) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -335,6 +338,6 @@ def _legend(figure: Figure, gaze: Gaze) -> None:
         Patch(facecolor="none", edgecolor=SAMPLE, linewidth=1.4, label="a token's region, in the colour of its place at the start"),
         Line2D([], [], color=SAMPLE, marker="o", markersize=4, markeredgecolor="black", linestyle="", label="a point it reads"),
     ]
-    if gaze.variation is not None:
+    if regions.variation is not None:
         return  # titles and the bar say it all
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=9.5, labelcolor=INK)
