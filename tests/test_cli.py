@@ -189,12 +189,12 @@ def test_a_name_is_shown_and_not_obeyed(command):
 
 @pytest.mark.parametrize(("error", "line"), [("OSError(28, 'Full', '/out')", "/out: Full"), ("MemoryError()", "not enough memory")])
 def test_what_the_system_says_is_one_line(error, line):
-    code = f"from sparse_vlm import cli, store\ndef fail(): raise {error}\nstore.entries = fail\ncli.main()"
+    code = f"from sparse_vlm import cli\nfrom sparse_vlm.hub import store\ndef fail(): raise {error}\nstore.entries = fail\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code, "zoo", "list"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, f"sparse-vlm: {line}\n")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
-    code = "from sparse_vlm import cli, store\ndef fail(): raise KeyError('a')\nstore.entries = fail\ncli.main()"
+    code = "from sparse_vlm import cli\nfrom sparse_vlm.hub import store\ndef fail(): raise KeyError('a')\nstore.entries = fail\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code, "zoo", "list"], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" in done.stderr
