@@ -23,7 +23,8 @@ from sparse_vlm.eval.lettered_options import ANSWER_WITH_A_LETTER, LETTERS, lett
 from sparse_vlm.eval.metrics import grouped_share
 from sparse_vlm.eval.official import Entry, OfficialTask, OnAnswers, by_kind, photo_file
 from sparse_vlm.eval.task import Data, Result
-from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM
@@ -68,12 +69,12 @@ class EncodedPhoto(Photo):
         """The encoded bytes.
 
         Raises:
-            PhotoError: not base64.
+            ImageError: not base64.
         """
         try:
             return base64.b64decode(self.encoded, validate=True)
         except binascii.Error as error:
-            raise PhotoError(f"{self.source.name}:{self.key}: its image is not base64 ({error})") from None
+            raise ImageError(f"{self.source.name}:{self.key}: its image is not base64 ({error})") from None
 
 
 class MMBench(OfficialTask):

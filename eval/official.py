@@ -20,7 +20,8 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import Question, check_question, generated
 from sparse_vlm.eval.metrics import Metric, grouped_share
 from sparse_vlm.eval.task import Data, Result, VLMTask
-from sparse_vlm.images.photos import Photo, read_file
+from sparse_vlm.images.decode import read_file
+from sparse_vlm.images.photos import Photo
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm import VLM

@@ -13,7 +13,8 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.eval.answers import check_question
 from sparse_vlm.eval.official import in_own_layout, looked_at, own_layout, photo_file
 from sparse_vlm.eval.task import Data
-from sparse_vlm.images.photos import Photo, read_file
+from sparse_vlm.images.decode import read_file
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.utils.documents import parse_json, whole
 from sparse_vlm.utils.schema import COUNT, check
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparse_vlm.data.conversations import known_about
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.metrics import Metric
-from sparse_vlm.images.photos import Photo, PhotoSet, read_file
+from sparse_vlm.images.decode import read_file
+from sparse_vlm.images.photos import Photo, PhotoSet
 from sparse_vlm.utils.documents import parse_json
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from sparse_vlm.integrations.after_import import AFTER_IMPORT, AfterImport
 
 if TYPE_CHECKING:
     from sparse_vlm.errors import UserError
-    from sparse_vlm.images.photos import load_image
+    from sparse_vlm.images.decode import load_image
     from sparse_vlm.teachers import load_teacher
     from sparse_vlm.tower import SparseFormer, SparseFormerConfig
     from sparse_vlm.vlm import VLM
@@ -24,7 +24,7 @@ _HOMES = {
     "SparseFormerConfig": "sparse_vlm.tower",
     "UserError": "sparse_vlm.errors",
     "VLM": "sparse_vlm.vlm",
-    "load_image": "sparse_vlm.images.photos",
+    "load_image": "sparse_vlm.images.decode",
     "load_teacher": "sparse_vlm.teachers",
 }
 

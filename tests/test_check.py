@@ -14,7 +14,7 @@ from tiny_vlm import picture, save_llm, save_tower
 from sparse_vlm.cli.train import train as train_command
 from sparse_vlm.data import check
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import formats
+from sparse_vlm.images.decode import formats
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.reader import parts_of, renderer_of
 

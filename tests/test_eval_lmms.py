@@ -17,7 +17,7 @@ import pytest
 from tiny_vlm import ask, picture, save_llm, save_tower
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.decode import load_image
 from sparse_vlm.integrations import lmms_eval as host
 from sparse_vlm.vlm import VLM
 

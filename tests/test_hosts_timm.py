@@ -13,7 +13,7 @@ from tiny_vlm import picture, tower_config
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub import store
-from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.decode import load_image
 from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.tower import SparseFormer, UnitConfig
 from sparse_vlm.tower.config import PUBLISHED

@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 from torch.nn.functional import cosine_similarity
 
 from sparse_vlm import SparseFormer
-from sparse_vlm.images.photos import Photo, PhotoError, decode_image, draft_image, load_image
+from sparse_vlm.images.decode import ImageError, decode_image, draft_image, load_image
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import OVERSAMPLING, load_crop, load_crops, preprocess, resize_and_crop
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -123,12 +124,12 @@ def test_whole_pictures_hold_no_file():
 def test_bad_files_are_refused_as_ever(tmp_path, options, monkeypatch):
     data = jpeg(enlarged("chelsea.jpg", 1000), **options)
     for cut in (len(data) // 3, len(data) - len(data) // 20):
-        with pytest.raises(PhotoError, match=r"photo.jpg: truncated or damaged image"):
+        with pytest.raises(ImageError, match=r"photo.jpg: truncated or damaged image"):
             load_crop(file(tmp_path, data[:cut]), 64)
-    with pytest.raises(PhotoError, match=r"gone.jpg: no such file"):
+    with pytest.raises(ImageError, match=r"gone.jpg: no such file"):
         load_crop(Photo("gone", tmp_path / "gone.jpg", 0, 1), 64)
-    monkeypatch.setattr("sparse_vlm.images.photos.MAX_PIXELS", 1000 * 1000)
-    with pytest.raises(PhotoError, match="1 megapixels; make it smaller first"):
+    monkeypatch.setattr("sparse_vlm.images.decode.MAX_PIXELS", 1000 * 1000)
+    with pytest.raises(ImageError, match="1 megapixels; make it smaller first"):
         load_crop(file(tmp_path, data[:5000]), 64)  # before what is cut off is missed
 
 
@@ -145,7 +146,7 @@ def test_a_bad_one_among_several(tmp_path, threads):
     photos = [file(tmp_path, jpeg(ramp(40, 40)), f"{i}.jpg") for i in range(5)]
     for i in (1, 3):
         photos[i].source.write_bytes(b"milk")
-    with pytest.raises(PhotoError, match=r"1.jpg: not an image"):
+    with pytest.raises(ImageError, match=r"1.jpg: not an image"):
         load_crops(photos, 32, threads)
     told: list[tuple[int, str]] = []
     crops = load_crops(photos, 32, threads, lambda place, error: told.append((place, str(error))))

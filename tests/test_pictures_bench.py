@@ -16,7 +16,7 @@ import preprocessing_cost as pictures
 from preprocessing_cost import PLAIN, agree, as_table, grow, main, time_all, ways, write_photos
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.decode import load_image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

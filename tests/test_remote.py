@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import PhotoError, PhotoSet
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import PhotoSet
 
 
 def tar_of(*colours: str) -> bytes:
@@ -112,9 +113,9 @@ def test_braces_name_several_files(tmp_path: Path) -> None:
     for name in ("p-08", "p-09", "p-10"):
         (tmp_path / f"{name}.tar").write_bytes(tar_of("red"))
     assert len(PhotoSet(str(tmp_path / "p-{08..10}.tar"))) == 3
-    with pytest.raises(PhotoError, match=r"p-11.tar: no such file"):
+    with pytest.raises(ImageError, match=r"p-11.tar: no such file"):
         PhotoSet(str(tmp_path / "p-{08..11}.tar"))
-    with pytest.raises(PhotoError, match="braces do not match"):
+    with pytest.raises(ImageError, match="braces do not match"):
         PhotoSet(str(tmp_path / "p-{08..10.tar"))
 
 

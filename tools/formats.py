@@ -86,7 +86,8 @@ def _save_pictures(suffix: str, kinds: dict[str, dict[str, Any]]) -> Callable[[P
 def read_pictures(folder: Path) -> Any:
     """As an image that is shown, and as a photo that is learnt from, cropped and whole; each file may be refused for itself."""
     from sparse_vlm.errors import UserError
-    from sparse_vlm.images.photos import PhotoSet, load_image
+    from sparse_vlm.images.decode import load_image
+    from sparse_vlm.images.photos import PhotoSet
     from sparse_vlm.images.preprocess import Preprocessor
 
     refused = None

@@ -34,7 +34,8 @@ from sparse_vlm.bench.run import made_picture
 from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, take_turns
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import Photo, PhotoSet, formats
+from sparse_vlm.images.decode import formats
+from sparse_vlm.images.photos import Photo, PhotoSet
 from sparse_vlm.images.preprocess import load_crop, normalize, preprocess, to_uint8
 from sparse_vlm.teachers import load_teacher
 from sparse_vlm.tower import SparseFormer

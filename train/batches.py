@@ -19,7 +19,8 @@ from sparse_vlm.distill.loss import Statistics
 from sparse_vlm.distill.resident import ResidentPhotos, part_shown
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import lay_out
 from sparse_vlm.utils.devices import rank
 
@@ -65,7 +66,7 @@ class LiveViews(Dataset):
             row = self.rows[(index + step) % len(self.rows)]
             try:
                 batch = self.views.for_both(row, self.size)
-            except PhotoError:
+            except ImageError:
                 bad = row % len(self.views.photos) if bad < 0 else bad
                 continue
             return batch | {"unreadable": torch.tensor(bad)}

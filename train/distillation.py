@@ -32,7 +32,7 @@ from sparse_vlm.distill.resident import ResidentPhotos
 from sparse_vlm.distill.shrink import shrink
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import PhotoError
+from sparse_vlm.images.decode import ImageError
 from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.batches import Augmentation, CachedViews, LiveViews, ResidentViews, batches_now, collate, held_out, live_statistics
@@ -297,7 +297,7 @@ def _why(views: ViewSet, index: int) -> str:
     """What is wrong with a photo that could not be read."""
     try:
         views.photos[index].load()
-    except PhotoError as error:
+    except ImageError as error:
         return str(error)
     return f"{views.photos[index].key}: could not be read, and now can"
 

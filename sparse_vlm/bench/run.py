@@ -29,7 +29,7 @@ from sparse_vlm.bench.summary import requests, saturation
 from sparse_vlm.bench.timing import MIN_REPEATS, WARM_UP, TimedCall, take_turns
 from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import decode_image, load_image
+from sparse_vlm.images.decode import decode_image, load_image
 from sparse_vlm.images.preprocess import Inputs
 from sparse_vlm.tower.cost import Work
 from sparse_vlm.utils.devices import compiling

@@ -14,7 +14,7 @@ import typer
 
 from sparse_vlm.errors import printable
 from sparse_vlm.hub.store import locate
-from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.decode import load_image
 
 
 def look(

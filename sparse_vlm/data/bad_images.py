@@ -12,7 +12,8 @@ from PIL import Image
 
 from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.utils.documents import parse_json
 from sparse_vlm.utils.files import write_text
 
@@ -22,7 +23,7 @@ ON_BAD_IMAGE = {
     "blank": "show a grey picture in its place",
 }
 DECISIONS = "bad-images.json"
-OnBad = Callable[[int, PhotoError], None]
+OnBad = Callable[[int, ImageError], None]
 OnPhotos = Callable[[int], None]
 
 
@@ -53,10 +54,10 @@ def broken(
         threads: that decode.
     """
 
-    def look(index: int) -> PhotoError | None:
+    def look(index: int) -> ImageError | None:
         try:
             photos[index].draft(1)
-        except PhotoError as error:
+        except ImageError as error:
             return error
         return None
 
@@ -107,7 +108,7 @@ def resolve_bad_images(
     if not decides:
         return bad
 
-    def on_bad(number: int, why: PhotoError | str, others: int = 0) -> None:
+    def on_bad(number: int, why: ImageError | str, others: int = 0) -> None:
         name = examples.naming(number)
         line = f"{name}: {str(why).removeprefix(f'{name}: ')}" + (f" (and {others:,} more)" if others else "")
         if policy == "raise":

@@ -22,7 +22,8 @@ from sparse_vlm.data.llava import MISTAKES, LlavaFile, Mistake
 from sparse_vlm.data.records import Record
 from sparse_vlm.data.samples import longest_of, render
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.vlm.prompts import Renderer
 
 _BAD_IMAGE = "or train with --on-bad-image skip or blank"
@@ -184,7 +185,7 @@ class Checker:
         missing = absent(photos, wanted)
         bad: dict[int, tuple[str, str]] = {number: ("missing image", why) for number, why in missing.items()}
 
-        def on_bad(number: int, error: PhotoError) -> None:
+        def on_bad(number: int, error: ImageError) -> None:
             bad[number] = ("broken image", str(error))
 
         broken(photos, [number for number in wanted if number not in missing], on_bad, on_photos, threads)

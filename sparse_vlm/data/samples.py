@@ -32,7 +32,8 @@ from sparse_vlm.data.bad_images import blank
 from sparse_vlm.data.conversations import Example
 from sparse_vlm.data.dataset import ConversationDataset
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import OVERSAMPLING, Preprocessor
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.vlm.prompts import Renderer, text_of
@@ -270,7 +271,7 @@ class FeatureCache:
         self,
         wanted: Sequence[int],
         on_photos: Callable[[int], None] = lambda photos: None,
-        on_bad: Callable[[int, PhotoError], None] | None = None,
+        on_bad: Callable[[int, ImageError], None] | None = None,
     ) -> None:
         """Compute what is missing; an interrupted fill goes on where it stopped.
 
@@ -279,7 +280,7 @@ class FeatureCache:
             on_bad: called with each photo that cannot be used, and why; these stay missing.
 
         Raises:
-            PhotoError: the first photo that cannot be used, where there is no `on_bad`.
+            ImageError: the first photo that cannot be used, where there is no `on_bad`.
         """
         while not self.owner and self.missing(wanted):
             time.sleep(0.5)

@@ -32,7 +32,8 @@ from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.loss import Statistics
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError, about
-from sparse_vlm.images.photos import Photo, PhotoError
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.roi import roi_average_weights
 from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower.config import Fit
@@ -234,7 +235,7 @@ class TeacherCache(ViewSet):
         """The view of a row; black, and noted, where the photo cannot be read."""
         try:
             return self.pixels(row)
-        except PhotoError as error:
+        except ImageError as error:
             self.unreadable[row % len(self.photos)] = str(error)
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 
@@ -249,11 +250,11 @@ class TeacherCache(ViewSet):
         """Over a spread of at most 4,096 photos as evaluation sees them.
 
         Raises:
-            PhotoError: no photo can be read.
+            ImageError: no photo can be read.
         """
         rows = [i for i in range(0, len(self.photos), max(1, len(self.photos) // 4096)) if i not in self.unreadable]
         if not rows:
-            raise PhotoError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
+            raise ImageError(f"none of the {len(self.photos)} photos can be read; {next(iter(self.unreadable.values()))}")
         embeds, patches = zip(*(self.outputs(row) for row in rows), strict=True)  # view 0
         tokens = torch.stack(patches)
         return Statistics.of(torch.stack(embeds), tokens.mean((0, 1)), tokens.square().sum(-1).mean())

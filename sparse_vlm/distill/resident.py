@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_vlm.distill.views import ViewSet, choose_crop
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import PhotoError
+from sparse_vlm.images.decode import ImageError
 from sparse_vlm.images.preprocess import to_uint8
 from sparse_vlm.roi import crop_boxes
 from sparse_vlm.utils.devices import free_memory, world_size
@@ -67,7 +67,7 @@ class ResidentPhotos:
         side = self._side
         try:
             draft = views.photos[index].draft(side)
-        except PhotoError as error:
+        except ImageError as error:
             views.unreadable[index] = str(error)
             return torch.zeros(3, side, side, dtype=torch.uint8)
         self.sizes[index] = draft.size

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_vlm.images.photos import Box, Photo
+from sparse_vlm.images.decode import Box
+from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import resize_and_crop, to_uint8
 from sparse_vlm.tower.config import Fit
 from sparse_vlm.utils.devices import world_size
@@ -118,7 +119,7 @@ class ViewSet:
         """The view of a row as the teacher takes it, (3, S, S) uint8.
 
         Raises:
-            PhotoError: the photo cannot be read.
+            ImageError: the photo cannot be read.
         """
         return self._square(row, self.size, self._photo(row).load())
 
@@ -126,7 +127,7 @@ class ViewSet:
         """The same view as a student takes it: whole (3, h, w), its longer side at most `size` pixels, or a square of that size.
 
         Raises:
-            PhotoError: the photo cannot be read.
+            ImageError: the photo cannot be read.
         """
         return self._as_student(row, size, self._photo(row).load())
 
@@ -134,7 +135,7 @@ class ViewSet:
         """`pixels` as the student takes the view, and `seen` as the teacher does where that is something else; decoded once.
 
         Raises:
-            PhotoError: the photo cannot be read.
+            ImageError: the photo cannot be read.
         """
         image = self._photo(row).load()
         shown = {"pixels": self._as_student(row, size, image)}

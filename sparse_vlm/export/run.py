@@ -16,7 +16,7 @@ from sparse_vlm.errors import UserError, about
 from sparse_vlm.export.formats import choose
 from sparse_vlm.export.source import find
 from sparse_vlm.hub import store
-from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.decode import load_image
 from sparse_vlm.utils.files import sweep, temporary_prefix, write_text
 
 FORMAT = "sparse-vlm/export/1"

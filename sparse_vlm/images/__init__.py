@@ -1,1 +1,1 @@
-"""The one way in for images: files and tars to PIL images, and those to what a tower is given."""
+"""Images: files and tars to PIL images (`decode`, `photos`), PIL images to the input of a model (`preprocess`)."""

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from sparse_vlm.errors import UserError, printable
-from sparse_vlm.images.photos import Photo, PhotoError, PhotoSet
+from sparse_vlm.images.decode import ImageError
+from sparse_vlm.images.photos import Photo, PhotoSet
 from sparse_vlm.images.preprocess import OVERSAMPLING, resize, scaled
 from sparse_vlm.images.remote import add_member, suffix_of
 from sparse_vlm.utils.documents import parse_json, whole
@@ -128,7 +129,7 @@ def write_shards(
             write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
     made = [index["shards"][shard.name] for shard in shards]
     if not sum(one["photos"] for one in made):
-        raise PhotoError(f"none of the {len(photos)} photos can be read; {next(iter(made[0]['unreadable'].values()))}")
+        raise ImageError(f"none of the {len(photos)} photos can be read; {next(iter(made[0]['unreadable'].values()))}")
     return index
 
 
@@ -158,7 +159,7 @@ def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: 
     with tarfile.open(path, "w") as archive:
         for key, photo, data in _shrunk(shard, side, threads or torch.get_num_threads()):
             on_photos(1)
-            if isinstance(data, PhotoError):
+            if isinstance(data, ImageError):
                 entry["unreadable"][key] = str(data)
                 continue
             entry["photos"] += 1
@@ -174,13 +175,13 @@ def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: 
     return entry | {"bytes": path.stat().st_size}
 
 
-def _shrunk(shard: Shard, side: int, threads: int) -> Iterator[tuple[str, Photo, tuple[bytes, bool] | PhotoError]]:
+def _shrunk(shard: Shard, side: int, threads: int) -> Iterator[tuple[str, Photo, tuple[bytes, bool] | ImageError]]:
     """Key, photo, and what `shrink` makes of it, in order."""
 
-    def attempt(photo: Photo) -> tuple[bytes, bool] | PhotoError:
+    def attempt(photo: Photo) -> tuple[bytes, bool] | ImageError:
         try:
             return shrink(photo, side)
-        except PhotoError as error:
+        except ImageError as error:
             return error
 
     items = list(shard.photos.items())
@@ -198,7 +199,7 @@ def shrink(photo: Photo, side: int) -> tuple[bytes, bool]:
         The bytes, and whether they are the photo's own.
 
     Raises:
-        PhotoError: it cannot be read.
+        ImageError: it cannot be read.
     """
     draft = photo.draft(OVERSAMPLING * side)
     if min(draft.size) <= side or max(scaled(draft.size, side)) > JPEG_SIDE:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import load_image
+from sparse_vlm.images.decode import load_image
 from sparse_vlm.utils.devices import own_device
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message

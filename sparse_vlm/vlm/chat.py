@@ -47,7 +47,7 @@ class Picture:
         """Read a file, decoding no more of it than a tower of this preprocessing sees.
 
         Raises:
-            PhotoError: as `images.photos.load_image`.
+            ImageError: as `images.decode.load_image`.
         """
         started = time.perf_counter()
         draft = photo_of(path).draft(*preprocessor.at_least)
