@@ -86,7 +86,7 @@ def test_no_verb_prints_the_help_once(command):
 def test_interrupt_is_one_line_and_leaves_nothing(home):
     slow = """
 import sys, time
-from sparse_vlm import store
+from sparse_vlm.hub import store
 def crawl(names, dest, **source):
     (dest / names[0]).write_bytes(b"half")
     print("begun", flush=True)

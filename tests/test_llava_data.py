@@ -182,9 +182,9 @@ def test_a_step_names_the_sample_whose_pictures_do_not_fit(vlm, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (sample("<image>"), "1 <image> marks for 0 pictures"),
-        (sample("Hi", image="red.png"), "0 <image> marks for 1 pictures"),
-        (sample("<image> and <image>", image="red.png"), "2 <image> marks for 1 pictures"),
+        (sample("<image>"), "1 <image> marks for 0 images"),
+        (sample("Hi", image="red.png"), "0 <image> marks for 1 images"),
+        (sample("<image> and <image>", image="red.png"), "2 <image> marks for 1 images"),
         (sample("Hi", "<image>"), "turn 1, from 'gpt', holds <image>"),
         (sample("Hi", " "), "turn 1, from 'gpt', is empty"),
         ({"conversations": sample("Hi")["conversations"][::-1]}, "turn 0 is from 'gpt'; human and gpt must alternate, human first"),

@@ -367,7 +367,7 @@ def test_a_gpu_is_named(tmp_path: Path) -> None:
     document = bench_of(TWO)
     document["machine"] |= {"device": "cuda", "accelerator": {"name": "a GPU", "memory_bytes": 80 * GB}}
     subject = subject_of(tmp_path, document, [], [])
-    assert method(subject)[0].startswith("Machine: a GPU, a CPU") and "a GPU</p>" in render(subject)
+    assert method(subject)[0].startswith("Machine: a GPU, a processor") and "a GPU</p>" in render(subject)
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (0.01094, "0.0109"), (49, "49"), (2.0, "2"), (99.96, "100")])

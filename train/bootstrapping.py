@@ -2,7 +2,7 @@
 
     from sparse_vlm.train import BootstrapConfig, bootstrap
 
-    result = bootstrap(BootstrapConfig(teacher="ViT-B-16-quickgelu@openai", data=["photos/*.tar"], recipe="elastic", out="build/tower"))
+    result = bootstrap(BootstrapConfig(teacher="ViT-B-16-quickgelu@openai", data=["photos/*.tar"], out="build/tower"))
     print(result.completed, result.metrics["cosine"])
 
 The pipeline: load the teacher; make the student and copy what it inherits (`distill.inherit`); cache the teacher's outputs
@@ -60,7 +60,7 @@ class BootstrapConfig:
 
     teacher: str
     data: Sequence[str | Path] = ()
-    recipe: str = "elastic"
+    recipe: str = "adaptive"
     changes: Mapping[str, float] | Sequence[str] = ()
     views: int | None = None
     init: str | None = None

@@ -195,7 +195,7 @@ def choose_attention(vlm: VLM) -> str:
     if vlm.model.device.type == "cpu":
         # at a few hundred tokens a tree, plain attention takes a quarter less of a step than the fused kernel
         language.set_attn_implementation("eager")
-        return "plain (on a processor faster than SDPA at these lengths)"
+        return "plain (on a CPU faster than SDPA at these lengths)"
     if is_flash_attn_2_available() and language._supports_flash_attn and packable(language) and computes_in_bfloat16(vlm):
         language.set_attn_implementation(FLASH)
         return (

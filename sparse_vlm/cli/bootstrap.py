@@ -22,7 +22,7 @@ def bootstrap(
             help="Photos: webdataset tars, image folders, globs and {000..099} of them, URLs, or hf:ORG/NAME:SPLIT; may be repeated."
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "elastic",
+    recipe: Annotated[str, typer.Option(help="Recipe by name.")] = "adaptive",
     out: Annotated[Path | None, typer.Option(help="Folder of the student; build/RECIPE by default.")] = None,
     cache: Annotated[Path, typer.Option(help="Folder of the teacher's cached outputs, shared by all runs.")] = Path("build/teacher-cache"),
     views: Annotated[int | None, typer.Option(help="Views to learn from, instead of the recipe's number.", min=32)] = None,

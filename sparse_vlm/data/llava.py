@@ -38,7 +38,7 @@ MISTAKES = {
     "not a sample": f"write {WRITTEN}",
     "wrong role": "say who speaks as human or gpt (user and assistant will do); system may come first",
     "turns that do not alternate": "human and gpt must take turns: human first, gpt last",
-    "image marks": f"write {IMAGE_TOKEN} in a human's turn once for each picture of the sample, and nowhere else",
+    "image marks": f"write {IMAGE_TOKEN} in a human's turn once for each image of the sample, and nowhere else",
     "mark in an answer": f"take {IMAGE_TOKEN} out of the gpt's or the system's turn; pictures stand in human turns",
     "other media": f"name one picture, or a list of them, under 'image', each with its {IMAGE_TOKEN}; take videos and sound out",
     "broken text": "write the whole character; what cut the text counted in UTF-16",
@@ -89,7 +89,7 @@ def mistakes_of(sample: Any) -> list[Mistake]:
     marks = sum(turn["value"].count(IMAGE_TOKEN) for role, turn in zip(roles, turns, strict=True) if role == "user")
     shown = len(pictures_of(sample))
     if marks != shown:
-        found.append(Mistake("image marks", f"{marks} {IMAGE_TOKEN} marks for {shown} pictures"))
+        found.append(Mistake("image marks", f"{marks} {IMAGE_TOKEN} marks for {shown} images"))
     return found
 
 

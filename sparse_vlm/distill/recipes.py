@@ -155,6 +155,11 @@ def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     return replace(_elastic(spec, recipe), focus=FocusConfig(), fit="whole")
 
 
+def _regular(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
+    """Elastic, on whole images, each on a regular grid of its own aspect."""
+    return replace(_elastic(spec, recipe), fit="whole")
+
+
 def _whole(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     """The teacher itself as a tower: a token a patch, which is where it begins."""
     config = _warm_start(pooled=True)(spec, recipe)
@@ -238,6 +243,15 @@ RECIPES: dict[str, Recipe] = {
     "adaptive": Recipe(
         summary="as elastic, on whole images, with small cells where the teacher's features vary",
         student=_adaptive,
+        blocks=_each_block,
+        lr=1.4e-3,
+        dense_weight=1.0,
+        whitened=0.5,
+        small=0.25,
+    ),
+    "control-grid": Recipe(
+        summary="control: as adaptive, on a regular grid of each image's aspect",
+        student=_regular,
         blocks=_each_block,
         lr=1.4e-3,
         dense_weight=1.0,

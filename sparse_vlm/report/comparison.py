@@ -84,7 +84,7 @@ class Line:
 
 
 LINES = (
-    Line("tokens a picture", lambda e, c: e.request["tokens"]),
+    Line("tokens an image", lambda e, c: e.request["tokens"]),
     Line("tower, M parameters", lambda e, c: e.model["parameters"] / 1e6),
     Line("tower, GMACs an image", lambda e, c: e.model["macs"] / 1e9),
     Line("to the first token, GMACs a request", lambda e, c: e.request["macs"] / 1e9 / c.batch),

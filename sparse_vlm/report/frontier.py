@@ -42,7 +42,7 @@ class Cost:
 
 
 COSTS: dict[str, Cost] = {
-    "tokens": Cost("tokens a picture", lambda e: e.request["tokens"]),
+    "tokens": Cost("tokens an image", lambda e: e.request["tokens"]),
     "MACs": Cost("GMACs to the first token, a request", lambda e: e.request["macs"] / 1e9 / e.request["batch"]),
     "milliseconds": Cost("ms to the first token, of a batch", lambda e: e.request["ms"]["ttft"], Entry.first_token_spread),
     "KV bytes": Cost("keys and values, MB a picture", lambda e: e.request["kv_bytes_per_image"] / 1e6),

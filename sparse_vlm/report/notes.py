@@ -50,7 +50,7 @@ def where_not(subject: Subject) -> list[str]:
     """Where fewer tokens do not help, of all models in the case."""
     counts = {entry.request["tokens"] for entry in subject.entries}
     if len(counts) == 1:
-        return [f"All models here give the LLM {counts.pop()} tokens a picture: what differs is the time of the tower alone."]
+        return [f"All models here give the LLM {counts.pop()} tokens an image: what differs is the time of the tower alone."]
     case = f"{subject.case.llm}, {subject.case.dtype}: "  # which a page names once
     return [f"{line.removeprefix(case)}." for line in no_help(subject.document, subject.case, subject.entries)] or [
         f"Nowhere in this case: each model with fewer tokens than the one with most serves at least {HELPS:.0%} more requests a second."

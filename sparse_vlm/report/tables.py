@@ -135,7 +135,7 @@ def notes(document: Row) -> list[str]:
     if random:
         said.append(f"random weights, which take the same time: {', '.join(random)}")
     if settings.get("optimized"):
-        said.append("towers folded for inference on a processor, ours and ViTs alike")
+        said.append("towers folded for inference on a CPU, ours and ViTs alike")
     if document["state"] != "finished":
         problem = f": {document['problem']}" if document["problem"] else ""
         said.append(f"this run is not whole: {document['state']}{problem}")
