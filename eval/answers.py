@@ -17,7 +17,7 @@ from PIL import Image
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import Preprocessor
-from sparse_vlm.utils.documents import whole
+from sparse_vlm.utils.documents import is_encodable
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def check_question(text: str, where: str) -> None:
         raise UserError(
             f"{where}: its text holds {IMAGE_TOKEN}, where an image would be shown; take the mark out, the image comes by itself"
         )
-    if not whole(text):
+    if not is_encodable(text):
         raise UserError(f"{where}: its text holds half of a character (a surrogate alone); write the whole one")
 
 

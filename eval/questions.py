@@ -15,7 +15,7 @@ from sparse_vlm.eval.official import in_own_layout, looked_at, own_layout, photo
 from sparse_vlm.eval.task import Data
 from sparse_vlm.images.decode import read_file
 from sparse_vlm.images.photos import Photo
-from sparse_vlm.utils.documents import parse_json, whole
+from sparse_vlm.utils.documents import is_encodable, parse_json
 from sparse_vlm.utils.schema import COUNT, check
 
 FILE = "eval/coco_vqa.tar"
@@ -54,7 +54,7 @@ def check_records(records: Any, field: str, where: str) -> list[dict[str, Any]]:
         at = f"{where}: {field}[{number}]"
         if "choices" in record and record["correct_choice_idx"] >= len(record["choices"]):
             raise UserError(f"{at}: correct_choice_idx is {record['correct_choice_idx']} of {len(record['choices'])} choices; {LAYOUT}")
-        if not whole(json.dumps(record, ensure_ascii=False)):
+        if not is_encodable(json.dumps(record, ensure_ascii=False)):
             raise UserError(f"{at}: a text holds half of a character (a surrogate alone); write the whole one")
         check_question(record.get("q") or record.get("question") or record.get("statement") or "", at)
     return records

@@ -1,7 +1,7 @@
-"""The one error that a person sees as a line instead of a traceback, and the place where what others raise becomes such a line.
+"""`UserError`, which the command line prints as one line without a traceback, and the translation of other errors to it.
 
-Notable: only errors that come from outside are translated (the system, files that are no such files, memory that is not there); a mistake
-of ours stays a traceback. Needs the standard library alone: errors of libraries are known by their names, so that none is imported for it.
+Notable: only errors with an outside cause are translated (the system, damaged files, no memory); a bug of ours keeps its traceback. Needs
+only the standard library: errors of libraries are recognized by name, without importing them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-# By module (its first part) and name of the class: files that are not what they should be.
+# Damaged files: (first part of the module, class name).
 _OF_FILES = {
     ("safetensors", "SafetensorError"),
     ("tarfile", "TarError"),
@@ -24,17 +24,17 @@ _OF_FILES = {
     ("_lzma", "LZMAError"),
     ("zlib", "error"),
 }
-# How torch says, as a RuntimeError, that a file could not be written or read, and that there is no memory.
+# Messages of torch's RuntimeErrors: a file could not be written or read, and no memory.
 _TORCH_FILE = re.compile(r"PytorchStream(?:Writer|Reader)|inline_container\.cc|unexpected pos \d+")
 _TORCH_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory")
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-LONGEST = 600  # characters that a translated message has at most
+LONGEST = 600  # characters of a translated message, at most
 
 
 class UserError(ValueError):
-    """Something is wrong with what the user gave us. The message is one line: what, where, and what to do.
+    """The user's input is wrong. The message is one line: what is wrong, where, and what to do.
 
-    The command line prints it and exits with code 2. Names and texts in it that hold line breaks or control characters are escaped.
+    The command line prints it and exits with code 2. Line breaks and control characters in it are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,7 +42,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """A text as one line that a terminal shows and does not obey: control characters, surrogates and marks of direction as escapes."""
+    """A text as one line without terminal commands: control characters, surrogates and direction marks are escaped."""
     return "".join(
         character.encode("unicode_escape").decode()
         if character in _BIDI or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
@@ -52,10 +52,10 @@ def printable(text: str) -> str:
 
 
 def as_user_error(error: BaseException, what: str | os.PathLike[str] | None = None) -> UserError | None:
-    """What an error from outside says, as one line; None for an error that may be a mistake of ours.
+    """An error with an outside cause as one line; None for an error that may be a bug of ours.
 
     Args:
-        what: the file, folder or option that it was about, where the error does not name a file.
+        what: the file, folder or option it was about, for errors that name no file.
     """
     if isinstance(error, UserError):
         return error
@@ -63,23 +63,23 @@ def as_user_error(error: BaseException, what: str | os.PathLike[str] | None = No
     if isinstance(error, OSError) and error.strerror is not None:
         files = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes, os.PathLike))]
         return UserError(": ".join([*(files or ([name] if name else [])), _one_line(error.strerror)]))
-    if isinstance(error, MemoryError) or _named(error, {("torch", "OutOfMemoryError")}) or _told(error, _TORCH_MEMORY):
+    if isinstance(error, MemoryError) or _named(error, {("torch", "OutOfMemoryError")}) or _matches(error, _TORCH_MEMORY):
         return UserError(": ".join([*([name] if name else []), "not enough memory"]))
-    if isinstance(error, (OSError, EOFError)) or _named(error, _OF_FILES) or _told(error, _TORCH_FILE):
+    if isinstance(error, (OSError, EOFError)) or _named(error, _OF_FILES) or _matches(error, _TORCH_FILE):
         return UserError(": ".join([*([name] if name else []), _one_line(error)]))
     return None
 
 
 @contextlib.contextmanager
 def about(what: str | os.PathLike[str], *also: type[Exception]) -> Iterator[None]:
-    """Errors from outside, raised within, become a `UserError` that names what they were about.
+    """Raise errors with an outside cause as a `UserError` that names `what`.
 
     Args:
         what: a file, folder or option.
-        also: classes that come from what the user gave as well, here.
+        also: further classes that the user's input can cause here.
 
     Raises:
-        UserError: in place of the error; errors that may be ours go through as they are.
+        UserError: in place of the error; errors that may be bugs of ours are raised as they are.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def about(what: str | os.PathLike[str], *also: type[Exception]) -> Iterator[None
 
 @contextlib.contextmanager
 def naming(what: str | os.PathLike[str]) -> Iterator[None]:
-    """A `UserError` that is raised within names `what` as well, where it does not yet."""
+    """Prefix a `UserError` with `what` unless its message contains it."""
     try:
         yield
     except UserError as error:
@@ -109,11 +109,16 @@ def _named(error: BaseException, known: set[tuple[str, str]]) -> bool:
     return any((kind.__module__.partition(".")[0], kind.__name__) in known for kind in type(error).__mro__)
 
 
-def _told(error: BaseException, how: re.Pattern[str]) -> bool:
+def _matches(error: BaseException, how: re.Pattern[str]) -> bool:
     return isinstance(error, RuntimeError) and bool(how.search(str(error)))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty; the name of its class without one."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def _one_line(error: BaseException | str) -> str:
-    """What an error says, in one line of bounded length; the name of its class where it says nothing."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= LONGEST else f"{said[: LONGEST - 3]}..."
+    """A whole message as one line of bounded length; the name of the error's class without one."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."

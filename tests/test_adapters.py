@@ -191,7 +191,7 @@ def test_adapters_that_are_folded_later_are_saved_as_they_were(saved, tmp_path):
         ({"target_modules": ["nowhere"]}, "adapters of this model"),
         ({"peft_type": "EVIL"}, "adapter_config.json"),
         ({"peft_type": "IA3"}, "adapter_config.json"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "asks for code of its own"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "asks for remote code"),
         ({"lora_dropout": "evil"}, "adapter_config.json"),
     ],
     ids=repr,

@@ -159,8 +159,8 @@ def test_the_teacher_is_asked_in_what_the_machine_multiplies_in(
     """Bfloat16 without instructions for it is emulated, eight times slower than float32 for a ViT."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     asked: list[torch.dtype] = []
-    copy_in = Teacher.copy_in
-    monkeypatch.setattr(Teacher, "copy_in", lambda self, dtype: asked.append(dtype) or copy_in(self, dtype))
+    cast = Teacher.cast
+    monkeypatch.setattr(Teacher, "cast", lambda self, dtype: asked.append(dtype) or cast(self, dtype))
     TeacherCache(tmp_path, teacher, list(PhotoSet(photos))[:4], 1, grid_rois(49)).fill(teacher)
     assert asked == [dtype]
 

@@ -12,7 +12,7 @@ from test_budgets import elastic
 
 from sparse_vlm import SparseFormer
 from sparse_vlm.distill.recipes import changed, get_recipe
-from sparse_vlm.distill.shrink import put_patches, shrink, within
+from sparse_vlm.distill.shrink import clip_to_boxes, place_patches, shrink
 from sparse_vlm.distill.views import ViewSet
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import PhotoSet
@@ -180,13 +180,13 @@ def test_a_view_that_is_shown_small_is_the_view() -> None:
 def test_what_the_teacher_says_of_a_view_lies_in_its_box() -> None:
     patches, background = torch.randn(1, 16, 3), torch.tensor([5.0, 6.0, 7.0])
     box = torch.tensor([[0.5, 0.0, 1.0, 0.5]])
-    part, inside = within(torch.tensor([[[0.5, 0.0, 0.75, 0.25], [0.25, 0.0, 0.75, 0.5], [0.0, 0.5, 0.5, 1.0]]]), box)
+    part, inside = clip_to_boxes(torch.tensor([[[0.5, 0.0, 0.75, 0.25], [0.25, 0.0, 0.75, 0.5], [0.0, 0.5, 0.5, 1.0]]]), box)
     assert inside.tolist() == [[1.0, 0.5, 0.0]] and part[0, 1].tolist() == [0.0, 0.0, 0.5, 1.0]
-    put = put_patches(patches, box, background).unflatten(1, (4, 4))[0]
+    put = place_patches(patches, box, background).unflatten(1, (4, 4))[0]
     assert torch.allclose(put[2:], background.expand(2, 4, 3)) and torch.allclose(put[:2, :2], background.expand(2, 2, 3))
     assert torch.allclose(put[0, 2], patches[0].unflatten(0, (4, 4))[:2, :2].mean((0, 1)), atol=0.5)
     even = torch.ones(1, 16, 3)
-    assert torch.allclose(put_patches(even, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), background), even)
+    assert torch.allclose(place_patches(even, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), background), even)
 
 
 def test_a_tower_that_places_cells_compiles_whole() -> None:

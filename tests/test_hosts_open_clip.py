@@ -238,7 +238,7 @@ def test_real_teacher_with_the_zoos_tower_answers_as_our_own_text_side():
         pytest.skip("build/teacher is not there; README says how it is assembled")
     if not PHOTOS.is_file():
         pytest.skip("the photos of the evaluation are not there")
-    if store.present(store.entry("all-minilm-l6-v2")) is None:
+    if store.find_local(store.entry("all-minilm-l6-v2")) is None:
         pytest.skip("the text tower of tiny-text was not fetched; sparse-vlm zoo pull tiny-text")
     from sparse_vlm.teachers.text import TextEncoder
 

@@ -43,7 +43,7 @@ def test_the_vlm_in_transformers_answers_as_the_page_says(tmp_path, monkeypatch)
     """By pipeline and by hand, with the weights that `make chat` fetches."""
     from sparse_vlm.export.run import export
 
-    if store.present(store.entry("smollm2-135m-instruct")) is None:
+    if store.find_local(store.entry("smollm2-135m-instruct")) is None:
         pytest.skip("the language model has not been fetched; `make chat` does")
     export("tiny-chat", "transformers", tmp_path / "hf", images=[ROOT / "examples" / "chelsea.jpg"])
     blocks = re.findall(r"```python\n([^`]*\"build/tiny-chat-hf\"[^`]*)```\n```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

@@ -15,8 +15,8 @@ from torch import nn
 pytest.importorskip("open_clip", reason="bootstrapping needs open_clip")
 
 
-from sparse_vlm.distill.live import LiveTeacher, PatchProduct, products_for_patches
-from sparse_vlm.distill.resident import ResidentPhotos, part_shown
+from sparse_vlm.distill.live import LiveTeacher, PatchLinear, replace_patch_convolutions
+from sparse_vlm.distill.resident import ResidentPhotos, view_crop
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import PhotoSet
@@ -75,7 +75,7 @@ def test_two_sizes_are_the_same_views(photos: Path) -> None:
 
 def test_view_0_is_the_centre(photos: Path) -> None:
     views = ViewSet(list(PhotoSet(photos))[:1], 1, 56)
-    box, flipped = part_shown(views, (120, 80), 0)
+    box, flipped = view_crop(views, (120, 80), 0)
     assert box == pytest.approx((1 / 6, 0, 5 / 6, 1)) and not flipped
 
 
@@ -100,14 +100,14 @@ def test_mixed_views_lie_between_two() -> None:
 def test_patches_are_one_matrix_product(teacher_name: str) -> None:
     teacher = load_teacher(teacher_name)
     one, other = LiveTeacher(teacher, None), LiveTeacher(teacher, None)
-    products_for_patches(other._teacher)
-    assert [type(module) for module in other._teacher.modules()].count(PatchProduct) == 1
-    assert not any(isinstance(module, PatchProduct) for module in teacher.modules()), "the teacher itself is left as it is"
+    replace_patch_convolutions(other._teacher)
+    assert [type(module) for module in other._teacher.modules()].count(PatchLinear) == 1
+    assert not any(isinstance(module, PatchLinear) for module in teacher.modules()), "the teacher itself is left as it is"
     pixels = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
     for convolved, multiplied in zip(one(pixels), other(pixels), strict=True):
         assert (convolved - multiplied).norm() <= 0.02 * convolved.norm()
     padded = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2, padding=1), nn.Conv2d(4, 4, 3, stride=2))
-    products_for_patches(padded)
+    replace_patch_convolutions(padded)
     assert all(isinstance(layer, nn.Conv2d) for layer in padded)
 
 

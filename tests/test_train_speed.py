@@ -39,7 +39,7 @@ def test_kept_memory_is_not_cleared_again() -> None:
 
 RESIDENT = """
 import os, torch
-from sparse_vlm.utils.devices import give_back_if_scarce, keep_freed_memory
+from sparse_vlm.utils.devices import trim_memory_if_scarce, keep_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 keep_freed_memory()
@@ -47,8 +47,8 @@ large, above = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(1 << 20, dty
 full = resident()
 del large
 kept = resident()
-assert not give_back_if_scarce(0.0)  # plenty is left
-assert kept == resident() and give_back_if_scarce(1.1)
+assert not trim_memory_if_scarce(0.0)  # plenty is left
+assert kept == resident() and trim_memory_if_scarce(1.1)
 print(full - kept, kept - resident())
 """
 

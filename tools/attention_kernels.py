@@ -30,7 +30,7 @@ from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.train.loss_module import Collator, LossModule
 from sparse_vlm.train.parts import choose_attention, computes_in_bfloat16, prepare
 from sparse_vlm.train.vlm import STAGES
-from sparse_vlm.utils.devices import few_tokens, own_device
+from sparse_vlm.utils.devices import own_device, training_attention
 from sparse_vlm.utils.files import write_json
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.projectors import make_projector
@@ -162,7 +162,7 @@ def _step(vlm: VLM, trees: list[Any], tokens: torch.Tensor) -> None:
     device = vlm.model.device
     batch = Collator(vlm)([(Sample("a photo", (0,), tree), tokens[None].cpu()) for tree in trees])
     learner = LossModule(vlm).train()
-    with few_tokens(device), torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(vlm)):
+    with training_attention(device), torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(vlm)):
         loss = learner(batch["trees"].to(device), batch["pictures"].to(device), batch["chains"])["loss"]
     loss.backward()
     learner.zero_grad(set_to_none=True)

@@ -33,7 +33,7 @@ from sparse_vlm.teachers.load import read_open_clip
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.train.batches import Augmentation, LiveViews, ResidentViews, collate
 from sparse_vlm.train.distillation import adamw, compile_parts, groups_of
-from sparse_vlm.utils.devices import few_tokens, native_dtype, own_device, set_cpu_threads
+from sparse_vlm.utils.devices import native_dtype, own_device, set_cpu_threads, training_attention
 from sparse_vlm.utils.files import write_json
 
 PARTS = {
@@ -142,13 +142,13 @@ class Step:
 
     def learn(self, batch: dict[str, torch.Tensor]) -> None:
         """A step on photos that are there, each part beginning as soon as it can."""
-        with few_tokens(self.device):
+        with training_attention(self.device):
             self._optimize(self._backward(self._forward(self._teacher(batch))))
 
     def run(self) -> dict[str, float]:
         """One step; seconds of each part."""
         state, seconds = None, {}
-        with few_tokens(self.device):
+        with training_attention(self.device):
             for name, call in self.calls.items():
                 synchronize(self.device)
                 began = time.perf_counter()

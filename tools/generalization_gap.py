@@ -27,7 +27,7 @@ from sparse_vlm.eval.metrics import Metric, mean
 from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.teachers import load_teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.batches import Batch, batches_now, held_out, live_statistics
+from sparse_vlm.train.batches import Batch, held_out, held_out_batches, live_statistics
 from sparse_vlm.utils.devices import native_dtype, own_device, set_cpu_threads
 from sparse_vlm.utils.files import write_json
 
@@ -68,7 +68,7 @@ def measure(student: str, teacher: str, data: Sequence[str], tokens: Sequence[in
     ask = LiveTeacher(source, None if tower.config.budgets else tower.initial_roi.weight.detach(), device)
     model = Distillation(tower, live_statistics(views, seen, ask), 0.0).to(device)
     groups = {"learnt from": seen, "held out": unseen}
-    batches = {name: batches_now(views, indices, tower.config.image_size, ask) for name, indices in groups.items()}
+    batches = {name: held_out_batches(views, indices, tower.config.image_size, ask) for name, indices in groups.items()}
     return [
         {"tokens": number or tower.config.num_latent_tokens, "photos": name, **closeness(model, some, number)}
         for number in tokens

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from sparse_vlm.distill.cache import TeacherCache
 from sparse_vlm.distill.live import LiveTeacher
 from sparse_vlm.distill.loss import Statistics
-from sparse_vlm.distill.resident import ResidentPhotos, part_shown
+from sparse_vlm.distill.resident import ResidentPhotos, view_crop
 from sparse_vlm.distill.views import ViewSet, mix
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.decode import ImageError
@@ -84,7 +84,7 @@ class ResidentViews(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         photo = self.rows[index] % len(self.sizes)
-        box, flipped = part_shown(self.views, self.sizes[photo], self.rows[index])
+        box, flipped = view_crop(self.views, self.sizes[photo], self.rows[index])
         return {"photo": torch.tensor(photo), "box": torch.tensor(box), "flipped": torch.tensor(flipped)}
 
 
@@ -137,7 +137,7 @@ def held_out(photos: Sequence[Photo]) -> list[int]:
     return found or ([hashes.index(min(hashes))] if len(hashes) > 1 else [])
 
 
-def batches_now(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Batch]:
+def held_out_batches(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Batch]:
     """Lessons on photos as evaluation sees them, the teacher asked now: at most `AT_MOST`, spread evenly, those that can be read."""
     count = min(len(indices), AT_MOST)
     spread = [indices[i * len(indices) // count] for i in range(count)]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_vlm.distill.cache import TeacherCache
-from sparse_vlm.distill.inherit import TensorMapping, begin_from, inherit, summarize
+from sparse_vlm.distill.inherit import TensorMapping, inherit, load_init, summarize
 from sparse_vlm.distill.recipes import Recipe, changed, get_recipe
 from sparse_vlm.distill.resident import ResidentPhotos
 from sparse_vlm.distill.views import ViewSet
@@ -128,7 +128,7 @@ def inherit_student(config: BootstrapConfig, reporter: Reporter | None = None) -
     tower = SparseFormer(recipe.config(teacher.spec))
     mapping, init_digest = inherit(tower, teacher, recipe), ""
     if config.init:
-        mapping = begin_from(tower, mapping, SparseFormer.from_pretrained(config.init), config.init)
+        mapping = load_init(tower, mapping, SparseFormer.from_pretrained(config.init), config.init)
         init_digest = sha256(locate(config.init) / "model.safetensors")
     reporter.table("what the student inherits", ("teacher tensor", "student tensor", "fate", "reason"), summarize(mapping))
     macs, teacher_macs = count_macs(tower.config).total, vit_macs(teacher.spec)

@@ -35,7 +35,16 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.images.decode import ImageError
 from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower import SparseFormer
-from sparse_vlm.train.batches import Augmentation, CachedViews, LiveViews, ResidentViews, batches_now, collate, held_out, live_statistics
+from sparse_vlm.train.batches import (
+    Augmentation,
+    CachedViews,
+    LiveViews,
+    ResidentViews,
+    collate,
+    held_out,
+    held_out_batches,
+    live_statistics,
+)
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import (
     HISTORY,
@@ -51,7 +60,7 @@ from sparse_vlm.train.run import (
     of_all_processes,
 )
 from sparse_vlm.train.zero import gathered_parameters, register_external_parameters, with_sizes
-from sparse_vlm.utils.devices import compiling, few_tokens, native_dtype, own_device, rank
+from sparse_vlm.utils.devices import compiling, native_dtype, own_device, rank, training_attention
 from sparse_vlm.utils.files import atomic_path, write_text
 
 if TYPE_CHECKING:
@@ -222,7 +231,7 @@ def train_student(
     else:
         ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
         train_views = LiveViews(views, rows, size) if resident is None else ResidentViews(views, resident, rows)
-        tests, known = batches_now(views, test_rows, size, ask), live_statistics(views, indices, ask)
+        tests, known = held_out_batches(views, test_rows, size, ask), live_statistics(views, indices, ask)
 
     if compiled:
         compile_parts(tower, ask)
@@ -275,7 +284,7 @@ def train_student(
         if checkpoint is not None:
             for name, value in load_file(checkpoint / "average.safetensors").items():
                 average[name].copy_(value)
-        with few_tokens(own):
+        with training_attention(own):
             if checkpoint is None:
                 trainer.evaluate()
             with compiling("teacher or student"):

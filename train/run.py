@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from sparse_vlm.data.bad_images import DECISIONS
 from sparse_vlm.errors import UserError, about, printable
 from sparse_vlm.train.zero import processes_without_gpu
-from sparse_vlm.utils.devices import give_back_if_scarce, rank, world_size
+from sparse_vlm.utils.devices import rank, trim_memory_if_scarce, world_size
 from sparse_vlm.utils.files import locked, write_text
 
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class GiveBackMemory(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Look after each step."""
-        give_back_if_scarce()
+        trim_memory_if_scarce()
 
 
 class MarkWhole(TrainerCallback):

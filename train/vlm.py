@@ -49,7 +49,7 @@ from sparse_vlm.train.run import (
 )
 from sparse_vlm.train.text_images import WordImages
 from sparse_vlm.train.zero import gathered, register_external_parameters, shares_weights, with_sizes
-from sparse_vlm.utils.devices import few_tokens, rank, world_size
+from sparse_vlm.utils.devices import rank, training_attention, world_size
 from sparse_vlm.utils.files import atomic_path, write_text
 from sparse_vlm.vlm import VLM
 
@@ -220,7 +220,7 @@ def _train(
             alone.trainer = trainer
             trainer.add_callback(alone)
         checkpoint = latest_checkpoint(out / "checkpoints", steps)
-        with few_tokens(vlm.model.device):
+        with training_attention(vlm.model.device):
             carry_out(trainer, checkpoint)
         complete = trainer.state.global_step >= steps
     if complete:

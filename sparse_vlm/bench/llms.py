@@ -112,7 +112,7 @@ def plan_llm(name: str) -> LLMPlan:
     Raises:
         UserError: no such LLM.
     """
-    from sparse_vlm.hub.pretrained import as_user_error
+    from sparse_vlm.hub.pretrained import model_errors
     from sparse_vlm.hub.store import locate
     from sparse_vlm.vlm.llm import load_tokenizer
 
@@ -124,7 +124,7 @@ def plan_llm(name: str) -> LLMPlan:
         raise UserError(f"--llm {error}; shapes of random weights are {', '.join(SHAPES)}") from error
     _, config, _ = load_tokenizer(name)
     plan = LLMPlan(name, "a language model", config, trained=True)
-    with as_user_error(f"--llm {name}"):  # a model of images and text, for one, is none
+    with model_errors(f"--llm {name}"):  # a model of images and text, for one, is none
         _ = plan.parameters
     return plan
 

@@ -20,7 +20,7 @@ from typing import Any
 from sparse_vlm.data.caption_questions import plural, questions_of, with_article
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.photos import Photo
-from sparse_vlm.utils.documents import whole
+from sparse_vlm.utils.documents import is_encodable
 from sparse_vlm.vlm.prompts import Message, assistant, user
 
 # LLaVA's requests for a brief description; the first is what its successors ask for a caption.
@@ -148,7 +148,7 @@ def known_about(photo: Photo) -> Photo:
         value = info.get(key)
         if value is not None and not fits(value):
             raise UserError(f"{name}: {key!r} in its json must be {what}, not {json.dumps(value)[:40]}")
-        if value is not None and not whole(json.dumps(value, ensure_ascii=False)):
+        if value is not None and not is_encodable(json.dumps(value, ensure_ascii=False)):
             raise UserError(f"{name}: {key!r} in its json holds half of a character (a surrogate alone); write the whole one")
     if isinstance(info.get("captions"), str):
         return dataclasses.replace(photo, info=info | {"captions": [info["captions"]]})

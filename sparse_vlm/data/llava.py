@@ -21,7 +21,7 @@ from sparse_vlm.data.conversations import Example
 from sparse_vlm.data.records import Record, read_at, scan
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.photos import Photo, file_size
-from sparse_vlm.utils.documents import whole
+from sparse_vlm.utils.documents import is_encodable
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message
 
 # what a turn's "from" may be, and what that is in a chat template
@@ -68,8 +68,8 @@ def mistakes_of(sample: Any) -> list[Mistake]:
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
             return [Mistake("not a sample", f"turn {number} is not {{'from': ..., 'value': ...}} with two texts")]
-    texts = [f"turn {number}" for number, turn in enumerate(turns) if not whole(turn["value"])]
-    if broken := texts + [f"the picture {name!r}" for name in pictures_of(sample) if not whole(name)]:
+    texts = [f"turn {number}" for number, turn in enumerate(turns) if not is_encodable(turn["value"])]
+    if broken := texts + [f"the picture {name!r}" for name in pictures_of(sample) if not is_encodable(name)]:
         return [Mistake("broken text", f"{broken[0]} holds half of a character (a surrogate alone)")]
     speakers = [turn["from"] for turn in turns]
     unknown = [(number, speaker) for number, speaker in enumerate(speakers) if speaker not in ROLES]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.utils.documents import DECODER, ERRORS, LFS, NOT_FETCHED, parse_json, why_not
+from sparse_vlm.utils.documents import DECODER, ERRORS, LFS, NOT_FETCHED, json_problem, parse_json
 
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINES)
@@ -86,7 +86,7 @@ def _lines(path: Path, stream: BinaryIO, on_bytes: Callable[[int], None]) -> Ite
             try:
                 value, why = DECODER.decode(line.decode()), ""
             except ERRORS as error:
-                value, why = None, f"not a line of json ({why_not(error)})"
+                value, why = None, f"not a line of json ({json_problem(error)})"
             yield Record(number, offset, len(line), value, why)
         offset += len(line)
         on_bytes(len(line))
@@ -158,7 +158,7 @@ class _Window:
                     self.offset += len(self.text[self.at : error.pos].encode())
                     raise self.mistake(f"{error.msg}, in sample {number}") from error
             except ERRORS as error:
-                raise self.mistake(f"{why_not(error)}, in sample {number}") from None
+                raise self.mistake(f"{json_problem(error)}, in sample {number}") from None
             self.more()
         size = len(self.text[self.at : end].encode())
         record = Record(number, self.offset, size, value)

@@ -1,1 +1,1 @@
-"""Bootstrapping a SparseFormer from a teacher, without labels: views, the teacher's cached outputs, and the objective."""
+"""Bootstrapping a SparseFormer from a teacher, without labels: views, the teacher's outputs, and the loss."""

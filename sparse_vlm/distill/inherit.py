@@ -150,7 +150,7 @@ def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Tenso
 
 
 @torch.no_grad()
-def begin_from(tower: SparseFormer, rows: list[TensorMapping], other: SparseFormer, name: str) -> list[TensorMapping]:
+def load_init(tower: SparseFormer, rows: list[TensorMapping], other: SparseFormer, name: str) -> list[TensorMapping]:
     """Give a student that was inherited the weights of another tower, to learn on from there; what that one lacks stays as it is.
 
     Args:

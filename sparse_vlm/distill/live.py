@@ -15,7 +15,7 @@ from sparse_vlm.teachers import Teacher
 from sparse_vlm.utils.devices import native_dtype
 
 
-class PatchProduct(nn.Module):
+class PatchLinear(nn.Module):
     """A convolution whose stride is its kernel's size, as the one matrix product that it is, in a tenth of cuDNN's time on an H100.
 
     Args:
@@ -32,12 +32,12 @@ class PatchProduct(nn.Module):
         return F.linear(cells.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def products_for_patches(model: nn.Module) -> None:
-    """Put a `PatchProduct` in the place of each convolution of a model that cuts images into patches."""
+def replace_patch_convolutions(model: nn.Module) -> None:
+    """Put a `PatchLinear` in the place of each convolution of a model that cuts images into patches."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d) and child.stride == child.kernel_size == child.kernel_size[::-1] and child.padding == (0, 0):
-                setattr(parent, name, PatchProduct(child))
+                setattr(parent, name, PatchLinear(child))
 
 
 class LiveTeacher:
@@ -51,9 +51,9 @@ class LiveTeacher:
 
     def __init__(self, teacher: Teacher, rois: Tensor | None, device: str | torch.device = "cpu") -> None:
         self.spec, self.device, self.dtype = teacher.spec, torch.device(device), native_dtype(device)
-        self._teacher = teacher.copy_in(self.dtype).to(self.device)
+        self._teacher = teacher.cast(self.dtype).to(self.device)
         if self.device.type == "cuda":
-            products_for_patches(self._teacher)
+            replace_patch_convolutions(self._teacher)
         grid = self.spec.grid
         self._weights = None if rois is None else roi_average_weights(rois, grid, grid).to(self.device)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.distill.shrink import put_patches, within
+from sparse_vlm.distill.shrink import clip_to_boxes, place_patches
 from sparse_vlm.images.preprocess import normalize
 from sparse_vlm.roi import grid_rois_for, roi_average_weights
 from sparse_vlm.tower import SparseFormer
@@ -117,7 +117,7 @@ class Distillation(nn.Module):
             out = self.tower(images, image_sizes=image_sizes, cells=cells)
             grid = math.isqrt(tokens.shape[1])
             if boxes is not None:
-                cells, inside = within(cells, boxes)
+                cells, inside = clip_to_boxes(cells, boxes)
                 counted = (inside > 0.5).float()  # there are no teacher outputs for what lies around a view
             tokens = roi_average_weights(cells, grid, grid) @ tokens
         latents = out.last_hidden_state[:, -out.rois.shape[1] :]
@@ -142,7 +142,7 @@ class Distillation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cells (B, n, 4) of a student with a focus, and the mean squared error of its predicted map."""
         focus = self.tower.focus
-        patches = patches if boxes is None else put_patches(patches, boxes, self.token_mean)
+        patches = patches if boxes is None else place_patches(patches, boxes, self.token_mean)
         target = variation(patches, self.token_variance)
         predicted = focus(images, extent=extent)
         cells = focus.place(predicted.detach(), aspects, count)

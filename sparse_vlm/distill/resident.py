@@ -91,7 +91,7 @@ class ResidentPhotos:
         return torch.cat(made)
 
 
-def part_shown(views: ViewSet, size: tuple[int, int], row: int) -> tuple[tuple[float, float, float, float], bool]:
+def view_crop(views: ViewSet, size: tuple[int, int], row: int) -> tuple[tuple[float, float, float, float], bool]:
     """What the view of a row shows of its photo, relative to it, and whether it is mirrored.
 
     Args:

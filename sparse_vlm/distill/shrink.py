@@ -66,7 +66,7 @@ def shrink(pixels: Tensor, image_sizes: Tensor, share: float, side: int, generat
     return shown, sizes, boxes.to(pixels.device)
 
 
-def within(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def clip_to_boxes(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Cells (B, N, 4) relative to each view's box (B, 4): the part of each that lies in it, (B, N, 4), and how much that is, (B, N)."""
     corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
     moved = torch.cat([(cells[..., :2] - corner) / size, (cells[..., 2:] - corner) / size], dim=-1)
@@ -75,9 +75,9 @@ def within(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return part, areas[0] / areas[1]
 
 
-def put_patches(patches: Tensor, boxes: Tensor, background: Tensor) -> Tensor:
+def place_patches(patches: Tensor, boxes: Tensor, background: Tensor) -> Tensor:
     """The teacher's patches (B, G * G, d) as they would lie if each view stood in its box (B, 4) before a background (d,)."""
     grid = math.isqrt(patches.shape[1])
-    part, inside = within(grid_rois(grid * grid).to(boxes.device).expand(len(boxes), -1, -1), boxes)
+    part, inside = clip_to_boxes(grid_rois(grid * grid).to(boxes.device).expand(len(boxes), -1, -1), boxes)
     averages = (roi_average_weights(part, grid, grid) @ patches).to(patches.dtype)  # under autocast a product is bfloat16
     return torch.lerp(background.expand_as(patches), averages, inside.unsqueeze(-1))

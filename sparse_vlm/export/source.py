@@ -70,7 +70,7 @@ def find(model: str) -> Source:
     if kind == "tower" and not str(described.get("config.json", {}).get("format", "")).startswith(TOWER_FORMAT):
         raise UserError(f"{model}: holds neither a tower nor a VLM of ours; give a folder of bootstrap's or train's, or a name of the zoo")
     says = described.get("vlm.json", {})
-    names = [store.part_of(folder, says, part) for part in ("tower", "llm") if part in says]
+    names = [store.locate_part(folder, says, part) for part in ("tower", "llm") if part in says]
     parts = (_part(model, folder), *(_part(name, Path(name)) for name in names))
     return Source(model, kind, parts, names[0] if names else model)
 

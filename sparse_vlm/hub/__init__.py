@@ -1,1 +1,1 @@
-"""Where weights come from: the zoo, its sources, and files that are verified before they are read."""
+"""Where weights come from: the zoo and its sources, verified files, and models of transformers."""

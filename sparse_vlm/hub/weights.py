@@ -1,6 +1,6 @@
-"""Files of tensors: read strictly, and refused where they hold what no model can compute with.
+"""Read safetensors files strictly: damaged files, wrong shapes and values that are not finite are refused.
 
-Notable: what a file holds is in its header, so that a model can be compared with it before anything of the model's size is allocated.
+Notable: names and shapes are read from a file's header, so that they are compared with a model before memory of its size is allocated.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_vlm.errors import UserError
+from sparse_vlm.errors import UserError, first_line
+from sparse_vlm.utils.documents import LFS, NOT_FETCHED
 
-POINTER = b"version https://git-lfs.github.com/spec/"
-LARGEST = 1e18  # of a weight: squares of larger ones, as a norm sums them, leave float32
-SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json", ".model"}  # of what git-lfs keeps, and models are made of
+LARGEST = 1e18  # absolute value of a weight; squares of larger ones overflow float32 in a norm
+SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json", ".model"}  # files of models that git-lfs may hold
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, from its header.
+    """Names and shapes of the tensors in a safetensors file, from its header.
 
     Raises:
         UserError: it cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -43,20 +43,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     check_finite(str(path), tensors.items())
     return tensors
 
 
 def check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Make sure that a file holds exactly a model's tensors.
+    """Check that a file holds exactly the tensors of a model.
 
     Raises:
-        UserError: naming the first that is missing, not one of the model, or of another shape.
+        UserError: names the first tensor that is missing, unexpected or of another shape.
     """
     for name in sorted(expected.keys() ^ found.keys()):
         raise UserError(f"{path}: tensor {name} is {'missing' if name in expected else 'not one of the model'}")
@@ -66,15 +66,15 @@ def check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]], found: Map
 
 
 def check_finite(where: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Make sure that weights are numbers to compute with: with one that is not, a model says anything, and says it without an error.
+    """Check that all weights are finite; a model with others computes nonsense without an error.
 
     Raises:
-        UserError: naming the first tensor that holds a NaN, an infinity, or a number beyond `LARGEST`.
+        UserError: names the first tensor that holds a NaN, an infinity, or a value beyond `LARGEST`.
     """
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
             continue
-        # one pass over memory, and nothing of its size beside it
+        # one pass over memory, without a copy
         values = tensor if tensor.element_size() > 1 else tensor.float()
         low, high = values.detach().aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -85,29 +85,25 @@ def check_finite(where: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise UserError(f"{where}: tensor {name} holds numbers beyond {LARGEST:g}; the file is damaged, fetch it again")
 
 
-def refuse_pointer(path: Path) -> None:
-    """Make sure that a file is what its name says.
+def refuse_lfs_pointer(path: Path) -> None:
+    """Check that a file is not a git-lfs pointer.
 
     Raises:
-        UserError: it is what git leaves in its place where git-lfs did not fetch it.
+        UserError: it is.
     """
-    if not path.is_file():  # what else it may be, whoever opens it says
+    if not path.is_file():  # whoever opens it raises
         return
     try:
         with open(path, "rb") as file:
-            begin = file.read(len(POINTER))
+            begin = file.read(len(LFS))
     except OSError:
         return
-    if begin == POINTER:
-        raise UserError(f"{path}: is a git-lfs pointer, its content was not fetched; run `git lfs pull` in its folder")
+    if begin == LFS:
+        raise UserError(f"{path}: {NOT_FETCHED}")
 
 
-def refuse_pointers(folder: Path) -> None:
-    """The same for every file of a model's folder."""
+def refuse_lfs_pointers(folder: Path) -> None:
+    """Check every file of a model's folder."""
     for path in sorted(folder.iterdir()):
         if path.suffix in SUFFIXES:
-            refuse_pointer(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            refuse_lfs_pointer(path)

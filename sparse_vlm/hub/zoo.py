@@ -31,7 +31,7 @@ MAX_ZOO_BYTES = 170_000_000
 WEIGHT_SUFFIXES = (".safetensors",)
 OTHER_SUFFIXES = (".json", ".txt", ".md")
 TRAINED_KINDS = ("tower", "text", "vlm")
-# What a card must tell: of models that we trained, and of models of others that we only point to.
+# Required sections of a card: of models trained here (True) and of others' models that are only referred to.
 CARD_SECTIONS = {
     True: ("Data", "Recipe", "Command", "Results", "Licence", "Provenance"),
     False: ("Licence", "Provenance"),
@@ -39,8 +39,8 @@ CARD_SECTIONS = {
 
 
 def describe(model: Entry) -> dict[str, Any]:
-    """An entry as plain data, with the folder it lies in (None before it is fetched)."""
-    folder = store.present(model)
+    """An entry as plain data, with its folder (None before it is downloaded)."""
+    folder = store.find_local(model)
     return {
         "name": model.name,
         "kind": model.kind,
@@ -54,7 +54,7 @@ def describe(model: Entry) -> dict[str, Any]:
     }
 
 
-# Where a VLM's folder keeps what it holds of each part.
+# File of each part in a VLM's folder, by how the part is held.
 HELD_IN = {
     "tower": {"tuned": "tower.safetensors", "adapters": "tower_adapter/adapter_model.safetensors"},
     "projector": {"trained": "projector.safetensors", "new": "projector.safetensors"},
@@ -63,8 +63,8 @@ HELD_IN = {
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """What a VLM's folder holds of each part, without loading it: `how`, the `name` that the part was loaded by, and of what is in the
-    folder itself `file`, `tensors` and `parameters`.
+    """The parts of a VLM's folder, without loading them: `how` each is held, the `name` it was loaded by, and `file`, `tensors` and
+    `parameters` of what is in the folder.
 
     Raises:
         UserError: not a VLM's folder, or a file that cannot be read.
@@ -84,12 +84,12 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 
 def _held_by_files(folder: Path) -> dict[str, str]:
-    """Of a folder that does not say it."""
+    """How each part is held, for folders without `holds`."""
     return {part: next((how for how, file in files.items() if (folder / file).is_file()), "as named") for part, files in HELD_IN.items()}
 
 
 def _sizes(path: Path) -> list[int]:
-    """Numbers in each tensor of a safetensors file, by its header alone."""
+    """Number of values of each tensor in a safetensors file, from its header."""
     with open(path, "rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return [math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"]
@@ -107,13 +107,13 @@ def card(name: str) -> str:
 
 
 def pull(name: str) -> dict[str, Path]:
-    """Make sure that a model and those it needs are here and whole.
+    """Download and verify a model and those it depends on.
 
     Returns:
-        Name to folder, the model itself first.
+        Folder by name, the model itself first.
 
     Raises:
-        UserError: no such model, or no source could deliver one of them.
+        UserError: no such model, or a model that no source could deliver.
     """
     folders = {name: store.locate(store.entry(name).name)}
     for needed in store.entry(name).needs:
@@ -122,7 +122,7 @@ def pull(name: str) -> dict[str, Path]:
 
 
 def check() -> list[str]:
-    """What is wrong with the zoo as it is on disk, a line each; empty when nothing is."""
+    """Problems of the zoo on disk, one line each; empty if there are none."""
     root = store.zoo_folder()
     models = store.entries()
     found = []
@@ -171,15 +171,15 @@ def _card_problems(path: Path, kind: str) -> list[str]:
 
 
 def add(name: str, folder: Path, *, kind: str, license: str, summary: str, card: Path | None = None, needs: Sequence[str] = ()) -> Entry:
-    """Put a folder into the zoo of this checkout, or refresh it there. For maintainers.
+    """Add or update a model in the zoo of this checkout (for maintainers).
 
     Args:
-        folder: what `from_pretrained` loads; its safetensors, json and txt files are taken, subfolders are not.
-        card: the model's card; None keeps the one in model_zoo/NAME/.
-        needs: names of models that it cannot work without.
+        folder: as `from_pretrained` loads it; safetensors, json and txt files are copied, subfolders are not.
+        card: the model's card; by default the one in model_zoo/NAME/.
+        needs: zoo names of the models that it depends on.
 
     Raises:
-        UserError: a kind, file, card or size that the zoo does not hold; the zoo is then left as it was.
+        UserError: a kind, file, card or size that the zoo does not accept; the zoo is left unchanged.
     """
     root = store.zoo_folder()
     target = root / name
@@ -232,7 +232,7 @@ def _write_index(models: dict[str, Entry]) -> None:
                 "sources": [dict(source) for source in model.sources],
                 "needs": list(model.needs),
             }
-            # Ours first, then what they need from others.
+            # models trained here first
             for model in sorted(models.values(), key=lambda model: model.kind not in TRAINED_KINDS)
         },
     }

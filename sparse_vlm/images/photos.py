@@ -109,7 +109,7 @@ def _expand(patterns: Sequence[str | Path], on_progress: Callable[[str, int, int
     # imported here because most users of this module only open an image
     from braceexpand import UnbalancedBracesError, braceexpand
 
-    from sparse_vlm.images.remote import bring, is_remote
+    from sparse_vlm.images.remote import fetch_photos, is_remote
 
     paths: list[Path] = []
     for pattern in patterns:
@@ -119,7 +119,7 @@ def _expand(patterns: Sequence[str | Path], on_progress: Callable[[str, int, int
             raise ImageError(f"{pattern}: braces do not match; write photos-{{000..099}}.tar or {{a,b}}.tar") from None
         for one in each:
             if is_remote(one):
-                paths.append(bring(one, on_progress))
+                paths.append(fetch_photos(one, on_progress))
                 continue
             # an existing path is never a pattern, even with brackets in its name
             found = [one] if os.path.exists(one) else sorted(glob.glob(one))

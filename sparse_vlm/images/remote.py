@@ -35,7 +35,7 @@ def is_remote(pattern: str) -> bool:
     return pattern.startswith(("https://", "http://", "hf:"))
 
 
-def bring(pattern: str, on_progress: OnProgress) -> Path:
+def fetch_photos(pattern: str, on_progress: OnProgress) -> Path:
     """The tar on this disk of a URL or of `hf:NAME@REVISION:SPLIT`.
 
     Raises:

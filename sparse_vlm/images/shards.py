@@ -27,7 +27,7 @@ from sparse_vlm.images.decode import ImageError
 from sparse_vlm.images.photos import Photo, PhotoSet
 from sparse_vlm.images.preprocess import OVERSAMPLING, resize, scaled
 from sparse_vlm.images.remote import add_member, suffix_of
-from sparse_vlm.utils.documents import parse_json, whole
+from sparse_vlm.utils.documents import is_encodable, parse_json
 from sparse_vlm.utils.files import atomic_path, write_text
 
 FORMAT = "sparse-vlm/shards/1"
@@ -170,7 +170,7 @@ def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: 
                 add_member(
                     archive,
                     f"{key}.json",
-                    json.dumps(photo.info, ensure_ascii=not whole(json.dumps(photo.info, ensure_ascii=False))).encode(),
+                    json.dumps(photo.info, ensure_ascii=not is_encodable(json.dumps(photo.info, ensure_ascii=False))).encode(),
                 )
     return entry | {"bytes": path.stat().st_size}
 

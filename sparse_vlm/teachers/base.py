@@ -166,7 +166,7 @@ class Inventory:
         return self
 
 
-def describe(
+def teacher_spec(
     own: Inventory,
     activation: str,
     activations: Mapping[str, Activation],
@@ -239,7 +239,7 @@ class Teacher(nn.Module):
         """(B, 3, S, S) normalised by the teacher's own mean and std."""
         return TeacherOutput(*self.ask(self.model, pixels))
 
-    def copy_in(self, dtype: torch.dtype) -> Teacher:
+    def cast(self, dtype: torch.dtype) -> Teacher:
         """The same teacher with weights of another dtype, to ask and not to inherit from."""
         return Teacher(self.spec, copy.deepcopy(self.model).to(dtype), self.inventory, self.ask)
 

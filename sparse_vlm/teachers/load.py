@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from sparse_vlm.errors import UserError
-from sparse_vlm.hub.pretrained import asking_nobody, check_report, check_size, from_pretrained, one_line, quiet, refuse_code
-from sparse_vlm.hub.weights import check_finite, refuse_pointer, refuse_pointers
+from sparse_vlm.errors import UserError, first_line
+from sparse_vlm.hub.pretrained import check_report, check_size, from_pretrained, quiet, refuse_code, without_prompts
+from sparse_vlm.hub.weights import check_finite, refuse_lfs_pointer, refuse_lfs_pointers
 from sparse_vlm.teachers import open_clip_vit, sizes, timm_vit, transformers_vit
 from sparse_vlm.teachers.base import Teacher, TeacherError
 
@@ -79,13 +79,13 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
     try:
         if folder is not None:
             refuse_code(folder)
-            refuse_pointers(folder)
+            refuse_lfs_pointers(folder)
             sizes.check_size(folder)
-        with asking_nobody():  # open_clip has text sides of transformers
+        with without_prompts():  # open_clip has text sides of transformers
             model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
         licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
     except Exception as error:
-        raise TeacherError(f"teacher {name}: open_clip could not load it ({one_line(error)})") from error
+        raise TeacherError(f"teacher {name}: open_clip could not load it ({first_line(error)})") from error
     return read_open_clip(name, model, licence)
 
 
@@ -122,10 +122,10 @@ def _from_timm(name: str, rest: str, checkpoint: str | None) -> Teacher:
         raise TeacherError(f"teacher {name}: {checkpoint}: no such file")
     try:
         if checkpoint is not None:
-            refuse_pointer(Path(checkpoint))
+            refuse_lfs_pointer(Path(checkpoint))
         model = timm.create_model(rest, pretrained=checkpoint is None, checkpoint_path=checkpoint or "")
     except Exception as error:
-        raise TeacherError(f"teacher {name}: timm could not load it ({one_line(error)})") from error
+        raise TeacherError(f"teacher {name}: timm could not load it ({first_line(error)})") from error
     licence = (model.pretrained_cfg or {}).get("license") or ""
     return _reader(name, model, TIMM_READERS)(name, model, timm.data.resolve_model_data_config(model), licence)
 
@@ -146,7 +146,7 @@ def _from_transformers(name: str, rest: str, revision: str | None) -> Teacher:
         processor = json.loads(Path(cached_file(rest, "preprocessor_config.json", **where)).read_text(encoding="utf-8"))
         preprocess = {"mean": processor["image_mean"], "std": processor["image_std"]}
     except Exception as error:
-        raise TeacherError(f"teacher {name}: transformers could not load it ({one_line(error)})") from error
+        raise TeacherError(f"teacher {name}: transformers could not load it ({first_line(error)})") from error
     try:
         check_report(f"teacher {name}", {**found, "unexpected_keys": ()})
     except UserError as error:

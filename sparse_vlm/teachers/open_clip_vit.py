@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_vlm.teachers.base import KINDS, Inventory, Teacher, TeacherError, describe
+from sparse_vlm.teachers.base import KINDS, Inventory, Teacher, TeacherError, teacher_spec
 
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 BLOCK = {
@@ -46,7 +46,7 @@ def read(name: str, visual: nn.Module, preprocess: dict[str, Any], licence: str 
     if "proj" in own:
         own.put("head.weight", "proj", how=lambda tensor: tensor.mT, note="transposed")
 
-    spec = describe(
+    spec = teacher_spec(
         own,
         type(first.mlp.gelu).__name__,
         ACTIVATIONS,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sparse_vlm.errors import UserError
-from sparse_vlm.hub.pretrained import LAYERS, asking_nobody, one_line
+from sparse_vlm.errors import UserError, first_line
+from sparse_vlm.hub.pretrained import LAYERS, without_prompts
 from sparse_vlm.tower.limits import whole, within
 from sparse_vlm.utils.documents import parse_json
 
@@ -59,10 +59,10 @@ def check_size(folder: Path) -> None:
         raise UserError(f"{config}: {error}; fetch the model again") from None
     _compare(config, "positions of the image", _positions(model.get("vision_cfg")), held)
     try:
-        with asking_nobody(), torch.device("meta"):
+        with without_prompts(), torch.device("meta"):
             ghost = _ghost(folder, model)
     except Exception as error:
-        raise UserError(f"{config}: open_clip cannot make this model ({one_line(error)}); fetch the model again") from error
+        raise UserError(f"{config}: open_clip cannot make this model ({first_line(error)}); fetch the model again") from error
     _compare(config, "parameters", sum(parameter.numel() for parameter in ghost.parameters()), held)
 
 

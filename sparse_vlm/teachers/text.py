@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError, naming
-from sparse_vlm.hub.pretrained import as_user_error, check_size, from_pretrained
+from sparse_vlm.hub.pretrained import check_size, from_pretrained, model_errors
 from sparse_vlm.hub.store import locate
 from sparse_vlm.hub.weights import read_tensors
 from sparse_vlm.utils.files import atomic_path, write_text
@@ -190,7 +190,7 @@ def _load_text_tower(folder: Path) -> tuple[nn.Module, Any]:
     """The encoder and its tokenizer; nothing but an unused pooler may be left over."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    with as_user_error(folder, "a text tower"):
+    with model_errors(folder, "a text tower"):
         config = from_pretrained(AutoConfig, folder)
         check_size(folder, config, AutoModel)
         tensors = read_tensors(folder / "model.safetensors")

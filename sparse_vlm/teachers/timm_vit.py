@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_vlm.teachers.base import KINDS, Inventory, Teacher, TeacherError, describe
+from sparse_vlm.teachers.base import KINDS, Inventory, Teacher, TeacherError, teacher_spec
 
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}
 
@@ -90,7 +90,7 @@ def _read(
     for source in head:
         if source in own:
             own.put(f"head.{source.rsplit('.', 1)[1]}", source)
-    spec = describe(
+    spec = teacher_spec(
         own,
         type(first.mlp.act).__name__,
         ACTIVATIONS,

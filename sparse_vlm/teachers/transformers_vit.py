@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_vlm.teachers.base import KINDS, Inventory, Teacher, TeacherError, TeacherSpec, describe
+from sparse_vlm.teachers.base import KINDS, Inventory, Teacher, TeacherError, TeacherSpec, teacher_spec
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 DINOV2_ATTENTION = (
@@ -137,7 +137,7 @@ def _put_blocks(own: Inventory, prefix: str, count: int) -> None:
 
 
 def _spec(own: Inventory, config: Any, preprocess: dict[str, Any], licence: str) -> TeacherSpec:
-    return describe(
+    return teacher_spec(
         own,
         config.hidden_act,
         ACTIVATIONS,

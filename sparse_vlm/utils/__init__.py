@@ -1,1 +1,1 @@
-"""What everything stands on: devices, files written whole, JSON that is checked."""
+"""Devices, atomic files, checked JSON."""

@@ -1,4 +1,4 @@
-"""What the machine at hand multiplies in, how its CPUs are used, and which of several processes this one is."""
+"""Devices, dtypes, memory and processes of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def native_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the device multiplies in it, else float32: a CPU without such instructions emulates them, many times slower."""
+    """bfloat16 if the device has instructions for it, else float32: a CPU without them emulates bfloat16, many times slower."""
     native = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
@@ -27,8 +27,8 @@ def set_cpu_threads(threads: int | None = None, keep_memory: bool = True) -> Non
     """Set up the CPUs for long work: how many threads compute, and that freed memory is kept.
 
     Args:
-        threads: as torch decides unless given.
-        keep_memory: whether to `keep_freed_memory`.
+        threads: torch's default if None.
+        keep_memory: call `keep_freed_memory`.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -37,10 +37,10 @@ def set_cpu_threads(threads: int | None = None, keep_memory: bool = True) -> Non
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor, where it is the C library; elsewhere nothing happens.
+    """Let glibc keep freed memory for the next tensor; without glibc nothing happens.
 
-    By itself it gives each tensor above 32 MB back to the system, which clears every page anew when it is asked for the next one
-    (docs/speed.md says what that costs). The process stays as large as it was at its largest, until it is told to `give_back_if_scarce`.
+    By default glibc returns each tensor above 32 MB to the system, which zeroes every page again for the next one (cost: docs/speed.md).
+    The process keeps its peak size until `trim_memory_if_scarce`.
     """
     if sys.platform != "linux":
         return
@@ -50,11 +50,11 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back_if_scarce(share: float = 0.15) -> bool:
-    """Return freed memory to the system, where it was kept and less than a share of the machine's memory is left to others.
+def trim_memory_if_scarce(share: float = 0.15) -> bool:
+    """Return freed memory to the system if less than a share of the machine's memory is available.
 
     Returns:
-        Whether it was returned. Where the machine does not say what is left (/proc/meminfo), nothing is.
+        Whether memory was returned; False without /proc/meminfo.
     """
     found = _memory()
     scarce = bool(found) and found["MemAvailable"] < share * found["MemTotal"]
@@ -63,7 +63,7 @@ def give_back_if_scarce(share: float = 0.15) -> bool:
 
 
 def _memory() -> dict[str, int]:
-    """What the machine says of its memory, in kB; empty where it does not."""
+    """/proc/meminfo in kB; empty if it cannot be read."""
     try:
         with open("/proc/meminfo") as stream:
             found = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in stream)}
@@ -73,15 +73,15 @@ def _memory() -> dict[str, int]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device has free; None where it does not say."""
+    """Free bytes of a device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = _memory()
     return 1024 * found["MemAvailable"] if found else None
 
 
-def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
-    """What a tower that learns runs its SDPA in: on a CPU plain attention is faster than the fused kernel, at its few tokens."""
+def training_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """The SDPA backend for training a tower: on a CPU plain attention is faster than the fused kernel at its few tokens."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # not in the torch of old LLaVA environments, which import this module
 
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
@@ -89,10 +89,10 @@ def few_tokens(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Where something that `--compile` asked for runs for the first time.
+    """Translate compiler errors; for the block in which compiled code runs first.
 
     Raises:
-        UserError: torch's compiler failed, as where there is no C++ compiler.
+        UserError: torch's compiler failed, for example without a C++ compiler.
     """
     try:
         yield
@@ -104,15 +104,15 @@ def compiling(what: str) -> Iterator[None]:
 
 
 def own_device() -> torch.device:
-    """The GPU that is this process's, where there are any; else the CPU."""
+    """This process's GPU, or the CPU if there is none."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 where it did not."""
+    """This process's rank under torchrun; 0 without."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 where it did not."""
+    """Number of processes under torchrun; 1 without."""
     return int(os.environ.get("WORLD_SIZE", 1))

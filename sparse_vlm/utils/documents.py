@@ -1,7 +1,7 @@
-"""Json that others wrote, read in one place: what is wrong with it becomes one line that names the file, and the place in it.
+"""Parse JSON strictly, with errors that name the file and the place in it.
 
-Notable: stricter than `json.loads` where that passes over what was lost: a key that an object holds twice, NaN and Infinity, which are no
-JSON, and bytes that are not UTF-8. A byte order mark is left out.
+Notable: refuses what `json.loads` accepts although data is lost: duplicate keys, NaN and Infinity (not JSON), and bytes that are not UTF-8.
+A byte order mark is skipped.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from sparse_vlm.errors import UserError
 
-LFS = b"version https://git-lfs.github.com/spec/"  # how the text begins that git-lfs puts in a file's place
-NOT_FETCHED = "a git-lfs pointer: the file itself was not fetched; git lfs pull brings it"
+LFS = b"version https://git-lfs.github.com/spec/"  # begin of the pointer that git-lfs puts in a file's place
+NOT_FETCHED = "a git-lfs pointer: the file itself was not fetched; run git lfs pull"
 
 
 class _NotJson(ValueError):
-    """What Python's parser reads and JSON does not know."""
+    """Python's parser accepts it, JSON does not."""
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def _constant(name: str) -> Any:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def why_not(error: Exception) -> str:
-    """What one of `ERRORS` says is wrong with a json."""
+def json_problem(error: Exception) -> str:
+    """What is wrong with a JSON text, by the one of `ERRORS` that it caused."""
     if isinstance(error, RecursionError):
         return "nested too deep"
     if isinstance(error, MemoryError):
@@ -53,24 +53,24 @@ ERRORS = (ValueError, RecursionError, MemoryError)  # of a decoder
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The value that a json document in UTF-8 says.
+    """Parse a JSON document in UTF-8.
 
     Args:
-        where: the file, and the member or line of it, for messages.
+        where: the file and the member or line in it, for messages.
 
     Raises:
-        UserError: it is none; the line says what and where.
+        UserError: not JSON; the message says what is wrong and where.
     """
     if data.startswith(LFS):
         raise UserError(f"{where}: {NOT_FETCHED}")
     try:
         return DECODER.decode(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except ERRORS as error:
-        raise UserError(f"{where}: not a readable json file ({why_not(error)})") from None
+        raise UserError(f"{where}: not a readable json file ({json_problem(error)})") from None
 
 
-def whole(text: str) -> bool:
-    """Whether a text can be written as UTF-8: json may name half of a character of two (`\\ud83d`), which no tokenizer takes."""
+def is_encodable(text: str) -> bool:
+    """Whether a text can be encoded as UTF-8: JSON may hold a surrogate alone (`\\ud83d`), which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

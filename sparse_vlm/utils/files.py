@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, room for large ones, and folders that one run has for itself."""
+"""Atomic writes, reserved disk space, and locked folders."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sparse_vlm.errors import UserError, as_user_error, printable
 
 LOCK = ".lock"
 _held: set[Path] = set()  # by this process
-_ASIDE = re.compile(r"\.(\d+)@([^@/]*)\.(?:tmp|[A-Za-z0-9_]*)$")  # at the end of a name: process and host that are writing
+_ASIDE = re.compile(r"\.(\d+)@([^@/]*)\.(?:tmp|[A-Za-z0-9_]*)$")  # end of a temporary name: process and host
 
-_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what it writes to before it takes the name that it was given
+_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # temporary names of the safetensors library
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; what was written is flushed to disk and takes its name when all went well, and is gone when not.
+    """Write a file atomically: yields a temporary path, which is synced and renamed to `path` on success and removed on failure.
 
-    Several processes may write the same file at once: one of them wins, whole.
+    Several processes may write the same file at once; it is then one's, entire.
 
     Raises:
-        OSError: names `path`, also where the system names no file.
-        UserError: the same, of what libraries say of a file that cannot be written.
+        OSError: names `path`, even if the system's error names no file.
+        UserError: the same for errors of libraries that could not write.
     """
     part = path.with_name(f"{path.name}{_own_mark()}.tmp")
     try:
@@ -52,14 +52,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole; its folder is made where there is none."""
+    """Write a text file atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(where: str, document: Any) -> None:
-    """Write a JSON document to a file, whole, or to stdout where its name is `-`."""
+    """Write a JSON document to a file, atomically, or to stdout if the name is `-`."""
     text = json.dumps(document, indent=1) + "\n"
     if where == "-":
         sys.stdout.write(text)
@@ -68,14 +68,14 @@ def write_json(where: str, document: Any) -> None:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make a file as large as it will be, on disk and not only by name: what is written to it later through memory always has room.
+    """Allocate disk space for a file, so that later writes through a memory map cannot run out of space.
 
     Args:
-        path: there already; it becomes no smaller.
+        path: an existing file; it is never shrunk.
         size: in bytes.
 
     Raises:
-        OSError: there is no room; the file is as large as it was.
+        OSError: not enough space; the file keeps its size.
     """
     before = path.stat().st_size
     try:
@@ -85,7 +85,7 @@ def reserve(path: Path, size: int) -> None:
         with open(path, "rb+") as stream:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
-            else:  # zeros that are written take the room as well
+            else:  # written zeros allocate, too
                 stream.seek(before)
                 for start in range(before, size, 1 << 24):
                     stream.write(bytes(min(1 << 24, size - start)))
@@ -96,22 +96,22 @@ def reserve(path: Path, size: int) -> None:
         raise
 
 
-# ---- one run at a time
+# ---- locks
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Have a folder for oneself, among all processes that ask for it so; it is made where there is none.
+    """Lock a folder for this process; the folder is created.
 
-    The system lets go of the lock when a process ends, however it ends: a run that was killed keeps nobody out. What killed runs had
-    half-written in the folder is removed.
+    The system releases the lock when the process ends, even if it is killed. Temporary files that killed runs left in the folder are
+    removed.
 
     Args:
-        folder: that this process has already may be asked for again.
-        wait: until another process lets go of it.
+        folder: may be one that this process has locked already.
+        wait: for another process to release it.
 
     Raises:
-        UserError: another process has it, and one does not wait; the line says who, and since when.
+        UserError: another process has it, and `wait` is false; the message has its pid, host and time.
     """
     from filelock import FileLock, Timeout
 
@@ -122,7 +122,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
         return
     owner = folder / f"{LOCK}.owner"
-    # a file of its own says who: taking a lock empties the lock's file
+    # a separate file names the owner: locking truncates the lock file
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -152,7 +152,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path, was_there: bool) -> None:
-    """Remove a folder that was made for a run which left nothing in it but its lock."""
+    """Remove a folder that was created for a run and holds nothing but its lock."""
     with contextlib.suppress(OSError):
         if not was_there and {path.name for path in folder.iterdir()} <= {LOCK}:
             (folder / LOCK).unlink(missing_ok=True)
@@ -164,10 +164,10 @@ def _read_owner(path: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         return f"pid {int(found['pid'])} on {found['host']}, since {found['since']}"
     except (OSError, ValueError, TypeError, KeyError):
-        return "it does not say who"
+        return "owner unknown"
 
 
-# ---- what killed processes leave
+# ---- temporary files of killed processes
 
 
 def _own_mark() -> str:
@@ -175,15 +175,15 @@ def _own_mark() -> str:
 
 
 def temporary_prefix(name: str) -> str:
-    """How the name of a temporary folder begins that is made beside what will be `name`; `sweep` knows such folders."""
+    """Prefix of a temporary folder's name beside the future `name`; `sweep` recognizes it."""
     return f".{name}{_own_mark()}."
 
 
 def sweep(folder: Path, alone: bool = False) -> None:
-    """Remove the temporary files and folders in a folder whose process, of this host, is no more.
+    """Remove temporary files and folders of processes of this host that no longer run.
 
     Args:
-        alone: nobody else writes there, so that what safetensors was writing, whose name tells of no process, goes as well.
+        alone: no other process writes there, so that temporary files of safetensors, whose names have no pid, are removed, too.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

@@ -1,8 +1,8 @@
-"""What a JSON document must hold, said in Python, and checked before anything is made of it.
+"""Check JSON documents against a schema written in Python.
 
-A description is a type (`str`, `bool`, `int`, `float` for any finite number, None), `Number(least)`, a tuple of alternatives, a list of the
-description of its items, or a dict: of descriptions by key, where a key that ends in `?` may be missing, or with the one key `str` for an
-object of any names. Keys that are not described are let through: a later version may say more.
+A schema is a type (`str`, `bool`, `int`, `float` for any finite number, None), `Number(least)`, a tuple of alternatives, a list with the
+schema of its items, or a dict: of schemas by key, where a key that ends in `?` is optional, or with the one key `str` for an object with
+any keys. Keys without a schema are ignored: a later version may add some.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from sparse_vlm.errors import UserError, printable
 
-LARGEST = 1e24  # of a number: what is computed from several such stays finite
+LARGEST = 1e24  # absolute value of a number; products of several such stay finite
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", None: "null"}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number that is no less than `least`, or more than it where `above` is set."""
+    """A finite number of at least `least`; greater than it if `above`."""
 
     least: float = 0.0
     above: bool = False
@@ -35,33 +35,33 @@ SOME = Number(1, whole=True)
 
 
 def read_json(path: Path, what: str = "name another file") -> Any:
-    """A JSON document, with its texts printable.
+    """Read a JSON document, with control characters in its strings escaped.
 
     Args:
-        what: what to do where it is none.
+        what: advice for the message.
 
     Raises:
-        UserError: no such file, no JSON (NaN and Infinity are none), or nested too deep.
+        UserError: no such file, not JSON (NaN and Infinity are not), or nested too deep.
     """
     try:
         return _printable(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {what}") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deep for JSON of ours; {what}") from None
+        raise UserError(f"{path}: nested too deep; {what}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); {what}") from None
 
 
 def check(found: Any, wanted: Any, where: str, what: str = "make it again") -> None:
-    """Make sure that a part of a document is as described.
+    """Check a document, or a part of one, against a schema.
 
     Args:
-        where: the file, and the way to the part in it.
-        what: what to do where it is not.
+        where: the file, and the path to the part in it.
+        what: advice for the message.
 
     Raises:
-        UserError: it is not; the line names the first part that is not.
+        UserError: names the first part that does not match.
     """
     if (wrong := _problem(found, wanted, "")) is not None:
         at, said = wrong
@@ -69,10 +69,10 @@ def check(found: Any, wanted: Any, where: str, what: str = "make it again") -> N
 
 
 def _problem(found: Any, wanted: Any, at: str) -> tuple[str, str] | None:
-    """Where something is wrong, and what."""
+    """The path to the first mismatch, and what is wrong there."""
     if isinstance(wanted, tuple):
         problems = [_problem(found, each, at) for each in wanted]
-        # the alternative that got furthest says most
+        # the alternative that matched furthest explains best
         return None if None in problems else max(problems, key=lambda problem: len(problem[0]))  # type: ignore[index, arg-type]
     if isinstance(wanted, list):
         if not isinstance(found, list):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.hub.pretrained import as_user_error, refuse_code
+from sparse_vlm.hub.pretrained import model_errors, refuse_code
 from sparse_vlm.hub.weights import check_shapes, read_tensors
 from sparse_vlm.vlm.files import write_tensors
 
@@ -125,7 +125,7 @@ def read(model: nn.Module, folder: Path, trainable: bool) -> Any:
         raise UserError(
             f"{folder / CONFIG}: says rank {config.r}, the tensors beside it are of {', '.join(map(str, sorted(ranks))) or 'none'}"
         )
-    with as_user_error(folder / CONFIG, "adapters of this model"):
+    with model_errors(folder / CONFIG, "adapters of this model"):
         peft = wrapped(model, config)
         own = get_peft_model_state_dict(peft, save_embedding_layers=False)
     check_shapes(folder / WEIGHTS, shapes(own), shapes(state))
@@ -138,7 +138,7 @@ def _config(folder: Path) -> Any:
     from peft import LoraConfig, PeftConfig
 
     refuse_code(folder)
-    with as_user_error(folder / CONFIG, "PEFT's configuration of adapters"):
+    with model_errors(folder / CONFIG, "PEFT's configuration of adapters"):
         config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise UserError(f"{folder / CONFIG}: is of {type(config).__name__}; only LoRA's adapters can be read")

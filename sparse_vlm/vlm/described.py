@@ -22,7 +22,7 @@ class Described:
     """What `vlm.json` says.
 
     Attributes:
-        tower, llm: names or folders, as `hub.store.part_of` finds them.
+        tower, llm: names or folders, as `hub.store.locate_part` finds them.
         shape: of the projector: `tokens`, `tower_width`, `llm_width`, and `kind` where it is not LLaVA's.
         num_tokens: tokens an image, where their number was chosen.
         holds: what the folder holds of each part, by keys and values of `FATES`.
@@ -85,7 +85,7 @@ def _checked(folder: Path, said: dict[str, Any]) -> Described:
     for part, fates in FATES.items():
         if (fate := _mapping("holds", holds)[part]) not in fates:
             raise ValueError(f"holds of {part} is {fate!r}; known are {', '.join(fates)}")
-    tower, llm = (store.part_of(folder, said, part) for part in ("tower", "llm"))
+    tower, llm = (store.locate_part(folder, said, part) for part in ("tower", "llm"))
     return Described(tower, llm, shape, said.get("num_tokens"), holds, blank)
 
 

@@ -20,8 +20,8 @@ import torch
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub import store
-from sparse_vlm.hub.pretrained import as_user_error, from_pretrained, load_whole, quiet
-from sparse_vlm.hub.weights import refuse_pointers
+from sparse_vlm.hub.pretrained import from_pretrained, load_complete, model_errors, quiet
+from sparse_vlm.hub.weights import refuse_lfs_pointers
 from sparse_vlm.utils.devices import native_dtype
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
 
     folder = _folder(name_or_path)
     tokenizer = _tokenizer(name_or_path, folder)
-    with as_user_error(name_or_path), quiet():
-        model = load_whole(AutoModelForCausalLM, folder, dtype=dtype or native_dtype(), **options)
+    with model_errors(name_or_path), quiet():
+        model = load_complete(AutoModelForCausalLM, folder, dtype=dtype or native_dtype(), **options)
     ends = model.generation_config.eos_token_id
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
         raise UserError(f"{name_or_path}: generation_config.json says eos_token_id {str(ends)[:40]}; it must be a token's number or a list")
@@ -94,7 +94,7 @@ def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, P
 
     folder = _folder(name_or_path)
     tokenizer = _tokenizer(name_or_path, folder)
-    with as_user_error(name_or_path), quiet():
+    with model_errors(name_or_path), quiet():
         config = from_pretrained(AutoConfig, folder)
     return tokenizer, config, LLMS.get(str(name_or_path), LLMSpec())
 
@@ -106,7 +106,7 @@ def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBas
     plain = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if plain and find_spec("sentencepiece") is None:  # transformers would ask for tiktoken
         raise UserError(f"{name_or_path}: reading tokenizer.model needs the package sentencepiece; pip install 'sparse-vlm[sentencepiece]'")
-    with as_user_error(name_or_path), quiet():
+    with model_errors(name_or_path), quiet():
         tokenizer = from_pretrained(AutoTokenizer, folder)
         tokenizer.decode(tokenizer("a")["input_ids"])  # settings of another type are met when they are first used
     if not isinstance(tokenizer.chat_template, str | dict | None):
@@ -127,8 +127,8 @@ def _folder(name_or_path: str | Path) -> Path:
         raise UserError(f"{folder}: holds {len(packed)} GGUF files; leave one")
     if not packed:
         return folder
-    refuse_pointers(folder)
-    with as_user_error(name_or_path):
+    refuse_lfs_pointers(folder)
+    with model_errors(name_or_path):
         return _unpacked(packed[0])
 
 
@@ -154,7 +154,7 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
 
     with quiet():
         tokenizer = from_pretrained(AutoTokenizer, gguf.parent, gguf_file=gguf.name)
-        model = load_whole(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_plain_weights(gguf))
+        model = load_complete(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_plain_weights(gguf))
         for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
             if hasattr(model, attribute):
                 delattr(model, attribute)

@@ -292,7 +292,7 @@ class VLM:
             "projector": "new" if self.new_projector else "trained",
             "llm": _held(self.llm_changed, self._adapters("llm")),
         }
-        ways = {described[part]: store.way_to(described[part], folder) for part in ("tower", "llm")}
+        ways = {described[part]: store.relative_path_to(described[part], folder) for part in ("tower", "llm")}
         if ways := {name: way for name, way in ways.items() if way is not None}:
             described["ways"] = ways
         if self.tower.config.budgets is not None or self.projector_kind != MLP:

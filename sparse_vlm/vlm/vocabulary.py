@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.hub.pretrained import as_user_error
+from sparse_vlm.hub.pretrained import model_errors
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, add_image_token
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_llm(model: PreTrainedModel, name: str) -> None:
     if getattr(head, "bias", None) is not None:
         raise UserError(f"{name}: its output layer has a bias, which LlavaForConditionalGeneration has no place for; take another LLM")
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    with as_user_error(name, "a language model that can be run"):
+    with model_errors(name, "a language model that can be run"):
         own = model(input_ids=ids, use_cache=False).logits.float()
         plain = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     if not bool(torch.isfinite(own).all() & torch.isfinite(plain).all()):
