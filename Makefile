@@ -1,6 +1,6 @@
 # make chat    environment, installation, and a conversation about a photo (without a terminal: one question)
 # make test    environment, installation, lint and all tests
-# make bench   our towers beside ViTs on this machine, in under three minutes; fails where a ratio of times fell back (docs/attention.md)
+# make bench   our towers beside ViTs on this machine, in under three minutes; fails where a ratio of times fell back (lab/attention.md)
 # make matrix  the tests that meet transformers, with the oldest release that we declare and with the newest of 5
 #
 # PYTHON is the interpreter that the environment is made with; IMAGE and QUESTION are what `make chat` talks about; TESTS is what

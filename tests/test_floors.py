@@ -1,4 +1,4 @@
-"""The packages of docs/design.md: each imports only from those above it in the table, wherever in a file the import stands."""
+"""The packages of docs/architecture.md: each imports only from those above it in the table, wherever in a file the import stands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FOLDERS = {"sparse_vlm": "sparse_vlm", "train": "sparse_vlm.train", "eval": "spa
 
 
 def order() -> dict[str, int]:
-    """Package to its row in the table of docs/design.md."""
-    table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Packages")[2].partition("\n## ")[0]
+    """Package to its row in the table of docs/architecture.md."""
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Packages")[2].partition("\n## ")[0]
     return {name: row for row, name in enumerate(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))}
 
 

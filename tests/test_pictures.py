@@ -18,7 +18,7 @@ from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import OVERSAMPLING, load_crop, load_crops, preprocess, resize_and_crop
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-BOUND = 0.999  # of the cosine between embeddings of a draft and of the whole image, as docs/images.md says
+BOUND = 0.999  # of the cosine between embeddings of a draft and of the whole image, as lab/image-decoding.md says
 
 
 def jpeg(image: Image.Image, **options: object) -> bytes:

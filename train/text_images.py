@@ -3,7 +3,7 @@
 Shape legend: N tokens an image, D width of the LLM.
 An LLM of 135 M parameters cannot use even plain words: told all that is in a photo, it tells the things that are there from those that are
 not no better than by chance, yet it learns to within a few hundred photos. Before a projector's first tokens it had not learnt it in four
-times as many steps (docs/lab.md), because both sides are noise to each other. So the LLM learns to read first, from embeddings of words
+times as many steps (lab/notebook.md), because both sides are noise to each other. So the LLM learns to read first, from embeddings of words
 in the place of a photo's tokens. Neither tower nor projector takes part.
 """
 
