@@ -10,7 +10,7 @@ PYTHON ?= python3
 IMAGE ?= examples/chelsea.jpg
 QUESTION ?= What is in this picture?
 
-TESTS ?= $(addprefix tests/test_,$(addsuffix .py,hosts_transformers llm_families labels vlm train_engine packing chat export teachers text))
+TESTS ?= $(addprefix tests/unit/,hf vlm export teachers train)
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

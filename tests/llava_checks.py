@@ -5,7 +5,7 @@
     PYTHONPATH=. python tests/llava_checks.py FOLDER
 
 It makes small models in FOLDER, runs every check below and prints json: the name of each, and null or how it failed.
-`tests/test_hosts_llava.py` runs it with these packages shadowing its own.
+`tests/unit/integrations/test_llava.py` runs it with these packages shadowing its own.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Shape legend: B batch, S side of the input in pixels, H x W the canvas of a batc
 then (x / 255 - mean) / std. `whole` keeps the image at its own aspect ratio: longest side at most S, never enlarged, at the top left of a
 zero canvas, with its size beside the pixels.
 
-Notable: a large JPEG is decoded at reduced size, at least `OVERSAMPLING` times the side; lab/image-decoding.md has what that saves and what it
+Notable: a large JPEG is decoded at reduced size, at least `OVERSAMPLING` times the side; lab/image-decoding.md: what that saves and
 changes in the embeddings. Smaller images and other formats give identical pixels either way.
 """
 
