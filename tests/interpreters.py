@@ -24,6 +24,7 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "huggingface-hub": "huggingface_hub",
     "flash-attn": "flash_attn",
+    "prometheus-client": "prometheus_client",
     "lmms-eval": "lmms_eval",
 }
 

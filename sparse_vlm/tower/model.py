@@ -242,10 +242,11 @@ class SparseFormer(nn.Module):
             return self.focus.place(self.focus(pixels, box, extent), aspects, config.num_latent_tokens)
 
     @torch.no_grad()
-    def first_cells(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+    def first_cells(self, pixels: Tensor, image_sizes: Tensor | None = None, num_tokens: int | None = None) -> Tensor:
         """Where the tokens of each image begin, (B, n, 4) float32; the arguments are `forward`'s."""
         extent = None if image_sizes is None else image_extent(image_sizes, pixels)
-        return self._begin(pixels.to(next(self.norm.parameters()).dtype), None, None, extent).detach().expand(pixels.shape[0], -1, -1)
+        start = self._begin(pixels.to(next(self.norm.parameters()).dtype), num_tokens, None, extent)
+        return start.detach().expand(pixels.shape[0], -1, -1)
 
     def _given(self, cells: Tensor, num_tokens: int | None, batch: int) -> Tensor:
         """Cells that the caller places, (B, n, 4) float32."""
