@@ -43,7 +43,7 @@ PLAIN = "matrix products and softmax"
 FORWARD = {
     "aten::_scaled_dot_product_attention_math": "SDPA, math",
     "aten::_scaled_dot_product_attention_math_for_mps": "SDPA, math of Metal",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "SDPA, flash for processors",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "SDPA, flash for CPUs",
     "aten::_scaled_dot_product_flash_attention": "SDPA, flash",
     "aten::_scaled_dot_product_efficient_attention": "SDPA, memory-efficient",
     "aten::_scaled_dot_product_cudnn_attention": "SDPA, cuDNN",
@@ -58,7 +58,7 @@ FORWARD = {
     "aten::_softmax": PLAIN,
 }
 BACKWARD = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "SDPA, flash for processors",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "SDPA, flash for CPUs",
     "aten::_scaled_dot_product_flash_attention_backward": "SDPA, flash",
     "aten::_scaled_dot_product_efficient_attention_backward": "SDPA, memory-efficient",
     "aten::_scaled_dot_product_cudnn_attention_backward": "SDPA, cuDNN",

@@ -183,7 +183,7 @@ class SparseFormerClassifier(nn.Module):
         bent = config.budgets is not None and config.fit == "crop" and x.shape[-2] != x.shape[-1]
         cells = square_grid(self.tower, len(x)) if output_fmt == "NCHW" else None
         if output_fmt == "NCHW" and (self.grid is None or bent):
-            what = f"{self.tower.config.num_latent_tokens} tokens of a picture of {x.shape[-1]} x {x.shape[-2]} pixels"
+            what = f"{self.tower.config.num_latent_tokens} tokens of an image of {x.shape[-1]} x {x.shape[-2]} pixels"
             raise UserError(f"{what} begin in no square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
         take = self._take(indices)
         found: list[Any] = []

@@ -31,8 +31,8 @@ def test_what_captions_answer():
         ("What is the dog doing?", "jumping", "The dog is jumping."),
     ]
     assert [(asked.word, asked.sentence) for asked in found["who"]] == [
-        ("man", "There is a man in the image."),
-        ("children", "There are children in the image."),
+        ("man", "There is a man in the picture."),
+        ("children", "There are children in the picture."),
     ]
     assert found["where"] == found["sport"] == found["handling"] == [], "a hat is not known to be a thing"
     assert questions_of([], things={}, there={"skis", "apple", "bus"})["there"][2].sentence == "There are skis in the image."

@@ -82,7 +82,7 @@ def test_keys_end_at_the_first_full_stop(tmp_path):
 
 LINK = {"type": tarfile.SYMTYPE}
 TARS = {
-    "two pictures": ([("0.jpg", JPEG), ("0.mask.png", JPEG)], r"0.jpg and 0.mask.png are two pictures of one key, 0\b"),
+    "two pictures": ([("0.jpg", JPEG), ("0.mask.png", JPEG)], r"0.jpg and 0.mask.png are two images of one key, 0\b"),
     "link out": ([("a.jpg", JPEG), ("a.json", b"", LINK | {"linkname": "/etc/passwd"})], "a.json: a link to /etc/passwd, which is not in"),
     "loop": ([("a.jpg", b"", LINK | {"linkname": "b.jpg"}), ("b.jpg", b"", LINK | {"linkname": "a.jpg"})], "a.jpg: a link to "),
     "device": ([("a.jpg", b"", {"type": tarfile.CHRTYPE})], "a.jpg: is no file"),

@@ -20,9 +20,7 @@ def qkv(requires_grad: bool = False) -> list[torch.Tensor]:
     return [torch.randn(1, 2, 8, 16, requires_grad=requires_grad) for _ in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("backend", "kernel"), [(SDPBackend.MATH, "SDPA, math"), (SDPBackend.FLASH_ATTENTION, "SDPA, flash for processors")]
-)
+@pytest.mark.parametrize(("backend", "kernel"), [(SDPBackend.MATH, "SDPA, math"), (SDPBackend.FLASH_ATTENTION, "SDPA, flash for CPUs")])
 def test_what_sdpa_took_is_told(backend, kernel):
     with sdpa_kernel(backend):
         assert kernels(lambda: [F.scaled_dot_product_attention(*qkv()) for _ in range(3)]) == ({kernel: 3}, {})

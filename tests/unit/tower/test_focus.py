@@ -235,3 +235,8 @@ def test_numbers_that_do_not_go_together_are_refused_with_the_teacher(recipe: st
     spec = TeacherSpec("vit", 64, 2, 1, 56, 14, 32, (0.5,) * 3, (0.5,) * 3, "gelu", 1e-5, norm_pre=False)
     with pytest.raises(UserError, match=change.partition("=")[0]):
         changed(get_recipe(recipe), [change]).config(spec)
+
+
+def test_the_grid_that_is_split_has_full_rows_where_it_can() -> None:
+    assert [coarse_cells(number) for number in (16, 25, 36, 49, 64)] == [4, 16, 12, 16, 25]
+    assert all(0 < coarse_cells(number) < number and (number - coarse_cells(number)) % 3 == 0 for number in range(9, 65))
