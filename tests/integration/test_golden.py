@@ -1,6 +1,6 @@
 """What users hold, pinned: options, JSON documents, folders, imports, names of tensors and of what can be chosen.
 
-`fixtures/golden.json` holds what is right; `python tests/integration/test_golden.py --record` writes it anew; `git diff` shows changes.
+`fixtures/golden.json` holds what is right; `PYTHONPATH=tests python tests/integration/test_golden.py --record` writes it anew.
 Short runs of the command make the documents and folders. Imports and recipe numbers that were recorded are tried again even where no page
 and no field names them any more, so that old spellings are known to work.
 """
