@@ -80,7 +80,7 @@ def cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Met
 
 
 def bleu4(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Metric:
-    """ConversationDataset BLEU-4 of tokenized captions, with the closest reference length, from pycocoevalcap's counts."""
+    """Corpus BLEU-4 of tokenized captions, with the closest reference length, from pycocoevalcap's counts."""
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     rows = []

@@ -3,7 +3,7 @@
 Sources: the prompt is LLaVA's (`model_vqa_mmbench.py`, `model_vqa_science.py`). `science_choice` is LLaVA's `eval_science_qa.py`.
 `mmbench_choice` is what MMBench (Liu et al. 2023, section 4, "heuristic matching") tries before it asks an LLM, as in the evaluator that
 its authors published: one letter alone or with its usual marks, then the text of one option. No LLM is asked here, so an answer that this
-does not resolve_bad_images is wrong.
+does not settle is wrong.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def main(
         raise UserError(f"--device {device}: known are cpu and cuda")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; leave it out for the CPU")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would example of GPUs that are not there
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would warn of GPUs that are not there
     vlm = VLM.from_pretrained(model, where, fold=False)
     dtype = str(vlm.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     found = list(attended(vlm))

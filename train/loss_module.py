@@ -131,7 +131,7 @@ class LossModule(nn.Module):
 
 
 class Samples(Dataset):
-    """Samples in the order in which they are learnt from, each with its images as the features_cache holds them."""
+    """Samples in the order in which they are learnt from, each with its images as the feature cache holds them."""
 
     def __init__(self, samples: Sequence[Sample], features_cache: FeatureCache | LiveImages | WordImages) -> None:
         self.samples, self.features_cache = samples, features_cache

@@ -21,7 +21,7 @@ def look(
     photo: Annotated[Path, typer.Argument(help="The photo.")],
     model: Annotated[str, typer.Option(help="A tower: a folder or a name of the model zoo.")] = "tiny",
     out: Annotated[
-        Path | None, typer.Option("--output", "--out", help="The image to write; its suffix decides the format. [default: look.png]")
+        Path | None, typer.Option("--output", "--out", help="The figure to write; its suffix decides the format. [default: look.png]")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Latent tokens, for a tower that serves several budgets.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the RoIs of every look as one JSON object.")] = False,

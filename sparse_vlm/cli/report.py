@@ -18,7 +18,7 @@ from sparse_vlm.errors import UserError, printable
 
 def report(
     bench: Annotated[Path, typer.Option(help="The bench.json of `sparse-vlm bench`.")],
-    out: Annotated[Path, typer.Option(help="A folder for report.html, and an image of accuracy against cost for each task.")],
+    out: Annotated[Path, typer.Option(help="A folder for report.html, and a plot of accuracy against cost for each task.")],
     eval: Annotated[
         list[Path] | None, typer.Option(help="A report.json of `sparse-vlm eval`; repeat it. Without one the page is of cost alone.")
     ] = None,

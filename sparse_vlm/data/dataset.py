@@ -1,7 +1,7 @@
 """All that a run learns from: examples of several sources, mixed by weight, and the photos that they are about, numbered once.
 
 Notable: examples about the photos of tars are few and kept; those of LLaVA's files may be many and are read when they are asked for
-(`data.llava`). Either way a dataset is a sequence of examples, and an order of them costs eight bytes a example.
+(`data.llava`). Either way a dataset is a sequence of examples, and an order of them costs eight bytes an example.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a example's photos."""
+        """Numbers of an example's photos."""
 
     def characters(self, index: int) -> int:
-        """Length of a example's text with its markup, about."""
+        """Length of an example's text with its markup, about."""
 
     def digest(self) -> str:
         """Of all that is said, and of the photos' names."""
@@ -78,7 +78,7 @@ class _Kept:
         return self._talks[index]
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a example's photos."""
+        """Numbers of an example's photos."""
         return self._shown[index]
 
     def characters(self, index: int) -> int:
@@ -127,12 +127,12 @@ class ConversationDataset(Sequence[Example]):
         return self.sources[source][place]
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a example's photos, without reading it."""
+        """Numbers of an example's photos, without reading it."""
         source, place = self.order[index].tolist()
         return self.sources[source].shown(place)
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """Length of a example in tokens, about, without reading it, as LLaVA's grouping by length does."""
+        """Length of an example in tokens, about, without reading it, as LLaVA's grouping by length does."""
         source, place = self.order[index].tolist()
         text = self.sources[source].characters(place) // CHARACTERS_PER_TOKEN
         return text + len(self.sources[source].shown(place)) * tokens_per_image

@@ -223,11 +223,11 @@ class LlavaFile(Sequence[Example]):
         return Example(name, photos, (messages_of(sample),))
 
     def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of a example's images, without reading it."""
+        """Numbers of an example's images, without reading it."""
         return tuple(self._shown[self._end[index - 1] if index else 0 : self._end[index]])
 
     def characters(self, index: int) -> int:
-        """Length of a example's text with its markup, about, without reading it."""
+        """Length of an example's text with its markup, about, without reading it."""
         return self._characters[index]
 
     def digest(self) -> str:

@@ -46,7 +46,7 @@ SOME_AHEAD = 2_000
 
 @dataclass(frozen=True)
 class Sample:
-    """A example's conversations as one tree.
+    """An example's conversations as one tree.
 
     Attributes:
         name: what to call it in messages to people.
@@ -60,7 +60,7 @@ class Sample:
 
 
 def render(example: Example, photos: tuple[int, ...], renderer: Renderer, context: int | None = None) -> Sample:
-    """Render and merge a example's conversations.
+    """Render and merge an example's conversations.
 
     Args:
         photos: the numbers of its photos.

@@ -30,7 +30,7 @@ def words_by_photo(examples: ConversationDataset) -> dict[int, list[set[str]]]:
 
 
 def words_about(example: Example) -> list[set[str]]:
-    """The words of each sentence that says what is in a example's photos; sentences without any are left out."""
+    """The words of each sentence that says what is in an example's photos; sentences without any are left out."""
     sentences: list[str] = []
     for photo in example.photos:
         sentences += photo.info.get("captions") or []

@@ -1,4 +1,4 @@
-"""Exporting: write atomic_path, load again, compare, and only then let it take its name."""
+"""Exporting: write to a temporary folder, load again, compare, and only then let it take its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy against cost: which models lie on the Pareto front, and its image. What a cost is, is one more entry in `COSTS`.
+"""Accuracy against cost: which models lie on the Pareto front, and its plot. What a cost is, is one more entry in `COSTS`.
 
 Notable: a model is on the front where none is at least as good in both and better in one. Accuracy is a sample, so a model behind the front
 is told from it only where one that costs no more is better by more than chance (`Quality.tells_apart`); until then it may be on it.

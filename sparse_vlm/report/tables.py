@@ -1,4 +1,4 @@
-"""A benchmark's document as tables for people, as Markdown, and as images of cost against tokens."""
+"""A benchmark's document as tables for people, as Markdown, and as plots of cost against tokens."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ PANELS: dict[str, Panel] = {
 
 
 def draw(document: Row, folder: Path) -> list[Path]:
-    """Write an image of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line."""
+    """Write a plot of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -175,10 +175,18 @@ def test_no_file_holds(what, pattern):
     assert not found, what
 
 
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
     broken = []
     for page in (path for path in tracked() if path.suffix == ".md"):
-        for target in re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8")):
-            if "://" not in target and not (page.parent / target).exists():
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            there = page.parent / path if path else page
+            if "://" not in target and not (there.exists() and (not anchor or anchor in anchors(there))):
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert not broken

@@ -1,4 +1,4 @@
-"""The image of what a model is worth against its number of tokens."""
+"""The plot of what a model is worth against its number of tokens."""
 
 from __future__ import annotations
 

@@ -16,13 +16,12 @@ from speed_ratios import Comparison, Ratio, ratios
 
 from sparse_vlm.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[3]
 ONE = Ratio(
     "sparseformer-b", "clip-b32", 1.0, form="optimized", dtype="bfloat16", batch=1, threads=2,
     model_ms=30.0, rival_ms=33.0, ratio=0.90, low=0.88, high=0.93, rounds=10,
 )  # fmt: skip
 OTHER = dataclasses.replace(ONE, rival="clip-b16", target=0.25, ratio=0.30, low=0.28, high=0.31)
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def at(ratio: Ratio, value: float) -> Ratio:
