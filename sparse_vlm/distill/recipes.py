@@ -150,14 +150,14 @@ def _elastic(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     return replace(config, budgets=(9, 64), glance=RoIPatchConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
 
 
-def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
-    """Elastic, on whole images, with small cells where there is much to see."""
-    return replace(_elastic(spec, recipe), focus=FocusConfig(), fit="whole")
-
-
 def _regular(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
     """Elastic, on whole images, each on a regular grid of its own aspect."""
     return replace(_elastic(spec, recipe), fit="whole")
+
+
+def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
+    """Elastic, on whole images, with small cells where there is much to see."""
+    return replace(_regular(spec, recipe), focus=FocusConfig())
 
 
 def _whole(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
@@ -226,38 +226,30 @@ def _paper(name: str, summary: str, blocks: int) -> Recipe:
     )
 
 
+_ELASTIC = Recipe(
+    summary="as tiny, for any number of tokens from 9 to 64 with the same weights",
+    student=_elastic,
+    blocks=_each_block,
+    lr=1.4e-3,
+    dense_weight=1.0,
+    whitened=0.5,
+)
+_ADAPTIVE = replace(
+    _ELASTIC,
+    summary="as elastic, on whole images, with small cells where the teacher's features vary",
+    student=_adaptive,
+    small=0.25,
+)
+
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         summary="49 tokens that begin as the teacher's patch embedding of their cell and look four times; all blocks inherited",
         student=_warm_start(pooled=False),
         blocks=_each_block,
     ),
-    "elastic": Recipe(
-        summary="as tiny, for any number of tokens from 9 to 64 with the same weights",
-        student=_elastic,
-        blocks=_each_block,
-        lr=1.4e-3,
-        dense_weight=1.0,
-        whitened=0.5,
-    ),
-    "adaptive": Recipe(
-        summary="as elastic, on whole images, with small cells where the teacher's features vary",
-        student=_adaptive,
-        blocks=_each_block,
-        lr=1.4e-3,
-        dense_weight=1.0,
-        whitened=0.5,
-        small=0.25,
-    ),
-    "control-grid": Recipe(
-        summary="control: as adaptive, on a regular grid of each image's aspect",
-        student=_regular,
-        blocks=_each_block,
-        lr=1.4e-3,
-        dense_weight=1.0,
-        whitened=0.5,
-        small=0.25,
-    ),
+    "elastic": _ELASTIC,
+    "adaptive": _ADAPTIVE,
+    "control-grid": replace(_ADAPTIVE, summary="control: as adaptive, on a regular grid of each image's aspect", student=_regular),
     "tiny-pool": Recipe(
         summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",
         student=_warm_start(pooled=True),

@@ -123,7 +123,7 @@ def coarse_cells(num_tokens: int) -> int:
     (docs/looking.md).
     """
     third = num_tokens / 3
-    full_rows = [rows * columns for rows in range(1, num_tokens) for columns in (rows, rows + 1)]
+    full_rows = [rows * columns for rows in range(1, math.isqrt(num_tokens) + 1) for columns in (rows, rows + 1)]
     fitting = [cells for cells in full_rows if (num_tokens - cells) % 3 == 0 and third / 2 < cells < 2 * third]
     return min(fitting, key=lambda cells: abs(math.log(cells / third)), default=num_tokens - 3 * round(2 * num_tokens / 9))
 
