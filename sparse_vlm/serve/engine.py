@@ -29,7 +29,7 @@ from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.serve.fetch import read_url
 from sparse_vlm.serve.metrics import Metrics
 from sparse_vlm.serve.protocol import DEFAULT_MAX_TOKENS, ApiError, ChatRequest
-from sparse_vlm.tower.visualize import crop_box
+from sparse_vlm.tower.visualize import seen_box
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.projectors import MLP
 from sparse_vlm.vlm.stream import Memory, Stream
@@ -105,7 +105,8 @@ class BudgetView:
         tower, projector = self._vlm.tower, self._vlm.projector
         inputs = Preprocessor.of(tower.config)(image.scaled).to(self.model.device)
         cells = tower.first_cells(*inputs, num_tokens=self.num_tokens)
-        out = tower(inputs.pixels, num_tokens=self.num_tokens, image_sizes=inputs.image_sizes)
+        placed = cells if tower.focus is not None else None  # so that the focus does not run again
+        out = tower(inputs.pixels, num_tokens=self.num_tokens, image_sizes=inputs.image_sizes, cells=placed)
         visual = tower.config.at_budget(self.num_tokens).visual_tokens
         features = projector(out.last_hidden_state[:, -visual:].to(projector.linear_1.weight.dtype))
         image.encodings[self.num_tokens] = Encoding(features[0], _rounded(cells[0]), _rounded(out.rois[0]))
@@ -265,7 +266,7 @@ class Engine:
             return known
         prepare = Preprocessor.of(self.vlm.tower.config)
         draft = draft_image(data, name, *prepare.at_least)
-        crop = (0.0, 0.0, *map(float, draft.size)) if prepare.fit == "whole" else crop_box(draft.size, prepare.size)
+        crop = seen_box(self.vlm.tower.config, draft.size)
         self._images[digest] = image = LoadedImage(prepare.scale_draft(draft), draft.size, crop)
         while len(self._images) > KEPT_IMAGES:
             self._images.popitem(last=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sparse_vlm.errors import UserError, printable
+from sparse_vlm.utils.documents import DECODER, ERRORS, json_problem
 
 DEFAULT_MAX_TOKENS = 256
 # Fields that change nothing in a greedy, stateless server: any value is accepted.
@@ -89,11 +90,9 @@ def parse_body(data: bytes) -> Any:
         ApiError: it is none.
     """
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-    except RecursionError:
-        raise ApiError(400, "the body is JSON that is nested too deep") from None
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, an integer of thousands of digits
-        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+        return DECODER.decode(data.decode("utf-8"))
+    except ERRORS as error:
+        raise ApiError(400, f"the body is not JSON: {json_problem(error)[:200]}") from None
 
 
 def parse_request(body: Any, max_images: int) -> ChatRequest:
@@ -215,7 +214,3 @@ def _wrong(param: str, value: Any, where: str, expected: str) -> NoReturn:
 def _type_of(value: Any) -> str:
     names = {type(None): "is null or missing", bool: "is a boolean", str: "is a string", list: "is a list", dict: "is an object"}
     return names.get(type(value), "is a number")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")

@@ -27,7 +27,7 @@ from torch import Tensor
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.roi import crop_rois
-from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 from sparse_vlm.tower.model import image_extent
 from sparse_vlm.utils.files import atomic_path
 
@@ -104,14 +104,18 @@ def trace_regions(tower: SparseFormer, photo: Image.Image) -> TokenRegions:
         mean, std = (torch.tensor(of, device=inputs.pixels.device).view(3, 1, 1) for of in (config.image_mean, config.image_std))
         patches = (crop_rois(inputs.pixels, start, config.glance.patch_size, extent)[0] * std + mean).clamp(0, 1).cpu()
     looks = tuple(SamplingStep(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.points_per_look)
-    seen = (0.0, 0.0, *map(float, photo.size)) if config.fit == "whole" else crop_box(photo.size, config.image_size)
-    return TokenRegions(photo, seen, start[0].cpu(), looks, output.rois[0].cpu(), variation, patches)
+    return TokenRegions(photo, seen_box(config, photo.size), start[0].cpu(), looks, output.rois[0].cpu(), variation, patches)
 
 
 def rois_of_points(points: Tensor) -> Tensor:
     """RoIs (..., 4) from the points (..., P, 2) that were spread in them: mean is the centre, three standard deviations the size."""
     centre, half = points.mean(dim=-2), 1.5 * points.std(dim=-2)
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def seen_box(config: SparseFormerConfig, photo_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of a photo that a tower sees, (x0, y0, x1, y1) in the photo's pixels."""
+    return (0.0, 0.0, *map(float, photo_size)) if config.fit == "whole" else crop_box(photo_size, config.image_size)
 
 
 def crop_box(photo_size: tuple[int, int], side: int) -> tuple[float, float, float, float]:
