@@ -1,4 +1,4 @@
-"""How closely a student follows its teacher: cosine of embeddings on held-out photos.
+"""Task `cosine`: cosine of student and teacher embeddings on held-out photos.
 
 Shape legend: P photos, E embedding.
 

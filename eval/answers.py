@@ -1,4 +1,4 @@
-"""Asking a vision-language model many questions about photos: controls, no question asked twice, batches.
+"""Runs a vision-language model on many questions about photos: controls, batches, each question once.
 
 Notable: the same question about the same shown photo is asked once, however often a benchmark repeats it (POPE's splits overlap; without an
 image nearly all questions are the same). Questions whose answers are only scored go photo by photo, because `VLM.score` reads a photo
@@ -72,7 +72,7 @@ def check_question(text: str, where: str) -> None:
 def generated(
     model: VLM, photos: Sequence[Photo], questions: Sequence[Question], control: str, max_new_tokens: int, on_answers: OnAnswers
 ) -> list[str]:
-    """The model's own words, greedily decoded."""
+    """Generate an answer to each question, greedily."""
 
     def ask(conversations: list[Any], choices: list[list[str]]) -> list[str]:
         return model.generate(conversations, max_new_tokens=max_new_tokens)
@@ -83,7 +83,7 @@ def generated(
 
 
 def scored(model: VLM, photos: Sequence[Photo], questions: Sequence[Question], control: str, on_answers: OnAnswers) -> list[list[Score]]:
-    """How likely every choice of every question is."""
+    """Score every choice of every question by its log-likelihood."""
     # the model reads a photo once for all questions about it that stand side by side
     load = Preprocessor.of(model.tower.config).load
     return _ask_each_once(
@@ -108,8 +108,6 @@ def _ask_each_once(
     """
     if control == "wrong-image" and len(photos) < 2:
         raise ValueError("no other photo to show")
-    for question in questions:
-        check_question(question.text, f"{photos[question.photo].key}: the question {question.text[:60]!r}")
     keys: list[Key] = [(shown_photo(question.photo, len(photos), control), question.text, question.choices) for question in questions]
     order = sorted(dict.fromkeys(keys), key=sort_by)
     shown = lru_cache(maxsize=at_once)(lambda index: load(photos[index]))

@@ -1,4 +1,4 @@
-"""Captions of held-out photos against what people wrote: CIDEr and BLEU-4 through pycocoevalcap.
+"""Task `captions`: CIDEr and BLEU-4 against human captions, through pycocoevalcap.
 
 Notable: the reference tokenizer is Stanford's and needs Java. Without Java a regular expression takes its place; on the 31,270 captions of
 our photos the two differ in 14 (mostly stray apostrophes in web captions), and in none of those that this task scores.
@@ -9,19 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.answers import Question, generated
 from sparse_vlm.eval.metrics import Metric, bootstrap, mean
-from sparse_vlm.eval.task import Data, Result, VLMTask, captions_of
-
-if TYPE_CHECKING:
-    from sparse_vlm.vlm import VLM
+from sparse_vlm.eval.questions import Asked, Item, QuestionTask
+from sparse_vlm.eval.task import Data, Result, captions_of
 
 PROMPT = "Provide a one-sentence caption for the provided image."  # what models here are trained to answer with one caption
 MAX_NEW_TOKENS = 40
@@ -96,26 +93,32 @@ def bleu4(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Met
     return bootstrap(np.asarray(rows, float), statistic, unit="x100")
 
 
-class Captions(VLMTask):
+class Captions(QuestionTask):
     """One caption a photo."""
 
     files = ("eval/coco_vqa.tar",)
+    max_new_tokens = MAX_NEW_TOKENS
     protocol: ClassVar[str] = f'"{PROMPT}", greedy, at most {MAX_NEW_TOKENS} tokens; CIDEr and BLEU-4 against the photo\'s captions'
 
-    def run(self, model: VLM, control: str, data: Data, on_answers: Callable[[int, int], None]) -> Result:
-        """Caption and score."""
+    def items(self, data: Data) -> list[Item]:
+        """A caption of every photo."""
         if find_spec("pycocoevalcap") is None:
             raise UserError("scoring captions needs pycocoevalcap: pip install 'sparse-vlm[eval]'")
         (file,) = self.files
-        photos = data.photos(file)
-        if len(photos) < 2:
-            raise UserError(f"{file}: fewer than two photos, and CIDEr weighs words over several; raise --limit or check --data")
-        written = captions_of(photos, file)
-        captions = generated(model, photos, [Question(i, PROMPT) for i in range(len(photos))], control, MAX_NEW_TOKENS, on_answers)
-        tokens, tokenizer = tokenize([*captions, *(caption for refs in written for caption in refs)])
-        hypotheses, rest = tokens[: len(photos)], iter(tokens[len(photos) :])
+        photos = data.everything(file)
+        return [Item(photo, PROMPT, written) for photo, written in zip(photos, captions_of(photos, file), strict=True)]
+
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """No credit of its own: scores weigh words over all captions."""
+        return 0.0, {"answer": answer, "references": item.truth}
+
+    def result(self, asked: Asked, answers: Sequence[Any]) -> Result:
+        """CIDEr and BLEU-4."""
+        predictions = super().result(asked, answers).predictions
+        written = [item.truth for _, item in asked]
+        tokens, tokenizer = tokenize([*answers, *(caption for refs in written for caption in refs)])
+        hypotheses, rest = tokens[: len(asked)], iter(tokens[len(asked) :])
         references = [[next(rest) for _ in refs] for refs in written]
-        predictions = [{"photo": p.key, "answer": c, "references": refs} for p, c, refs in zip(photos, captions, written, strict=True)]
-        words = sum(len(hypothesis.split()) for hypothesis in hypotheses) / len(photos)
-        notes = [f"tokenizer: {tokenizer}", f"{len(set(captions))} different captions of {len(photos)} photos, {words:.1f} words each"]
+        words = sum(len(hypothesis.split()) for hypothesis in hypotheses) / len(asked)
+        notes = [f"tokenizer: {tokenizer}", f"{len(set(answers))} different captions of {len(asked)} photos, {words:.1f} words each"]
         return Result({"CIDEr": cider(hypotheses, references), "BLEU-4": bleu4(hypotheses, references)}, predictions, notes)

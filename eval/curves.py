@@ -1,4 +1,4 @@
-"""What a model is worth against its number of tokens: one panel a task, and one of milliseconds."""
+"""Plot of quality against token budget: one panel a task, and one of milliseconds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_vlm.eval.run import Column, Report
-from sparse_vlm.tower.visualize import as_label
-from sparse_vlm.utils.files import atomic_path
+from sparse_vlm.tower.visualize import as_label, save_figure
 
 WIDE = 4  # panels in a row
 
@@ -54,21 +53,19 @@ def panels(report: Report) -> dict[str, Panel]:
     timed = {column: model["ms"]["median"] for column in report.columns if "ms" in (model := report.models[column.model])}
     if timed:
         threads = {model["ms"]["threads"] for model in report.models.values()}
-        found["time"] = Panel(f"ms a picture, CPU threads: {threads.pop()}", timed)
+        found["time"] = Panel(f"ms an image, CPU threads: {threads.pop()}", timed)
     return found
 
 
 def draw(report: Report, path: Path) -> None:
     """Write the image. A model of several budgets is a line, one of a single number of tokens a mark, the teacher a dashed line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     shown, models = panels(report), lines(report)
     columns = min(WIDE, len(shown))
     rows = -(-len(shown) // WIDE)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows + 0.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (title, (unit, values)) in zip(axes.flat, shown.items(), strict=False):
         for number, (name, members) in enumerate(models.items()):
             points = sorted((report.models[c.model]["tokens"], values[c]) for c in members if c in values)
@@ -94,6 +91,4 @@ def draw(report: Report, path: Path) -> None:
     found = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part:
-        figure.savefig(part, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

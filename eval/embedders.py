@@ -1,4 +1,4 @@
-"""Everything that turns photos into embeddings, seen alike: a tower, a control, or the teacher itself.
+"""Image and text encoders behind one interface: towers, their controls, and teachers.
 
 Shape legend: B batch, P photos, E embedding, T texts.
 
@@ -9,10 +9,8 @@ features of a (model, photos) pair are computed once in a run and shared by all 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +19,6 @@ from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.placement import PLACEMENTS, replace_focus
-from sparse_vlm.hub.store import locate
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import Inputs, Preprocessor
 from sparse_vlm.roi import crop_rois
@@ -34,61 +31,22 @@ from sparse_vlm.utils.devices import native_dtype, own_device
 BATCH = 32
 
 
-class Embedder(Protocol):
-    """An image side under test.
-
-    Attributes:
-        name: unique in a run.
-        model: as the user gave it, and the control; `name` adds the number of tokens where it was chosen.
-        kind: "tower" or "teacher".
-        width: of its embeddings (E).
-        dtype: that it computes in.
-        tokens: tokens it emits for one image.
-        macs: multiply-accumulates for one image.
-        parameters: number of weights.
-        size: side of the squares that it was trained on, or of the largest canvas, in pixels (S).
-    """
-
-    name: str
-    model: str
-    kind: str
-    width: int
-    dtype: str
-    tokens: int
-    macs: int
-    parameters: int
-    size: int
-
-    def pixels(self, images: Sequence[Image.Image | Photo], size: int | None = None) -> Inputs:
-        """What the model is given of images, or of their files; S is the model's unless given."""
-        ...
-
-    def answer(self, inputs: Inputs, region: Tensor | None = None) -> Tensor:
-        """(B, E) float32 on the CPU, not normalised.
-
-        Args:
-            region: (B, 4), relative to the image: what to look at of each; all of it by default.
-        """
-        ...
-
-
-class TextSide(Protocol):
-    """The text side of the same embedding space; `width` is that of its embeddings."""
-
-    name: str
-    width: int
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """(T, E) float32, not normalised."""
-        ...
-
-
-class ModuleEmbedder:
-    """An `Embedder` around a module.
+class Embedder:
+    """A model that turns images into embeddings, with its cost.
 
     Args:
+        name: unique in a run.
+        model: as the user gave it, and the control; `name` adds the token budget where it was chosen.
+        kind: "tower" or "teacher".
         forward: from `Inputs` and a region of each, (B, 4) or None, to embeddings (B, E).
         preprocessor: the preprocessing it was trained with.
+        width: of its embeddings (E).
+        tokens, macs: of one image.
+
+    Attributes:
+        dtype: that it computes in.
+        parameters: number of weights.
+        size: side of the squares that it was trained on, or of the largest canvas, in pixels (S).
     """
 
     def __init__(
@@ -111,14 +69,17 @@ class ModuleEmbedder:
         self.preprocessor, self.size = preprocessor, preprocessor.size
 
     def pixels(self, images: Sequence[Image.Image | Photo], size: int | None = None) -> Inputs:
-        """What the module is given, where and as it computes."""
+        """What the module is given of images, or of their files, where and as it computes; S is the model's unless given."""
         weight = next(self.module.parameters())
         prepare = self.preprocessor if size is None else replace(self.preprocessor, size=size)
         return prepare(images).to(weight.device, weight.dtype)
 
     @torch.inference_mode()
-    def answer(self, inputs: Inputs, region: Tensor | None = None) -> Tensor:
+    def encode(self, inputs: Inputs, region: Tensor | None = None) -> Tensor:
         """(B, E) float32 on the CPU, not normalised.
+
+        Args:
+            region: (B, 4), relative to the image: what is encoded of each; all of it by default.
 
         Raises:
             UserError: a tower that cannot begin in a region.
@@ -129,25 +90,11 @@ class ModuleEmbedder:
 
 
 def budget_name(name: str, num_tokens: int | None) -> str:
-    """What a model is called that is measured with so many tokens; None for its own number."""
+    """The name of a model at a token budget; None for its own number."""
     return name if num_tokens is None else f"{name}, {num_tokens} tokens"
 
 
-def serves_budgets(name: str) -> bool:
-    """Whether a tower's number of tokens can be chosen.
-
-    Raises:
-        UserError: no such tower.
-    """
-    try:
-        return json.loads((locate(name, kind="tower") / "config.json").read_text()).get("budgets") is not None
-    except (OSError, ValueError):
-        return False  # whatever is wrong with it, loading says it
-
-
-def tower_embedder(
-    name: str, control: str = "none", num_tokens: int | None = None, teacher: ModuleEmbedder | None = None
-) -> ModuleEmbedder:
+def tower_embedder(name: str, control: str = "none", num_tokens: int | None = None, teacher: Embedder | None = None) -> Embedder:
     """A tower from a folder or the zoo.
 
     Args:
@@ -165,23 +112,23 @@ def tower_embedder(
         raise UserError(f"{name} sees centre squares as it is; leave the control crop out")
     if control == "no-looks":
         if not any("SAMPLING_M" in unit.ops for unit in config.units):
-            raise UserError(f"{name} does not look, so no-looks is the tower itself; leave that control out")
+            raise UserError(f"{name} does not sample the image, so no-looks is the tower itself; leave that control out")
         for unit in tower.units():
             unit.ops = tuple(op for op in unit.ops if op != "SAMPLING_M")
     elif control in PLACEMENTS:
         replace_focus(tower, name, control, None if teacher is None else teacher.module)
 
-    def look(inputs: Inputs, region: Tensor | None) -> Tensor:
+    def forward(inputs: Inputs, region: Tensor | None) -> Tensor:
         if region is not None and not config.zooms:
             raise UserError(f"{name} cannot begin in a region of an image; measure zoom on a tower that can, as of the recipe elastic")
         return tower(inputs.pixels, region=region, image_sizes=inputs.image_sizes).image_embeds
 
-    embedder = ModuleEmbedder(
+    embedder = Embedder(
         name if control == "none" else f"{name}, {control}",
         model if control == "none" else f"{model}, {control}",
         "tower",
         tower,
-        look,
+        forward,
         Preprocessor.of(config, "crop" if control == "crop" else None),
         config.embed_dim,
         config.visual_tokens,
@@ -191,7 +138,7 @@ def tower_embedder(
     return embedder
 
 
-def teacher_embedder(name: str) -> ModuleEmbedder:
+def teacher_embedder(name: str) -> Embedder:
     """A teacher, named as `load_teacher` takes it.
 
     Raises:
@@ -200,7 +147,7 @@ def teacher_embedder(name: str) -> ModuleEmbedder:
     device = own_device()
     teacher = load_teacher(name).to(device, native_dtype(device))
     spec = teacher.spec
-    return ModuleEmbedder(
+    return Embedder(
         name,
         name,
         "teacher",
@@ -244,6 +191,9 @@ class TeacherText:
         return torch.cat(parts).float()
 
 
+TextSide = TextEncoder | TeacherText
+
+
 def text_side(text: str | None, teacher: str | None) -> TextSide | None:
     """The text side that a run uses: `text` (a folder or zoo name) where given, else the teacher's own."""
     if text is not None:
@@ -273,13 +223,13 @@ class Features:
             self.on_photos(what, 0, len(photos))
             for start in range(0, len(photos), BATCH):
                 batch = photos[start : start + BATCH]
-                parts.append(embedder.answer(embedder.pixels(batch)))
+                parts.append(embedder.encode(embedder.pixels(batch)))
                 self.on_photos(what, start + len(batch), len(photos))
             self._images[key] = torch.cat(parts).numpy()
         return self._images[key]
 
     def generated(self, embedder: Embedder, what: str, count: int, make: Callable[[int], Image.Image]) -> np.ndarray:
-        """Embed images that are made on the way, and not kept: (count, E) float32, not normalised.
+        """Embed generated images without keeping them: (count, E) float32, not normalised.
 
         Args:
             what: for progress.
@@ -288,7 +238,7 @@ class Features:
         parts = []
         for start in range(0, count, BATCH):
             images = [make(i) for i in range(start, min(start + BATCH, count))]
-            parts.append(embedder.answer(embedder.pixels(images)))
+            parts.append(embedder.encode(embedder.pixels(images)))
             self.on_photos(what, start + len(images), count)
         return torch.cat(parts).numpy()
 

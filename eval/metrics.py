@@ -1,4 +1,4 @@
-"""What is computed from answers: top-k, recall at k, yes/no scores, and a 95 % interval around each of them.
+"""Metrics with 95 % bootstrap intervals: top-k, recall at k, yes/no scores.
 
 Shape legend: U units (photos), R bootstrap resamples, k sums a statistic is made of, P photos, T texts, C classes.
 
@@ -38,7 +38,7 @@ class Metric:
     resampled: Array = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     def shown(self) -> str:
-        """The value as a table prints it."""
+        """The value as printed in tables."""
         return f"{100 * self.value:.1f}" if self.unit in ("%", "x100") else f"{self.value:.3f}"
 
     def as_json(self) -> dict[str, Any]:
@@ -75,13 +75,12 @@ def _divide(top: Array, bottom: Array) -> Array:
 
 def mean(values: Array, unit: str = "%") -> Metric:
     """The mean of one number a photo, (U,)."""
-    values = np.asarray(values, dtype=np.float64)
-    return bootstrap(np.stack([values, np.ones(len(values))], axis=1), lambda sums: _divide(sums[..., 0], sums[..., 1]), unit)
+    return share(values, np.ones(len(values)), unit)
 
 
-def share(hits: Array, totals: Array) -> Metric:
-    """Hits over answers where a photo has several answers; both (U,)."""
-    return bootstrap(np.stack([hits, totals], axis=1), lambda sums: _divide(sums[..., 0], sums[..., 1]))
+def share(sums: Array, counts: Array, unit: str = "%") -> Metric:
+    """The mean of several numbers a photo: their sums and how many they are, both (U,)."""
+    return bootstrap(np.stack([sums, counts], axis=1), lambda parts: _divide(parts[..., 0], parts[..., 1]), unit)
 
 
 def ratio(metric: Metric, reference: Metric) -> Metric:
@@ -159,7 +158,7 @@ def yes_no(said_yes: Sequence[bool], is_yes: Sequence[bool], photo: Sequence[int
     }
 
 
-def grouped_share(hits: Sequence[bool] | Sequence[float], photo: Sequence[int]) -> Metric:
-    """Hits over questions, resampled a photo at a time; `photo` numbers the photo of each question, and a hit may be one in part."""
-    _, unit = np.unique(np.asarray(photo), return_inverse=True)
-    return share(np.bincount(unit, weights=np.asarray(hits, float)), np.bincount(unit))
+def grouped_mean(values: Sequence[float], photo: Sequence[int], unit: str = "%") -> Metric:
+    """The mean over questions, resampled a photo at a time; `photo` numbers the photo of each question."""
+    _, group = np.unique(np.asarray(photo), return_inverse=True)
+    return share(np.bincount(group, weights=np.asarray(values, float)), np.bincount(group), unit)

@@ -1,4 +1,4 @@
-"""What is left of a short answer before two are compared: the rules of VQA, of M4C (TextVQA) and of GQA.
+"""Normalization of short answers before they are compared: the rules of VQA, of M4C (TextVQA) and of GQA.
 
 Sources: "Evaluation" of the VQA challenge (visualqa.org/evaluation.html; Antol et al. 2015, section 4, and `vqaEval.py`): lower case, no
 articles, number words as digits, apostrophes where a contraction lacks them, punctuation to blanks except apostrophes and colons, no

@@ -1,4 +1,4 @@
-"""Controls of a tower that places cells by content: the same weights on cells that are placed otherwise.
+"""Controls for towers with a focus: the same weights on a grid, on random cells, or on cells placed by the teacher's features.
 
 Shape legend: B batch, S scales and M x M places of a map, n cells.
 
@@ -41,7 +41,7 @@ class RandomFocus(Focus):
 
 
 class TeacherFocus(Focus):
-    """Cells where the teacher's own features vary: an upper bound of what a prediction of them is worth."""
+    """Cells where the teacher's own features vary: an upper bound for the predicted placement."""
 
     def __init__(self, config: FocusConfig, teacher: Teacher) -> None:
         super().__init__(config)
@@ -58,7 +58,7 @@ class TeacherFocus(Focus):
 
 
 def replace_focus(tower: SparseFormer, name: str, control: str, teacher: Teacher | None) -> None:
-    """Place a tower's cells otherwise, in place.
+    """Replace how a tower places its cells, in place.
 
     Args:
         name: of the tower, for messages.

@@ -1,4 +1,4 @@
-"""How well features separate classes that nobody named: nearest neighbours and a linear classifier on labelled photos.
+"""Tasks `knn` and `probe`: nearest neighbours and a linear classifier on embeddings of labelled photos.
 
 Shape legend: P photos, E embedding, C classes.
 
@@ -46,6 +46,14 @@ class _FoldedClassification(ImageTask):
 
     files = tuple(dict.fromkeys(file for file, _ in SETS.values()))
 
+    def classify_by_folds(self, rows: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+        """A label of each row (P, E), from the rows of the other folds and their labels."""
+        found = np.full(len(rows), -1)
+        for fold in set(folds.tolist()):
+            test = folds == fold
+            found[test] = self.classify(rows[~test], labels[~test], rows[test])
+        return found
+
     @abstractmethod
     def classify(self, known: np.ndarray, labels: np.ndarray, unknown: np.ndarray) -> np.ndarray:
         """Labels of `unknown` (U, E) from `known` (K, E) and their labels (K,); rows have length one."""
@@ -58,11 +66,7 @@ class _FoldedClassification(ImageTask):
             classes = sorted(set(names))
             labels = np.array([classes.index(label) for label in names])
             folds = np.array([fold_of(photo.key) for photo in photos])
-            rows = normalized(features.images(model, photos))
-            found = np.full(len(photos), -1)
-            for fold in set(folds.tolist()):
-                test = folds == fold
-                found[test] = self.classify(rows[~test], labels[~test], rows[test])
+            found = self.classify_by_folds(normalized(features.images(model, photos)), labels, folds)
             metrics[f"{name} top-1"] = mean(found == labels)
             predictions += [
                 {"set": name, "photo": photo.key, "label": label, "answer": classes[index]}
@@ -111,7 +115,7 @@ class LinearProbe(_FoldedClassification):
     )
 
     def classify(self, known: np.ndarray, labels: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-        """Fit on the known, answer for the unknown."""
+        """Fit on `known`, predict `unknown`."""
         try:
             from sklearn.linear_model import LogisticRegression
             from sklearn.pipeline import make_pipeline

@@ -1,4 +1,4 @@
-"""How small letters may be: words written onto photos, to be told apart by a linear classifier on the embeddings.
+"""Task `rendered-words`: words drawn onto photos, recognized by a linear classifier on the embeddings.
 
 Shape legend: P photos, H letter heights, E embedding.
 
@@ -54,15 +54,8 @@ class RenderedWords(ImageTask):
             photo, height = i % len(photos), i // len(photos)
             return write(photos[photo].load(), WORDS[labels[height, photo]], HEIGHTS[height], photo)
 
-        embeds = features.generated(model, f"{model.name}: rendered words", labels.size, image)
-        rows = normalized(embeds).reshape(*labels.shape, -1)
-        answers = np.full(labels.shape, -1)
-        probe = LinearProbe()
-        for fold in set(folds.tolist()):
-            test = folds == fold
-            known, unknown = rows[:, ~test], rows[:, test]
-            found = probe.classify(known.reshape(-1, rows.shape[-1]), labels[:, ~test].ravel(), unknown.reshape(-1, rows.shape[-1]))
-            answers[:, test] = found.reshape(len(HEIGHTS), -1)
+        rows = normalized(features.generated(model, f"{model.name}: rendered words", labels.size, image))
+        answers = LinearProbe().classify_by_folds(rows, labels.ravel(), np.tile(folds, len(HEIGHTS))).reshape(labels.shape)
         metrics = {f"letters of {height} % top-1": mean(answers[h] == labels[h]) for h, height in enumerate(HEIGHTS)}
         predictions = [
             {"photo": photo.key, "height": height, "word": WORDS[labels[h, p]], "answer": WORDS[answers[h, p]]}
@@ -73,12 +66,12 @@ class RenderedWords(ImageTask):
 
 
 def word_numbers(photos: int, height: int) -> np.ndarray:
-    """Which word each photo bears, (P,): all of them equally often."""
+    """The index of the word on each photo, (P,); all words equally often."""
     return np.random.default_rng(height).permutation(photos) % len(WORDS)
 
 
 def write(photo: Image.Image, word: str, height: float, seed: int) -> Image.Image:
-    """A copy of a photo that bears a word.
+    """A copy of a photo with a word drawn onto it.
 
     Args:
         height: of its letters, in % of the photo's shorter side.

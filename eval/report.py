@@ -1,4 +1,4 @@
-"""A report as one JSON document, as a table in the terminal, and as Markdown."""
+"""Output of an evaluation: JSON, tables for the terminal, Markdown, predictions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
             rows.append(["", label, *(f"{value:.0f}" if scale == 1 else f"{value:.2f}" for value in shown)])
     if all("ms" in model for model in report.models.values()):
         times = [report.models[column.model]["ms"] for column in columns]
-        rows.append(["", "ms a picture", *(f"{t['median']:.1f} [{t['low']:.1f}, {t['high']:.1f}]" for t in times)])
+        rows.append(["", "ms an image", *(f"{t['median']:.1f} [{t['low']:.1f}, {t['high']:.1f}]" for t in times)])
     for task, of_task in report.results.items():
         names = next(iter(of_task.values())).metrics
         for i, name in enumerate(names):
@@ -133,7 +133,7 @@ def caption(report: Report) -> str:
     """What the numbers in the table mean, in a line."""
     parts = ["[95 % interval, bootstrap over photos]"]
     if times := [model["ms"] for model in report.models.values() if "ms" in model]:
-        parts.append(f"ms: one picture at a time, models in turn, median [quarters], {report.dtype}, CPU threads: {times[0]['threads']}")
+        parts.append(f"ms: one image at a time, models in turn, median [quarters], {report.dtype}, CPU threads: {times[0]['threads']}")
     if report.teacher is not None:
         parts.append("= share of the teacher's value")
     parts += [f"{control}: {meaning}" for control, meaning in report.controls.items()]

@@ -1,4 +1,4 @@
-"""Retrieval between photos and their captions, both ways.
+"""Tasks `flickr8k` and `coco`: retrieval between photos and their captions, both ways.
 
 Shape legend: P photos, T captions.
 """

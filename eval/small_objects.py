@@ -1,4 +1,4 @@
-"""How small an object may be: photos shrunk and pasted into a larger image, to be recognised by their embeddings.
+"""Task `small-objects`: photos shrunk and pasted into a larger image, recognized by their embeddings.
 
 Shape legend: P photos, E embedding.
 
@@ -33,7 +33,7 @@ class Scene(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As metrics are called."""
+        """Its name in metrics."""
         return f"{self.size} px on {'plain' if self.plain else 'photos'}"
 
 
@@ -92,7 +92,7 @@ def compose(photo: Image.Image, index: int, size: int, background: Image.Image |
 
 
 def centred(embeds: np.ndarray) -> np.ndarray:
-    """(P, E) without what all rows share, rows of length one."""
+    """(P, E) minus the mean row, normalized."""
     return normalized(embeds - embeds.mean(0))
 
 

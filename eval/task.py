@@ -1,4 +1,4 @@
-"""What a task is: it says what it needs, is run on one model at a time, and returns metrics and predictions.
+"""Base classes of tasks: a task declares its files, runs on one model at a time, and returns metrics and predictions.
 
 Notable: to add a task, write one class and enter it in `sparse_vlm.eval.tasks.TASKS`.
 """
@@ -6,7 +6,7 @@ Notable: to add a task, write one class and enter it in `sparse_vlm.eval.tasks.T
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,12 +39,12 @@ TOWER_CONTROLS = {
 
 @dataclass
 class Result:
-    """What a task found out about one model.
+    """The result of a task on one model.
 
     Attributes:
         metrics: what a table shows, by name.
         predictions: one record for each answer.
-        notes: what a reader of the metrics must know.
+        notes: for readers of the metrics.
         details: further metrics, for the JSON.
         submission: the answers in the form in which whoever scores them takes them; None where they are scored here.
     """
@@ -67,7 +67,7 @@ class Data:
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.root, self.limit = root, limit
         self._sets: dict[str, list[Photo]] = {}
-        self._made: dict[str, Any] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def check(self, file: str) -> Path:
         """The path of a file or folder of the data folder.
@@ -76,14 +76,14 @@ class Data:
             UserError: there is none.
         """
         path = self.root / file
-        if not path.exists():
+        if not path.exists() or (path.suffix == ".tar" and not path.is_file()):
             raise UserError(
                 f"{path}: no such file; --data names the folder that holds {Path(file).parts[0]}/, as docs/evaluation.md shows it"
             )
         return path
 
     def document(self, file: str) -> Any:
-        """What a json file holds; read once.
+        """A parsed json file; read once.
 
         Raises:
             UserError: no such file, or no json in it.
@@ -97,11 +97,11 @@ class Data:
 
         return self.once(f"document {file}", read)
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made when it is first asked for by this name."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made when it is first asked for by this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def everything(self, file: str) -> list[Photo]:
         """The photos of one tar, in its order.
@@ -110,14 +110,11 @@ class Data:
             UserError: no such file.
         """
         if file not in self._sets:
-            path = self.root / file
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; --data names the folder that holds eval/ and train/")
-            self._sets[file] = [known_about(photo) for photo in PhotoSet(path)]
+            self._sets[file] = [known_about(photo) for photo in PhotoSet(self.check(file))]
         return self._sets[file]
 
     def photos(self, file: str, most: int | None = None) -> list[Photo]:
-        """The photos of one tar that are looked at: all, `limit` or `most` of them."""
+        """The photos of one tar that a task uses: all, `limit` or `most` of them."""
         return self.cut(self.everything(file), most)
 
     def cut(self, photos: list[Photo], most: int | None = None) -> list[Photo]:
@@ -127,7 +124,7 @@ class Data:
 
 
 class Task(ABC):
-    """One thing that is measured.
+    """A task.
 
     Attributes:
         files: what it reads below the data folder.
@@ -138,13 +135,13 @@ class Task(ABC):
     protocol: ClassVar[str]
 
     def look_up(self, data: Data) -> None:
-        """Make sure that what it reads is there, before any model is loaded; here, that its files are tars of photos.
+        """Make sure that what it reads is there, before any model is loaded; tars of photos are indexed.
 
         Raises:
             UserError: a file that is not there or cannot be read.
         """
         for file in self.files:
-            data.everything(file)
+            data.everything(file) if file.endswith(".tar") else data.check(file)
 
 
 class ImageTask(Task):
@@ -178,7 +175,7 @@ class VLMTask(Task):
 
 
 def captions_of(photos: Sequence[Photo], file: str) -> list[list[str]]:
-    """What people wrote about each photo.
+    """The human captions of each photo.
 
     Raises:
         UserError: a photo about which nothing is written.

@@ -1,21 +1,20 @@
-"""The tasks there are, by name. To add one, write a class (see `sparse_vlm.eval.task`) and enter it here."""
+"""All tasks by name. To add one, write a class (`sparse_vlm.eval.task`, `sparse_vlm.eval.questions`) and add it here."""
 
 from __future__ import annotations
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.agreement import Agreement
 from sparse_vlm.eval.captions import Captions
-from sparse_vlm.eval.mmvet import MMVet
-from sparse_vlm.eval.multiple_choice import MMBench, ScienceQA
+from sparse_vlm.eval.multiple_choice import AOKVQA, MMBench, ScienceQA
 from sparse_vlm.eval.paired_statements import LikelierCaption, NearerSentence
 from sparse_vlm.eval.probes import LinearProbe, NearestNeighbours
-from sparse_vlm.eval.questions import AOKVQAFiles, InTar, PopeFiles
+from sparse_vlm.eval.questions import AOKVQA_FILES, POPE_FILES, tar_records
 from sparse_vlm.eval.rendered_words import RenderedWords
 from sparse_vlm.eval.retrieval import Retrieval
-from sparse_vlm.eval.short_answer_vqa import GQA, TextVQA, VQAv2
 from sparse_vlm.eval.small_objects import SmallObjects
 from sparse_vlm.eval.task import Task
-from sparse_vlm.eval.vqa import AOKVQA, VSR, AOKVQADirect, Counting, Existence, Pope, PopeInWords
+from sparse_vlm.eval.vqa import GQA, AOKVQADirect, Counting, MMVet, TextVQA, VQAv2
+from sparse_vlm.eval.yes_no import VSR, Pope, PopeInWords, YesNo
 from sparse_vlm.eval.zero_shot import ZeroShot
 from sparse_vlm.eval.zoom import Zoom
 
@@ -33,16 +32,16 @@ TASKS: dict[str, Task] = {
     "sugarcrepe": NearerSentence("sugarcrepe"),
     "valse": NearerSentence("valse"),
     "captions": Captions(),
-    "pope": Pope(InTar("pope")),
-    "pope-words": PopeInWords(InTar("pope")),
-    "pope-coco": PopeInWords(PopeFiles()),
-    "aokvqa": AOKVQA(InTar("aokvqa")),
-    "aokvqa-direct": AOKVQADirect(InTar("aokvqa")),
-    "aokvqa-val": AOKVQA(AOKVQAFiles()),
-    "aokvqa-val-direct": AOKVQADirect(AOKVQAFiles()),
-    "existence": Existence(InTar("qa", "gvt_mci")),
-    "counting": Counting(InTar("qa", "gvt_oc")),
-    "vsr": VSR(InTar("vsr")),
+    "pope": Pope(tar_records("pope")),
+    "pope-words": PopeInWords(tar_records("pope")),
+    "pope-coco": PopeInWords(POPE_FILES),
+    "aokvqa": AOKVQA(tar_records("aokvqa")),
+    "aokvqa-direct": AOKVQADirect(tar_records("aokvqa")),
+    "aokvqa-val": AOKVQA(AOKVQA_FILES),
+    "aokvqa-val-direct": AOKVQADirect(AOKVQA_FILES),
+    "existence": YesNo(tar_records("qa", "gvt_mci")),
+    "counting": Counting(tar_records("qa", "gvt_oc")),
+    "vsr": VSR(tar_records("vsr")),
     "sugarcrepe-captions": LikelierCaption("sugarcrepe"),
     "valse-captions": LikelierCaption("valse"),
     "vqav2": VQAv2(),

@@ -1,34 +1,31 @@
-"""Questions with one right answer: POPE, existence and VSR (yes or no), A-OKVQA (choices, or in its own words), counting (a number).
+"""Questions answered in the model's own words: VQAv2, GQA, TextVQA, A-OKVQA without its choices, counting, and MM-Vet.
 
-Sources: POPE (Li et al. 2023), A-OKVQA (Schwenk et al. 2022); their own protocols are `PopeInWords` and `AOKVQADirect`.
+Sources: VQAv2 (Goyal et al. 2017), GQA (Hudson & Manning 2019), TextVQA (Singh et al. 2019), A-OKVQA (Schwenk et al. 2022), MM-Vet (Yu et
+al. 2023). All but MM-Vet are asked as LLaVA-1.5 asks (question, then "Answer the question using a single word or phrase."), except that
+TextVQA's questions come without the OCR tokens that LLaVA adds. How answers are compared: `sparse_vlm.eval.normalise`.
 
-Notable: else yes/no and multiple choice are answered by comparing the likelihoods of the possible answers, which is deterministic, never
-ambiguous and one forward pass a photo. Questions end as LLaVA's do.
+Notable: MM-Vet's answers are judged by GPT-4, so nothing is scored here; they are written as its evaluator takes them, `{"v1_0": "...",
+"v1_1": "..."}`. Its questions are counted from 1 in our tar, which is made of VLMEvalKit's table, and from 0 in MM-Vet's own files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.answers import Question, generated, scored
-from sparse_vlm.eval.metrics import grouped_share, yes_no
-from sparse_vlm.eval.questions import LAYOUT, Questions, says_yes
-from sparse_vlm.eval.task import Data, Result, VLMTask
+from sparse_vlm.eval.metrics import grouped_mean
+from sparse_vlm.eval.normalise import gqa_answer, human_accuracy, m4c_answer, vqa_answer
+from sparse_vlm.eval.questions import LAYOUT, Asked, Item, QuestionTask, RecordTask, check_records, photo_file
+from sparse_vlm.eval.task import Data, Result
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.utils.schema import check
 
-if TYPE_CHECKING:
-    from sparse_vlm.vlm import VLM
-
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-YES_NO = ("Yes", "No")
+ASKED = f"question, then '{SHORT_ANSWER}'; greedy, at most {QuestionTask.max_new_tokens} tokens"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-OnAnswers = Callable[[int, int], None]
+OPEN, BINARY = "open", "binary"  # GQA's names for questions of the structural type `query`, and for all others
 
 
 def short_answer_prompt(question: str) -> str:
@@ -36,219 +33,167 @@ def short_answer_prompt(question: str) -> str:
     return f"{question.strip()}\n{SHORT_ANSWER}"
 
 
-def asking(photo: int, question: str, choices: tuple[str, ...] = ()) -> Question:
+def short_answer(number: Any, photo: Photo, question: str, truth: Any, kind: str = "") -> Item:
     """A question that asks for a short answer."""
-    return Question(photo, short_answer_prompt(question), choices)
+    text = short_answer_prompt(question)
+    return Item(photo, text, truth, {"question_id": str(number), "question": text, "truth": truth}, kind)
 
 
-class _Asking(VLMTask):
-    """A task of questions about COCO photos, wherever they come from."""
+class VQAv2(QuestionTask):
+    """VQA v2's validation set; the details hold its answer types: yes/no, number, other."""
 
-    def __init__(self, questions: Questions) -> None:
-        self.questions = questions
-        self.files = questions.files
+    files = ("vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "vqav2/v2_mscoco_val2014_annotations.json", "vqav2/val2014")
+    protocol: ClassVar[str] = f"{ASKED}; VQA accuracy: min(annotators that agree / 3, 1), averaged over all subsets of nine annotators"
 
-    def look_up(self, data: Data) -> None:
-        """Make sure that the questions are there."""
-        self.questions.look_up(data)
+    def items(self, data: Data) -> list[Item]:
+        """Every question with its ten answers."""
+        questions, annotations, folder = self.files
+        answered = {row["question_id"]: row for row in data.document(annotations)["annotations"]}
+        found = []
+        for row in data.document(questions)["questions"]:
+            about = answered[row["question_id"]]
+            photo = photo_file(data.root / folder, f"COCO_val2014_{row['image_id']:012d}.jpg")
+            humans = [one["answer"] for one in about["answers"]]
+            found.append(short_answer(row["question_id"], photo, row["question"], humans, about["answer_type"]))
+        return found
 
-
-class _YesNo(_Asking):
-    """Is it there? By the likelihoods of "Yes" and "No"."""
-
-    has_splits: ClassVar[bool] = False
-
-    def as_question(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A record as question `q`, answer `a` and split `s`, which most are already."""
-        return record
-
-    def ask(
-        self, model: VLM, photos: list[Photo], asked: list[tuple[int, str]], control: str, on_answers: OnAnswers
-    ) -> list[tuple[bool, dict[str, Any]]]:
-        """Whether each question is answered with yes, and what else a prediction holds.
-
-        Args:
-            asked: a photo's number and a question about it.
-        """
-        likelihoods = scored(model, photos, [asking(i, question, YES_NO) for i, question in asked], control, on_answers)
-        return [(yes.total > no.total, {"log_likelihoods": [round(yes.total, 4), round(no.total, 4)]}) for yes, no in likelihoods]
-
-    def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
-        """Ask every question."""
-        photos, found = self.questions.read(data)
-        records = [(i, self.as_question(record)) for i, record in found]
-        truth = [says_yes(record["a"], f"{self.files[0]}: {photos[i].key}") for i, record in records]
-        answers = self.ask(model, photos, [(i, record["q"]) for i, record in records], control, on_answers)
-        said = [yes for yes, _ in answers]
-        splits = np.array([record["s"] for _, record in records])
-        owner = np.array([i for i, _ in records])
-        details = {}
-        for split in dict.fromkeys(splits.tolist()) if self.has_splits else ():
-            of = splits == split
-            scores = yes_no(np.array(said)[of], np.array(truth)[of], owner[of])
-            details |= {f"{split.removeprefix('pope_').replace('_', ' ')} {name}": metric for name, metric in scores.items()}
-        predictions = [
-            {
-                "photo": photos[i].key,
-                "split": record["s"],
-                "question": record["q"],
-                "truth": YES_NO[not t],
-                "answer": YES_NO[not yes],
-                **more,
-            }
-            for (i, record), t, (yes, more) in zip(records, truth, answers, strict=True)
-        ]
-        return Result(yes_no(said, truth, owner), predictions, details=details)
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """VQA accuracy."""
+        return credited(answer, human_accuracy(answer, item.truth, vqa_answer))
 
 
-class Pope(_YesNo):
-    """POPE over COCO and A-OKVQA objects: random, popular and adversarial absent objects."""
+class GQA(QuestionTask):
+    """GQA's balanced testdev; the details hold accuracy on open and on binary questions."""
 
-    has_splits = True
-    protocol: ClassVar[str] = (
-        f"question, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'; all splits together, each split in the details"
-    )
+    files = ("gqa/testdev_balanced_questions.json", "gqa/images")
+    protocol: ClassVar[str] = f"{ASKED}; the very answer, in lower case and without a full stop"
 
+    def items(self, data: Data) -> list[Item]:
+        """Every question with its answer."""
+        questions, folder = self.files
+        found = []
+        for number, row in data.document(questions).items():
+            photo = photo_file(data.root / folder, f"{row['imageId']}.jpg")
+            kind = OPEN if row["types"]["structural"] == "query" else BINARY
+            found.append(short_answer(number, photo, row["question"], row["answer"], kind))
+        return found
 
-class PopeInWords(Pope):
-    """POPE as its authors score it: the model answers in its own words, and `pope_says_yes` decides what they mean."""
-
-    MAX_NEW_TOKENS: ClassVar[int] = 16
-    protocol: ClassVar[str] = (
-        f"question, then '{SHORT_ANSWER}'; greedy, at most {MAX_NEW_TOKENS} tokens; 'No', 'no' or 'not' among the words before the first "
-        "full stop is no, all else yes; all splits together, each split in the details"
-    )
-
-    def ask(
-        self, model: VLM, photos: list[Photo], asked: list[tuple[int, str]], control: str, on_answers: OnAnswers
-    ) -> list[tuple[bool, dict[str, Any]]]:
-        """What is said, and what it means."""
-        words = generated(model, photos, [asking(i, question) for i, question in asked], control, self.MAX_NEW_TOKENS, on_answers)
-        return [(pope_says_yes(answer), {"words": answer}) for answer in words]
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """1 for the very answer."""
+        return credited(answer, float(gqa_answer(answer) == item.truth))
 
 
-class Existence(_YesNo):
-    """Existence questions of GVT."""
+class TextVQA(QuestionTask):
+    """TextVQA's validation set."""
 
-    protocol: ClassVar[str] = f"question, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'"
+    files = ("textvqa/TextVQA_0.5.1_val.json", "textvqa/train_images")
+    protocol: ClassVar[str] = f"{ASKED}, no OCR tokens; VQA accuracy after M4C's normalisation, as LLaVA computes it"
 
+    def items(self, data: Data) -> list[Item]:
+        """Every question with its ten answers."""
+        questions, folder = self.files
+        rows = data.document(questions)["data"]
+        photos = [photo_file(data.root / folder, f"{row['image_id']}.jpg") for row in rows]
+        return [short_answer(row["question_id"], photo, row["question"], row["answers"]) for row, photo in zip(rows, photos, strict=True)]
 
-class VSR(_YesNo):
-    """Statements of Visual Spatial Reasoning (Liu et al. 2023) about where two things are; a prediction's split is the relation."""
-
-    ASKED: ClassVar[str] = "Is this statement true?"  # as the stage `instruct` asks
-    protocol: ClassVar[str] = f"'{ASKED}', statement, then '{SHORT_ANSWER}'; the likelier of 'Yes' and 'No'; chance is 50 %"
-
-    def as_question(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A statement as a question."""
-        return {"q": f"{self.ASKED} {record['statement']}", "a": YES_NO[not record["label"]], "s": record["relation"]}
-
-
-class AOKVQA(_Asking):
-    """Multiple choice that needs knowledge of the world.
-
-    Beside accuracy stands the mean probability of the right choice, which moves with every question, also where no other choice overtakes:
-    two hundred questions tell smaller differences by it.
-    """
-
-    protocol: ClassVar[str] = (
-        f"question, then '{SHORT_ANSWER}'; accuracy: of the choice with the highest mean log-likelihood a token; probability: of the right "
-        "choice, where those are the logits; chance is 25 % for both"
-    )
-
-    def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
-        """Ask every question."""
-        photos, records = self.questions.read(data)
-        questions = [asking(i, record["question"], tuple(record["choices"])) for i, record in records]
-        likelihoods = scored(model, photos, questions, control, on_answers)
-        means = [[score.mean for score in row] for row in likelihoods]
-        chosen = [int(np.argmax(row)) for row in means]
-        predictions = [
-            {
-                "photo": photos[i].key,
-                "question": record["question"],
-                "choices": record["choices"],
-                "truth": record["choices"][record["correct_choice_idx"]],
-                "answer": record["choices"][choice],
-                "mean_log_likelihoods": [round(value, 4) for value in row],
-            }
-            for (i, record), choice, row in zip(records, chosen, means, strict=True)
-        ]
-        right = [record["correct_choice_idx"] for _, record in records]
-        hits = [choice == index for choice, index in zip(chosen, right, strict=True)]
-        shares = [probability(row, index) for row, index in zip(means, right, strict=True)]
-        owners = [i for i, _ in records]
-        return Result({"accuracy": grouped_share(hits, owners), "probability": grouped_share(shares, owners)}, predictions)
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """VQA accuracy."""
+        return credited(answer, human_accuracy(answer, item.truth, m4c_answer))
 
 
-class AOKVQADirect(_Asking):
+class AOKVQADirect(RecordTask):
     """A-OKVQA without its choices: a word or two, compared with what ten people answered."""
 
-    MAX_NEW_TOKENS: ClassVar[int] = 16
+    left_out_because = "are marked as difficult and left out"
     protocol: ClassVar[str] = (
-        f"question, then '{SHORT_ANSWER}'; greedy, at most {MAX_NEW_TOKENS} tokens, in lower case and without a full stop at the end; "
-        "min(people who said exactly that / 3, 1); questions that are marked as difficult to answer so are left out"
+        f"{ASKED}, in lower case and without a full stop at the end; min(people who said exactly that / 3, 1); questions that are marked "
+        "as difficult to answer so are left out"
     )
 
-    def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
-        """Ask every question that is not marked."""
-        photos, found = self.questions.read(data)
-        for i, record in found:
-            check(record, {"direct_answers": [str], "difficult_direct_answer": bool}, f"{self.files[0]}: {photos[i].key}", LAYOUT)
-        records = [(i, record) for i, record in found if not record["difficult_direct_answer"]]
-        if not records:
-            raise UserError(f"{self.files[0]}: every question is marked as difficult to answer without choices; raise --limit")
-        answers = generated(model, photos, [asking(i, r["question"]) for i, r in records], control, self.MAX_NEW_TOKENS, on_answers)
-        credits = [direct_credit(answer, record["direct_answers"]) for answer, (_, record) in zip(answers, records, strict=True)]
-        predictions = [
-            {"photo": photos[i].key, "question": record["question"], "truth": record["direct_answers"], "answer": answer, "credit": credit}
-            for (i, record), answer, credit in zip(records, answers, credits, strict=True)
-        ]
-        notes = [f"{len(found) - len(records)} of {len(found)} questions are marked as difficult and left out"]
-        return Result({"accuracy": grouped_share(credits, [i for i, _ in records])}, predictions, notes)
+    def item(self, photo: Photo, record: dict[str, Any]) -> Item:
+        """The question with what people answered."""
+        check(record, {"direct_answers": [str], "difficult_direct_answer": bool}, f"{self.files[0]}: {photo.key}", LAYOUT)
+        people = record["direct_answers"]
+        about = {"question": record["question"], "truth": people}
+        return Item(photo, short_answer_prompt(record["question"]), people, about, left_out=record["difficult_direct_answer"])
+
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """A third for each of ten people who gave the answer, at most 1."""
+        said = answer.strip().lower().removesuffix(".")
+        return credited(answer, min(1.0, sum(said == one.lower() for one in item.truth) / 3))
 
 
-class Counting(_Asking):
+class Counting(RecordTask):
     """Counting questions of GVT."""
 
-    MAX_NEW_TOKENS: ClassVar[int] = 8
+    max_new_tokens = 8
     protocol: ClassVar[str] = (
-        f"question, then '{SHORT_ANSWER}'; greedy, at most {MAX_NEW_TOKENS} tokens; the first number in the answer must be the right one"
+        f"question, then '{SHORT_ANSWER}'; greedy, at most {max_new_tokens} tokens; the first number in the answer must be the right one"
     )
 
-    def run(self, model: VLM, control: str, data: Data, on_answers: OnAnswers) -> Result:
+    def item(self, photo: Photo, record: dict[str, Any]) -> Item:
+        """The question `q` with the number `a`."""
+        if not record["a"].strip().isdecimal():
+            raise UserError(f"{self.files[0]}: {photo.key}: the answer is {record['a']!r}, expected a number")
+        about = {"question": record["q"], "truth": record["a"]}
+        return Item(photo, short_answer_prompt(record["q"]), int(record["a"]), about)
+
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """1 for the right number."""
+        return float(first_number(answer) == item.truth), {"answer": answer}
+
+    def result(self, asked: Asked, answers: Sequence[Any]) -> Result:
+        """Accuracy, and how many answers hold no number."""
+        result = super().result(asked, answers)
+        result.notes = [f"{sum(first_number(answer) is None for answer in answers)} of {len(answers)} answers hold no number"]
+        return result
+
+
+class MMVet(QuestionTask):
+    """Answers to MM-Vet's open questions, for its own evaluator."""
+
+    files = ("eval/mmvet.tar",)
+    max_new_tokens = 128
+    protocol: ClassVar[str] = (
+        f"question as it is; greedy, at most {max_new_tokens} tokens; not scored here: --out writes the answers for MM-Vet's evaluator, "
+        "which asks GPT-4"
+    )
+
+    def items(self, data: Data) -> list[Item]:
+        """Every question, in the benchmark's order; the truth is the whole record."""
+        (file,) = self.files
+        found = []
+        for photo in data.everything(file):
+            for record in check_records(photo.info.get("questions") or [], "questions", f"{data.root / file}: {photo.key}"):
+                about = {"question": record["q"], "truth": record["a"], "category": record["category"]}
+                found.append(Item(photo, record["q"].strip(), record, about))
+        return sorted(found, key=lambda item: item.truth["index"])
+
+    def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
+        """No credit."""
+        return 0.0, {"answer": answer}
+
+    def result(self, asked: Asked, answers: Sequence[Any]) -> Result:
+        """The answers as the evaluator takes them, and how long they are."""
+        result = super().result(asked, answers)
+        words = [len(answer.split()) for answer in answers]
+        result.metrics = {"words an answer": grouped_mean(words, [number for number, _ in asked], unit="")}
+        result.submission = {f"v1_{item.truth['index'] - 1}": answer for (_, item), answer in zip(asked, answers, strict=True)}
+        if guessed := sum(item.truth.get("image_inferred", False) for _, item in asked):
+            result.notes = [f"{guessed} of {len(asked)} questions stand with an image that was inferred from the order of the set"]
+        return result
+
+    def run(self, model: Any, control: str, data: Data, on_answers: Any) -> Result:
         """Ask every question."""
-        photos, records = self.questions.read(data)
-        for i, record in records:
-            if not record["a"].strip().isdecimal():
-                raise UserError(f"{self.files[0]}: {photos[i].key}: the answer is {record['a']!r}, expected a number")
-        questions = [asking(i, record["q"]) for i, record in records]
-        answers = generated(model, photos, questions, control, self.MAX_NEW_TOKENS, on_answers)
-        counts = [first_number(answer) for answer in answers]
-        hits = [count is not None and count == int(record["a"]) for (_, record), count in zip(records, counts, strict=True)]
-        predictions = [
-            {"photo": photos[i].key, "question": record["q"], "truth": record["a"], "answer": answer}
-            for (i, record), answer in zip(records, answers, strict=True)
-        ]
-        notes = [f"{sum(count is None for count in counts)} of {len(counts)} answers hold no number"]
-        return Result({"accuracy": grouped_share(hits, [i for i, _ in records])}, predictions, notes)
+        result = super().run(model, control, data, on_answers)
+        if data.limit is not None:
+            result.notes.append("a part of the questions, which MM-Vet's evaluator does not take")
+        return result
 
 
-def pope_says_yes(answer: str) -> bool:
-    """What an answer means to POPE's own evaluation: no if `No`, `no` or `not` is a word of its first sentence, else yes."""
-    return {"No", "no", "not"}.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))
-
-
-def direct_credit(answer: str, people: Sequence[str]) -> float:
-    """A-OKVQA's credit for a direct answer: a third for each of ten people who gave it, at most 1."""
-    said = answer.strip().lower().removesuffix(".")
-    return min(1.0, sum(said == one.lower() for one in people) / 3)
-
-
-def probability(logits: Sequence[float], index: int) -> float:
-    """The share of one choice in the softmax over all."""
-    shares = np.exp(np.asarray(logits) - max(logits))
-    return float(shares[index] / shares.sum())
+def credited(answer: str, credit: float) -> tuple[float, dict[str, Any]]:
+    """A graded answer whose prediction holds the credit."""
+    return credit, {"answer": answer, "credit": credit}
 
 
 def first_number(answer: str) -> int | None:

@@ -1,17 +1,19 @@
-"""Zero-shot classification: a photo belongs to the class whose prompts it is closest to.
+"""Tasks `imagenet` and `cifar10`: zero-shot classification by the nearest class prompts.
 
 Shape legend: P photos, C classes, E embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean, top_k_hits
-from sparse_vlm.eval.task import Data, ImageTask, Result, classes_of, labels_of
+from sparse_vlm.eval.task import Data, ImageTask, Result, classes_of
+from sparse_vlm.images.photos import Photo
 
 PROMPTS = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of the {}.")
 
@@ -26,6 +28,13 @@ def class_embeddings(names: list[str], features: Features) -> np.ndarray:
     prompts = [prompt.format(name.lower()) for name in names for prompt in PROMPTS]
     embeds = normalized(features.texts(prompts)).reshape(len(names), len(PROMPTS), -1)
     return normalized(embeds.mean(1))
+
+
+def class_numbers(photos: Sequence[Photo], data: Data, file: str) -> tuple[list[str], np.ndarray]:
+    """The names of all classes of a set, also of those that `--limit` leaves out, and the class of each photo, (P,)."""
+    classes = classes_of(data.everything(file), file)
+    position = {label: i for i, label in enumerate(classes)}
+    return list(classes.values()), np.array([position[photo.info["label"]] for photo in photos])
 
 
 class ZeroShot(ImageTask):
@@ -44,16 +53,11 @@ class ZeroShot(ImageTask):
         """Classify every photo."""
         (file,) = self.files
         photos = data.photos(file)
-        of_photo = labels_of(photos, file)
-        # with a limit, the classes are still those of the entire set
-        classes = classes_of(data.everything(file), file)
-        names = list(classes.values())
-        position = {label: i for i, label in enumerate(classes)}
-        labels = np.array([position[photo.info["label"]] for photo in photos])
+        names, labels = class_numbers(photos, data, file)
         scores = normalized(features.images(model, photos)) @ class_embeddings(names, features).T
         best = np.argsort(-scores, axis=1)[:, :5]
         predictions = [
-            {"photo": photo.key, "label": label, "top5": [names[i] for i in row], "scores": [round(float(scores[p, i]), 4) for i in row]}
-            for p, (photo, label, row) in enumerate(zip(photos, of_photo, best, strict=True))
+            {"photo": photo.key, "label": names[label], "top5": [names[i] for i in row], "scores": [round(float(own[i]), 4) for i in row]}
+            for photo, label, row, own in zip(photos, labels, best, scores, strict=True)
         ]
         return Result({f"top-{k}": mean(top_k_hits(scores, labels, k)) for k in (1, 5)}, predictions)

@@ -1,4 +1,4 @@
-"""What a zoom is worth: photos that are a sixteenth of a large image, named from the whole and from inside their region.
+"""Zoom: photos that are a sixteenth of a large image, named from the whole and from inside their region.
 
 Shape legend: P photos, C classes, E embedding, T x T photos in a collage.
 """
@@ -13,8 +13,8 @@ from PIL import Image
 
 from sparse_vlm.eval.embedders import Embedder, Features
 from sparse_vlm.eval.metrics import mean, top_k_hits
-from sparse_vlm.eval.task import Data, ImageTask, Result, classes_of, labels_of
-from sparse_vlm.eval.zero_shot import class_embeddings, normalized
+from sparse_vlm.eval.task import Data, ImageTask, Result
+from sparse_vlm.eval.zero_shot import class_embeddings, class_numbers, normalized
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import load_crop
 
@@ -38,29 +38,25 @@ class Zoom(ImageTask):
         (file,) = self.files
         photos = data.photos(file)
         photos = photos[: len(photos) // SIDE**2 * SIDE**2] or photos
-        of_photo = labels_of(photos, file)
-        classes = classes_of(data.everything(file), file)
-        position = {label: i for i, label in enumerate(classes)}
-        names = list(classes.values())
-        labels = np.array([position[photo.info["label"]] for photo in photos])
+        names, labels = class_numbers(photos, data, file)
         words = class_embeddings(names, features)
         found: dict[str, list[np.ndarray]] = {"whole": [], "whole, large": [], "zoomed, small": [], "zoomed": []}
         for start in range(0, len(photos), SIDE**2):
             tiles = photos[start : start + SIDE**2]
-            for name, embeds in self._look(model, tiles).items():
+            for name, embeds in self._encode(model, tiles).items():
                 found[name].append(embeds)
             features.on_photos(f"zoom: {model.name}", start + len(tiles), len(photos))
         scores = {name: normalized(np.concatenate(parts)) @ words.T for name, parts in found.items()}
         metrics = {f"{name} top-5": mean(top_k_hits(of, labels, 5)) for name, of in scores.items()}
         best = {name: of.argmax(1) for name, of in scores.items()}
         predictions = [
-            {"photo": photo.key, "label": label, **{name: names[of[p]] for name, of in best.items()}}
-            for p, (photo, label) in enumerate(zip(photos, of_photo, strict=True))
+            {"photo": photo.key, "label": names[label], **{name: names[of[p]] for name, of in best.items()}}
+            for p, (photo, label) in enumerate(zip(photos, labels, strict=True))
         ]
         return Result(metrics, predictions)
 
-    def _look(self, model: Embedder, tiles: list[Photo]) -> dict[str, np.ndarray]:
-        """Embeddings (P, E) of the photos of one collage, by the way of looking."""
+    def _encode(self, model: Embedder, tiles: list[Photo]) -> dict[str, np.ndarray]:
+        """Embeddings (P, E) of the photos of one collage, by how it is encoded."""
         size = model.size
         collage = Image.new("RGB", (SIDE * size, SIDE * size))
         regions = []
@@ -72,12 +68,11 @@ class Zoom(ImageTask):
         # all of it as a region, so that a teacher is shown it scaled to its input
         everywhere = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
         found = {
-            name: [model.answer(picture, everywhere).expand(len(tiles), -1)]
-            for name, picture in (("whole", small), ("whole, large", large))
+            name: [model.encode(inputs, everywhere).expand(len(tiles), -1)] for name, inputs in (("whole", small), ("whole, large", large))
         }
         found |= {"zoomed, small": [], "zoomed": []}
         for start in range(0, len(tiles), AT_ONCE):
             region = torch.tensor(regions[start : start + AT_ONCE])
-            for name, picture in (("zoomed, small", small), ("zoomed", large)):
-                found[name].append(model.answer(picture.repeat(len(region)), region))
+            for name, inputs in (("zoomed, small", small), ("zoomed", large)):
+                found[name].append(model.encode(inputs.repeat(len(region)), region))
         return {name: torch.cat(parts).numpy() for name, parts in found.items()}

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_vlm.bench.run import Bench, Settings
+from sparse_vlm.bench import BenchConfig, measure
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
 
-    settings = Settings(
+    config = BenchConfig(
         models=tuple(args.model), llms=(args.llm,), images=tuple(args.image), batches=(1,), dtypes=(args.dtype,), rounds=args.rounds
     )
-    requests = Bench(settings, save=lambda document: None).run()["requests"]
+    requests = measure(config)["requests"]
     print(f"{'model':20} {'tokens':>6} {'GMACs':>7} {'tower ms':>9} {'prefill ms':>11} {'first token ms':>15} {'KV MB':>6}")
     for request in requests:
         ms = request["ms"]

@@ -20,7 +20,7 @@ ALONE = [str(Path(sys.executable).with_name("sparse-vlm"))]
 TWO = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--no-python", *ALONE]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["open_clip", "matplotlib.pyplot", "sparse_vlm.train.distillation", "sparse_vlm.train.vlm", "sparse_vlm.eval"]
+    ["open_clip", "matplotlib.figure", "sparse_vlm.train.distillation", "sparse_vlm.train.vlm", "sparse_vlm.eval.report"]
 )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparse_vlm.eval import Report, run
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import Inputs, Preprocessor
 from sparse_vlm.roi import crop_rois
@@ -82,7 +83,7 @@ class FakeEmbedder:
         self.seen += len(images)
         return Preprocessor(size or self.size, (0.0,) * 3, (1 / 255,) * 3)(images)
 
-    def answer(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
         pixels = inputs.pixels
         if region is not None:
             pixels = crop_rois(pixels, region.unsqueeze(1), self.size).squeeze(1)
@@ -147,3 +148,9 @@ class FakeVLM:
             truth = colour if "What" in text else ("Yes" if colour.lower() in text else "No")
             rows.append([Score(-1.0 if choice == truth else -2.0, -0.5 if choice == truth else -1.0) for choice in choices])
         return rows
+
+
+def evaluate(models: Sequence[str], tasks: Sequence[str], data: Path, **options: Any) -> Report:
+    """`sparse_vlm.eval.evaluate` of the options of a config and of callbacks."""
+    callbacks = {name: options.pop(name) for name in ("on_progress", "on_result") if name in options}
+    return run.evaluate(run.EvalConfig(models, tasks, data, **options), **callbacks)

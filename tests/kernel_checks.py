@@ -1,4 +1,4 @@
-"""The kernels against float64, through Triton's interpreter: what a look is and its gradients, as torch operators and in whole towers.
+"""The kernels against float64, through Triton's interpreter: as torch operators and in whole towers.
 
 Run by `test_kernels.py` in a process of its own, because the interpreter has to be chosen before triton is imported.
 """
@@ -22,7 +22,7 @@ NAMES = ("map", "points", "hidden", "weight", "bias", "m_beta", "s_beta")
 
 
 def inputs(batch, n, points, channels, out_points, inner, height, width, betas, padding, dtype=torch.float32) -> dict[str, Tensor | None]:
-    """Arguments of a look, whose values the dtype holds exactly, some points beyond the map."""
+    """Arguments of `kernels.sample_and_mix` that the dtype represents exactly, with some points beyond the map."""
     torch.manual_seed(0)
     generated = channels**2 + points * out_points
     made = [
@@ -40,7 +40,7 @@ def inputs(batch, n, points, channels, out_points, inner, height, width, betas, 
 
 
 def reference(given: dict[str, Tensor | None], out_points: int, padding: str) -> Tensor:
-    """A look in float64, as the tower computes it without kernels."""
+    """Sampling and mixing in the dtype of the inputs, as the tower computes it without kernels."""
     feature_map, points, hidden, weight, bias, m_beta, s_beta = given.values()
     sampled = F.grid_sample(feature_map, points * 2 - 1, padding_mode=padding, align_corners=False).permute(0, 2, 3, 1)
     generated = F.linear(hidden, weight, bias)
@@ -51,37 +51,18 @@ def reference(given: dict[str, Tensor | None], out_points: int, padding: str) ->
     return F.gelu(x if s_beta is None else x + s_beta[:, None]).flatten(-2)
 
 
-def with_gradients(look, given: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """What a look gives, and the gradient of each of its arguments."""
-    leaves = {name: None if x is None else x.to(dtype or x.dtype).requires_grad_() for name, x in given.items()}
-    out = look(leaves)
-    weights = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(torch.bfloat16).to(out.dtype)
-    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    return {"out": out.detach(), **dict(zip(present, torch.autograd.grad(out, list(present.values()), weights), strict=True))}
-
-
-def by_kernels(given: dict[str, Tensor | None], shape: tuple) -> dict[str, Tensor]:
-    return with_gradients(lambda leaves: kernels.look(*leaves.values(), shape[4], shape[9]), given)
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype", "bound"),
     [(BOOTSTRAPPED, torch.float32, 2e-6), (V1, torch.float32, 2e-6), (BOOTSTRAPPED, torch.bfloat16, 3e-2), (V1, torch.bfloat16, 3e-2)],
     ids=["bootstrapped", "v1", "bootstrapped-bfloat16", "v1-bfloat16"],
 )
-def test_a_look_and_its_gradients_are_those_of_float64(shape, dtype, bound):
+def test_sampling_and_mixing_are_those_of_float64(shape, dtype, bound):
     """In bfloat16 within what the interpreter's rounding towards zero leaves of three products in a row; a GPU rounds to the nearest."""
     given = inputs(*shape, dtype=dtype)
-    wanted = with_gradients(lambda leaves: reference(leaves, shape[4], shape[9]), given, torch.float64)
-    found = by_kernels(given, shape)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == (torch.float32 if name == "points" else dtype), name
-        assert (found[name].double() - value).norm() <= bound * value.norm(), name
-    with torch.no_grad():  # other kernels
-        alone = kernels.look(*given.values(), shape[4], shape[9])
-    assert alone.dtype == dtype
-    assert (alone.double() - wanted["out"]).norm() <= bound * wanted["out"].norm()
+    exact = reference({name: None if x is None else x.double() for name, x in given.items()}, shape[4], shape[9])
+    mixed = kernels.sample_and_mix(*given.values(), shape[4], shape[9])
+    assert mixed.dtype == dtype
+    assert (mixed.double() - exact).norm() <= bound * exact.norm()
 
 
 @pytest.mark.parametrize("padding", ["border", "zeros"])
@@ -110,19 +91,6 @@ def test_sampling_alone_keeps_torchs_rules():
         kernels.sample(given["map"], given["points"], "border", torch.float32)  # registers the operators
     cells = given["map"].permute(0, 2, 3, 1).contiguous()
     opcheck(torch.ops.sparse_vlm.sample.default, (cells.requires_grad_(), given["points"].requires_grad_(), True, torch.float32))
-
-
-@pytest.mark.parametrize("family", ["tiny", "v1"])
-def test_a_tower_that_learns_is_the_same_where_only_sampling_is_a_kernels(family, monkeypatch):
-    model = tower(**FAMILIES[family])
-    plain = passed(model, "plain")
-    monkeypatch.setattr("sparse_vlm.kernels.usable", lambda *_: False)
-    calls = []
-    sample = kernels.sample
-    monkeypatch.setattr("sparse_vlm.kernels.sample", lambda *given: calls.append(sample(*given)) or calls[-1])
-    for value, found in zip(plain, passed(model, "kernels"), strict=True):
-        assert (found - value).norm() <= 1e-4 * value.norm() + 1e-7
-    assert len(calls) == 2 and all(each is not None for each in calls)
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(24, 24, 12), (19, 30, 40)])
@@ -159,43 +127,50 @@ def test_a_tower_in_bfloat16_runs_it_where_nothing_learns():
     assert F.cosine_similarity(found, plain).min() > 0.99
 
 
-def test_gradients_are_equal_to_the_last_bit_on_each_run():
+def sampled_with_gradients(given: dict[str, Tensor | None], padding: str) -> list[Tensor]:
+    """Samples, and the gradients of the map and of the points."""
+    leaves = given["map"].clone().requires_grad_(), given["points"].clone().requires_grad_()
+    with kernels.using("kernels"):
+        samples = kernels.sample(*leaves, padding, torch.float32)
+    return [samples.detach(), *torch.autograd.grad(samples, leaves, torch.linspace(-1, 1, samples.numel()).reshape(samples.shape))]
+
+
+def test_gradients_of_sampling_are_equal_to_the_last_bit_on_each_run():
     """Most points in one cell, so that its gradient is a sum of many."""
-    shape = (2, 4, 5, 12, 6, 10, 4, 3, False, "border")
-    given = inputs(*shape)
+    given = inputs(2, 4, 5, 12, 6, 10, 4, 3, False, "border")
     given["points"] = 0.5 + given["points"] * 0.05
-    first, second = by_kernels(given, shape), by_kernels(given, shape)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    wanted = with_gradients(lambda leaves: reference(leaves, 6, "border"), given, torch.float64)
-    assert (first["map"] - wanted["map"]).norm() <= 2e-6 * wanted["map"].norm()
+    for first, second in zip(sampled_with_gradients(given, "border"), sampled_with_gradients(given, "border"), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("padding", ["border", "zeros"])
 def test_points_that_are_no_numbers_or_far_away_read_nothing_out_of_bounds(padding):
     given = inputs(1, 2, 4, 8, 8, 8, 3, 3, False, padding)
     given["points"] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30]).expand(1, 2, 2, 4).mT.contiguous()
-    found = by_kernels(given, (1, 2, 4, 8, 8, 8, 3, 3, False, padding))
-    assert all(value.isfinite().all() for value in found.values())
-    assert not found["points"].any()
-    assert bool(found["map"].any()) == (padding == "border")
+    mixed, (samples, of_map, of_points) = kernels.sample_and_mix(*given.values(), 8, padding), sampled_with_gradients(given, padding)
+    assert all(each.isfinite().all() for each in (mixed, samples, of_map, of_points))
+    assert not of_points.any()
+    assert bool(of_map.any()) == (padding == "border")
 
 
 def test_the_operators_keep_torchs_rules():
-    shape = (1, 2, 3, 4, 3, 5, 3, 4, True, "border")
-    given = inputs(*shape)
-    assert kernels.look(*given.values(), 3, "border").shape == (1, 2, 12)  # registers the operators
+    given = inputs(1, 2, 3, 4, 3, 5, 3, 4, True, "border")
+    assert kernels.sample_and_mix(*given.values(), 3, "border").shape == (1, 2, 12)  # registers the operators
     cells = given.pop("map").permute(0, 2, 3, 1).contiguous()
-    arguments = [cells, *given.values()]
-    ops = torch.ops.sparse_vlm
-    opcheck(ops.look.default, (*(x.requires_grad_() for x in arguments), 3, True, True))
-    plain = [x.detach() for x in arguments]
-    for save in (False, True):
-        opcheck(ops.look.default, (*plain, 3, False, save), test_utils="test_faketensor")
-    out, sampled, mixed = ops.look(*plain, 3, True, True)
-    for wanted in (False, True):
-        opcheck(ops.mixing_backward.default, (out, *plain[2:], sampled, mixed, wanted), test_utils=("test_schema", "test_faketensor"))
-        opcheck(ops.sampling_backward.default, (sampled, *plain[:2], True, wanted, True), test_utils=("test_schema", "test_faketensor"))
+    arguments, ops = [cells, *given.values()], torch.ops.sparse_vlm
+    opcheck(ops.sample_and_mix.default, (*arguments, 3, True), test_utils=("test_schema", "test_faketensor"))
+    grad = torch.randn(1, 2, 3, 4)
+    for needed in (False, True):
+        opcheck(ops.sampling_backward.default, (grad, *arguments[:2], True, needed, True), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("trained", ["parameter_generator.1.weight", "parameter_generator.2.bias"])
+def test_parameters_of_mixing_that_are_trained_alone_get_their_gradients(trained):
+    """The kernel has none: map, points and tokens need no gradient here, and torch must mix all the same."""
+    model = tower(units=(UnitConfig(32, ("SAMPLING_M", "ATTN")),)).requires_grad_(False)
+    model.layers[0].adaptive_mixing.get_parameter(trained).requires_grad_()
+    plain, mixed = passed(model, "plain"), passed(model, "kernels")
+    assert plain[1].any() and (mixed[1] - plain[1]).norm() <= 1e-4 * plain[1].norm()
 
 
 def tower(**changes: object) -> SparseFormer:
@@ -213,7 +188,7 @@ def tower(**changes: object) -> SparseFormer:
 
 
 def passed(model: SparseFormer, path: str, image_sizes: Tensor | None = None) -> list[Tensor]:
-    """Embeddings and all gradients of a model, its looks computed so."""
+    """Embeddings and all gradients of a model."""
     torch.manual_seed(1)
     with kernels.using(path):
         embeds = model(torch.randn(2, 3, 24, 24), image_sizes=image_sizes).image_embeds
@@ -239,10 +214,25 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tower_is_the_same_by_the_kernels(family):
-    model = tower(**FAMILIES[family])
-    for plain, found in zip(passed(model, "plain"), passed(model, "kernels"), strict=True):
-        assert (found - plain).norm() <= 1e-4 * plain.norm() + 1e-7
+def test_a_tower_that_is_trained_is_the_same_where_sampling_is_a_kernels(family, monkeypatch):
+    model, calls, sample = tower(**FAMILIES[family]), [], kernels.sample
+    plain = passed(model, "plain")
+    monkeypatch.setattr("sparse_vlm.kernels.sample", lambda *given: calls.append(sample(*given)) or calls[-1])
+    for value, found in zip(plain, passed(model, "kernels"), strict=True):
+        assert (found - value).norm() <= 1e-4 * value.norm() + 1e-7
+    assert len(calls) >= 2 and all(each is not None for each in calls)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_of_a_tower_is_the_same_by_the_kernels(family):
+    model, pixels = tower(**FAMILIES[family]), torch.randn(2, 3, 24, 24)
+    sizes = torch.tensor([[24, 9], [13, 20]])
+    for image_sizes in (None, sizes):
+        with torch.no_grad():
+            plain = model(pixels, image_sizes=image_sizes).image_embeds
+            with kernels.using("kernels"):
+                mixed = model(pixels, image_sizes=image_sizes).image_embeds
+        assert (mixed - plain).norm() <= 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize("family", ["tiny", "v1"])
@@ -266,19 +256,23 @@ def test_the_kernels_are_what_a_tower_runs(monkeypatch):
 
 
 def test_checkpointing_and_compiling_change_nothing():
-    model = tower(units=(UnitConfig(32, ("SAMPLING_M",)),))
+    model = tower(units=(UnitConfig(32, ("SAMPLING_M", "ATTN")),))
     wanted = passed(model, "kernels")
     model.set_grad_checkpointing()
     for value, again in zip(wanted, passed(model, "kernels"), strict=True):
         assert torch.equal(value, again)
     model.set_grad_checkpointing(False)
-    model.compile(fullgraph=True, backend="aot_eager")
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad(), kernels.using("kernels"):
+        embeds = model(pixels).image_embeds
+        model.compile(fullgraph=True, backend="aot_eager")
+        assert torch.allclose(model(pixels).image_embeds, embeds, atol=1e-6)
     for value, again in zip(wanted, passed(model, "kernels"), strict=True):
         assert torch.allclose(value, again, atol=1e-6)
 
 
-def test_under_autocast_a_look_is_bfloat16_and_its_gradients_are_the_parameters_own():
-    model = tower(units=(UnitConfig(32, ("SAMPLING_M",)),))
+def test_under_autocast_mixing_is_bfloat16_and_gradients_have_the_dtype_of_the_parameters():
+    model = tower(units=(UnitConfig(32, ("SAMPLING_M", "ATTN")),))
     seen: list[torch.dtype] = []
     model.layers[0].adaptive_mixing.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
     exact = passed(model, "plain")
@@ -293,14 +287,14 @@ def test_under_autocast_a_look_is_bfloat16_and_its_gradients_are_the_parameters_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": torch.float16}, "float32 or bfloat16"),
-        ({"points": 65}, "1 to 64 points"),
-        ({"tokens": 0}, "at least one token"),
+        ({"dtype": torch.float16}, "float16"),
+        ({"points": 65}, "65"),
+        ({"tokens": 0}, "points"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_plain_or_said(change, message):
+def test_unsupported_inputs_are_left_to_torch_or_an_error(change, message):
     points = torch.zeros(1, change.get("tokens", 2), change.get("points", 3), 2)
-    looked = torch.zeros(1, 4, 3, 3), points, torch.zeros(1, 2, 8, dtype=change.get("dtype"))
-    assert not kernels.usable(*looked)
+    tensors = torch.zeros(1, 4, 3, 3), points, torch.zeros(1, 2, 8, dtype=change.get("dtype"))
+    assert not kernels.is_supported(*tensors)
     with kernels.using("kernels"), pytest.raises(RuntimeError, match=message):
-        kernels.usable(*looked)
+        kernels.is_supported(*tensors)

@@ -254,7 +254,7 @@ def check_tiles_of_a_large_picture_merge(tower: str) -> None:
     out = answer(model, pixels, image_sizes=[(600, 400)])
     assert out.logits.shape[1] == 4 + 3 * TOKENS
     said = refused(lambda: new_model(f"{tower}?tokens=5", mm_patch_merge_type="spatial_unpad"))
-    assert "lie in no square grid" in said and "--mm_patch_merge_type flat" in said
+    assert "are no square grid" in said and "--mm_patch_merge_type flat" in said
 
 
 def tuned(tower: str, folder: Path) -> Any:
@@ -341,7 +341,7 @@ def check_a_further_training_keeps_the_tower_or_says_why_not(tower: str) -> None
     begin(settings(tower, unfreeze_mm_vision_tower=True))
     assert model.config.unfreeze_mm_vision_tower and any(p.requires_grad for p in model.get_vision_tower().parameters())
     other = new_model(clip())
-    assert "made with another tower" in refused(lambda: other.get_model().initialize_vision_modules(settings(tower)))
+    assert "has another tower" in refused(lambda: other.get_model().initialize_vision_modules(settings(tower)))
     fully = new_model()
     said = refused(lambda: fully.get_model().initialize_vision_modules(settings(f"{tower}?unfreeze=true"), fsdp=["full_shard"]))
     assert said.startswith("--fsdp")

@@ -13,12 +13,12 @@ from sparse_vlm.eval.metrics import mean
 from sparse_vlm.eval.report import as_json
 from sparse_vlm.eval.run import Column, Report
 from sparse_vlm.eval.task import Result, VLMTask
-from sparse_vlm.report.comparison import Subject
+from sparse_vlm.report.comparison import Comparison
 from sparse_vlm.report.quality import read_quality
-from sparse_vlm.report.records import Case, make_entries
+from sparse_vlm.report.records import Scenario, make_records
 
 GB = 10**9
-CASE = Case("135m", "bfloat16", 1, 128)
+SCENARIO = Scenario("135m", "bfloat16", 1, 128)
 
 
 def time_of(stage: str, ms: float, **about: Any) -> dict[str, Any]:
@@ -134,15 +134,19 @@ def right(share: float, photos: int = 100) -> list[float]:
     return [1.0 if i < share * photos else 0.0 for i in range(photos)]
 
 
-def entries_of(tmp_path: Path, document: dict[str, Any], evals: list[dict[str, Any]], pairs: list[str], case: Case = CASE) -> tuple:
+def records_of(
+    tmp_path: Path, document: dict[str, Any], evals: list[dict[str, Any]], pairs: list[str], scenario: Scenario = SCENARIO
+) -> tuple:
     quality = read_quality([write(tmp_path, f"report{i}.json", report) for i, report in enumerate(evals)])
-    return make_entries(document, case, quality, pairs), quality
+    return make_records(document, scenario, quality, pairs), quality
 
 
-def subject_of(tmp_path: Path, document: dict[str, Any], evals: list[dict[str, Any]], pairs: list[str], case: Case = CASE) -> Subject:
+def comparison_of(
+    tmp_path: Path, document: dict[str, Any], evals: list[dict[str, Any]], pairs: list[str], scenario: Scenario = SCENARIO
+) -> Comparison:
     """The first model of the benchmark in use, the last in its place."""
-    entries, quality = entries_of(tmp_path, document, evals, pairs, case)
-    return Subject(document, case, quality, entries, entries[0], entries[-1], quality.chosen([]), ["bench.json", "report.json"])
+    records, quality = records_of(tmp_path, document, evals, pairs, scenario)
+    return Comparison(document, scenario, quality, records, records[0], records[-1], quality.chosen([]), ["bench.json", "report.json"])
 
 
 TWO = {"vit+pool": (49, 80.0, 6.0), "tiny": (49, 30.0, 1.6)}

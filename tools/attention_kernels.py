@@ -160,10 +160,10 @@ def _told(vlm: VLM, prompts: list[list[Message]], photo: Image.Image, seen: torc
 def _step(vlm: VLM, trees: list[Any], tokens: torch.Tensor) -> None:
     """A training step's forward and backward pass, as `sparse-vlm train` computes it."""
     device = vlm.model.device
-    batch = Collator(vlm)([(Sample("a photo", (0,), tree), tokens[None].cpu()) for tree in trees])
+    batch = Collator(vlm)([Sample("a photo", (0,), tree, (tokens.cpu(),)) for tree in trees])
     learner = LossModule(vlm).train()
     with training_attention(device), torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(vlm)):
-        loss = learner(batch["trees"].to(device), batch["pictures"].to(device), batch["chains"])["loss"]
+        loss = learner(batch["trees"].to(device), batch["images"].to(device), batch["chains"])["loss"]
     loss.backward()
     learner.zero_grad(set_to_none=True)
 

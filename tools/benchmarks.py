@@ -40,13 +40,14 @@ def measure(folder: Path, tasks: str) -> Any:
     import sparse_vlm.eval.captions
     import sparse_vlm.vlm
     import sparse_vlm.vlm.reader
+    from sparse_vlm.eval import EvalConfig, evaluate
     from sparse_vlm.eval.report import as_json, as_tables, save
-    from sparse_vlm.eval.run import evaluate
 
     sparse_vlm.eval.captions.java_usable = lambda: False
     sparse_vlm.vlm.VLM.from_pretrained = lambda *arguments, **options: Mute()
     sparse_vlm.vlm.reader.parts_of = lambda name: None
-    report = evaluate(["mute"], tasks.split(","), folder, controls=["none"], on_result=lambda report: save(report, folder / "out"))
+    config = EvalConfig(["mute"], tasks.split(","), folder, controls=["none"])
+    report = evaluate(config, on_result=lambda report: save(report, folder / "out"))
     json.dumps(as_json(report), allow_nan=False)
     for table in as_tables(report):
         Console(width=100).print(table)

@@ -124,7 +124,7 @@ class Step:
         return self._show({name: value.to(self.device) for name, value in batch.items()}, self._next // self.batch)
 
     def _teacher(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        embeds, tokens = self._ask(batch.get("seen", batch["pixels"]))
+        embeds, tokens = self._ask(batch.get("teacher_pixels", batch["pixels"]))
         return {"pixels": batch["pixels"], "embeds": embeds, "tokens": tokens}
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

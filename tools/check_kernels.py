@@ -2,8 +2,8 @@
 
 Shape legend: B images, n tokens, P sampling points, C channels, O points after mixing, g width of the hidden vector, H x W the map.
 
-Notable: on a GPU it verifies the shapes of the published families, in float32 and bfloat16, then times one look and the whole
-SparseFormer-B. Times are medians of rounds in which the ways take turns. Where there is no GPU nothing is timed: --interpret verifies small
+Notable: on a GPU it verifies the shapes of the published families, in float32 and bfloat16, then times one sampling and mixing and the
+whole SparseFormer-B. Times are medians of interleaved rounds. Where there is no GPU nothing is timed: --interpret verifies small
 shapes through Triton's interpreter, --compile asks the compiler for registers and memory.
 """
 
@@ -30,13 +30,12 @@ from sparse_vlm.roi import Padding, sample_bilinear
 from sparse_vlm.tower import RoIPatchConfig, SparseFormer, SparseFormerConfig, UnitConfig
 from sparse_vlm.tower.cost import count_macs
 
-NAMES = ("map", "points", "hidden", "weight", "bias", "m_beta", "s_beta")
 # largest relative error of a result or gradient, by its norm
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 class Shape(NamedTuple):
-    """A look."""
+    """One sampling and mixing."""
 
     batch: int
     n: int
@@ -52,7 +51,7 @@ class Shape(NamedTuple):
 PUBLISHED = {
     "bootstrapped": Shape(2, 48, 16, 64, 32, 128, 56, False, "border"),
     "v1 tiny": Shape(2, 49, 36, 96, 36, 64, 56, True, "zeros"),
-    "v1 base, last look": Shape(2, 81, 36, 96, 36, 192, 56, True, "zeros"),
+    "v1 base, last unit": Shape(2, 81, 36, 96, 36, 192, 56, True, "zeros"),
 }
 SMALL = {
     "bootstrapped": Shape(1, 4, 5, 12, 6, 20, 5, False, "border"),
@@ -61,7 +60,7 @@ SMALL = {
 
 
 def make(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
-    """Arguments of a look, some points beyond the map, the same numbers on each call."""
+    """Arguments of sampling and mixing, some points beyond the map, the same numbers on each call."""
     chance = torch.Generator().manual_seed(0)
     parameters = shape.channels**2 + shape.points * shape.out_points
     feature_map = torch.randn(shape.batch, shape.channels, shape.side, shape.side, generator=chance)
@@ -77,8 +76,8 @@ def make(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor |
     return [None if each is None else each.to(device) for each in given]
 
 
-def plain_look(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
-    """A look by torch alone, sampled in float32 or float64 as the tower does."""
+def plain_mixing(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
+    """Sampling and mixing by torch alone, sampled in float32 or float64 as the tower does."""
     feature_map, points, hidden, weight, bias, m_beta, s_beta = given
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     sampled = F.grid_sample(feature_map.to(exact), points.to(exact) * 2 - 1, padding_mode=shape.padding, align_corners=False)
@@ -90,19 +89,17 @@ def plain_look(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
     return F.gelu(x if s_beta is None else x + s_beta.unsqueeze(-1)).flatten(-2)
 
 
-def kernel_look(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
-    """A look by the kernels."""
-    return kernels.look(*given, shape.out_points, shape.padding)
+def kernel_mixing(given: Sequence[Tensor | None], shape: Shape) -> Tensor:
+    """Sampling and mixing by the kernels."""
+    return kernels.sample_and_mix(*given, shape.out_points, shape.padding)
 
 
-def gradients(look: Callable[..., Tensor], given: Sequence[Tensor | None], shape: Shape) -> dict[str, Tensor]:
-    """What a look gives, and the gradient of each argument."""
-    leaves = [None if each is None else each.detach().requires_grad_() for each in given]
-    out = look(leaves, shape)
+def gradients(sample: Callable[..., Tensor], given: Sequence[Tensor], shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Samples, and the gradients of the map and of the points."""
+    leaves = [each.detach().requires_grad_() for each in given]
+    out = sample(*leaves, shape.padding, dtype)
     grad = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).bfloat16().to(out.dtype)
-    found = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)
-    names = [name for name, leaf in zip(NAMES, leaves, strict=False) if leaf is not None]  # sampling has the first two alone
-    return {"out": out.detach(), **dict(zip(names, found, strict=True))}
+    return {"out": out.detach(), **dict(zip(("map", "points"), torch.autograd.grad(out, leaves, grad), strict=True))}
 
 
 def judged(name: str, dtype: torch.dtype, errors: dict[str, float], bound: float, same: bool) -> dict[str, Any]:
@@ -119,18 +116,16 @@ def compared(
     return judged(name, dtype, errors, bound, all(torch.equal(found[key], again[key]) for key in found))
 
 
+@torch.no_grad()
 def verify(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
     """Errors against float64 on the CPU, and whether a second run is equal to the last bit, of each shape and dtype."""
     rows = []
     for name, shape in shapes.items():
         for dtype, bound in BOUNDS.items():
-            exact = gradients(plain_look, [None if x is None else x.double() for x in make(shape, dtype)], shape)
+            exact = plain_mixing([None if x is None else x.double() for x in make(shape, dtype)], shape)
             given = make(shape, dtype, device)
-            found, again = (gradients(kernel_look, given, shape) for _ in range(2))
-            exact["out, no gradients"] = exact["out"]
-            with torch.no_grad():  # by other kernels
-                found["out, no gradients"], again["out, no gradients"] = (kernel_look(given, shape) for _ in range(2))
-            rows.append(compared(name, dtype, exact, found, again, bound))
+            first, second = ({"out": kernel_mixing(given, shape)} for _ in range(2))
+            rows.append(compared(name, dtype, {"out": exact}, first, second, bound))
     return rows
 
 
@@ -138,11 +133,6 @@ def by_kernel(feature_map: Tensor, points: Tensor, padding: Padding, dtype: torc
     """Sampling by itself, by the kernel."""
     with kernels.using("kernels"):
         return kernels.sample(feature_map, points, padding, dtype)
-
-
-def sampling(sample: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Sampling alone in the place of a look, for `gradients`."""
-    return lambda given, shape: sample(*given, shape.padding, dtype)
 
 
 def verify_sampling(shapes: dict[str, Shape], device: str) -> list[dict[str, Any]]:
@@ -155,9 +145,9 @@ def verify_sampling(shapes: dict[str, Shape], device: str) -> list[dict[str, Any
     for name, shape in shapes.items():
         for dtype, bound in BOUNDS.items():
             given = make(shape, dtype)[:2]
-            exact = gradients(sampling(exactly, torch.float64), [each.double() for each in given], shape)
+            exact = gradients(exactly, [each.double() for each in given], shape, torch.float64)
             there = [each.to(device) for each in given]
-            found, again = (gradients(sampling(by_kernel, dtype), there, shape) for _ in range(2))
+            found, again = (gradients(by_kernel, there, shape, dtype) for _ in range(2))
             rows.append(compared(f"sampling, {name}", dtype, exact, found, again, bound))
     return rows
 
@@ -212,28 +202,17 @@ def row(what: str, batch: int, times: dict[str, float], **more: Any) -> dict[str
     return {"what": what, "batch": batch, "ms": times, "ratio": times["kernels"] / times["plain"], **more}
 
 
-def time_looks() -> list[dict[str, Any]]:
-    """One look of each family in bfloat16, forward alone and with its gradients."""
+@torch.no_grad()
+def time_mixing() -> list[dict[str, Any]]:
+    """One sampling and mixing of each family in bfloat16, forward."""
     rows = []
     for name, batch in itertools.product(("bootstrapped", "v1 tiny"), (1, 32, 256)):
-        torch._dynamo.reset()  # one function is compiled so often and no more, and is plain from then on
-        compiled = torch.compile(plain_look, dynamic=False)
+        torch._dynamo.reset()  # the number of times that one function is compiled is limited
+        compiled = torch.compile(plain_mixing, dynamic=False)
         shape = PUBLISHED[name]._replace(batch=batch)
         given = make(shape, torch.bfloat16, "cuda")
-        with torch.no_grad():
-            forward = {"plain": lambda g=given, s=shape, look=compiled: look(g, s), "kernels": lambda g=given, s=shape: kernel_look(g, s)}
-            rows.append(row(f"look, {name}", batch, take_turns({key: captured(way) for key, way in forward.items()})))
-        both = {
-            "plain": lambda g=given, s=shape, look=compiled: gradients(look, g, s),
-            "kernels": lambda g=given, s=shape: gradients(kernel_look, g, s),
-        }
-        memory = {}
-        for key, way in both.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            way()
-            memory[key] = (torch.cuda.max_memory_allocated() - before) // 2**20
-        rows.append(row(f"look, {name}, with gradients", batch, take_turns(both), mebibytes=memory))
+        ways = {"plain": lambda g=given, s=shape, mix=compiled: mix(g, s), "kernels": lambda g=given, s=shape: kernel_mixing(g, s)}
+        rows.append(row(f"sampling and mixing, {name}", batch, take_turns({key: captured(way) for key, way in ways.items()})))
     return rows
 
 
@@ -248,7 +227,7 @@ def time_sampling() -> list[dict[str, Any]]:
         shape = PUBLISHED[name]._replace(batch=batch)
         given = make(shape, torch.float32, "cuda")[:2]
         ways = {
-            key: lambda way=way, given=given, shape=shape: gradients(sampling(way, torch.bfloat16), given, shape)
+            key: lambda way=way, given=given, shape=shape: gradients(way, given, shape, torch.bfloat16)
             for key, way in {"plain": plainly, "kernels": by_kernel}.items()
         }
         rows.append(row(f"sampling, {name}, with gradients", batch, take_turns(ways)))
@@ -311,7 +290,7 @@ def time_towers() -> list[dict[str, Any]]:
 
 # what is verified, and timed where all of it passed
 PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], Callable[[], list[dict[str, Any]]]]] = {
-    "looks": (lambda: verify(PUBLISHED, "cuda"), time_looks),
+    "mixing": (lambda: verify(PUBLISHED, "cuda"), time_mixing),
     "sampling": (lambda: verify_sampling(PUBLISHED, "cuda"), time_sampling),
     "convolution": (lambda: verify_convolution("cuda"), time_convolutions),
     "towers": (list, time_towers),
@@ -333,7 +312,7 @@ def report(found: dict[str, Any]) -> None:
     for each in found.get("times", []):
         ways = ", ".join(f"{name} {value:.3f} ms" for name, value in each["ms"].items())
         print(f"{each['what']:34} batch {each['batch']:3}: {ways}; kernels by plain {each['ratio']:.2f}", end="")
-        print("".join(f"; {key} {each[key]}" for key in ("mebibytes", "images_per_second", "share_of_peak") if key in each))
+        print("".join(f"; {key} {each[key]}" for key in ("images_per_second", "share_of_peak") if key in each))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -361,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["capability"], found["compiled"] = chosen.compile, []
         for name, shape in PUBLISHED.items():
             for dtype in BOUNDS:
-                made = compile_kernels(shape.channels, shape.points, shape.out_points, shape.hidden, shape.betas, dtype, chosen.compile)
+                made = compile_kernels(shape.channels, shape.points, shape.out_points, shape.betas, dtype, chosen.compile)
                 found["compiled"] += [{"shape": name, "dtype": str(dtype)[6:], **each} for each in made]
     else:
         parts = [PARTS[chosen.only]] if chosen.only else list(PARTS.values())

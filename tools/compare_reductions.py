@@ -64,18 +64,18 @@ class Plan:
     samples: int
     threads: int
 
-    def folder(self, rival: Baseline, seed: int) -> Path:
+    def folder(self, baseline: Baseline, seed: int) -> Path:
         """Of a row's runs."""
-        return self.out / f"{rival.name}-seed{seed}"
+        return self.out / f"{baseline.name}-seed{seed}"
 
-    def commands(self, rival: Baseline, seed: int) -> list[list[str]]:
+    def commands(self, baseline: Baseline, seed: int) -> list[list[str]]:
         """The commands of a row, in order; the last one evaluates."""
-        folder = self.folder(rival, seed)
+        folder = self.folder(baseline, seed)
         data = [part for pattern in self.data for part in ("--data", pattern)]
         same = ["--seed", str(seed), "--threads", str(self.threads)]
-        kind = [] if rival.projector == "mlp" else ["--projector", rival.projector]
+        kind = [] if baseline.projector == "mlp" else ["--projector", baseline.projector]
         # the stage before has no projector worth keeping
-        tower = ["--tower", rival.tower or self.vit, "--tokens", str(self.tokens), *kind]
+        tower = ["--tower", baseline.tower or self.vit, "--tokens", str(self.tokens), *kind]
         align = ["train", "--stage", "align", "--init", self.init, *tower, *data, "--max-steps", str(self.align_steps)]
         learn = ["train", "--stage", "instruct", "--init", str(folder / "align"), *data, "--samples", str(self.samples)]
         judge = ["eval", "--model", str(folder / "chat"), "--tasks", TASKS, "--control", "none", "--data", self.eval_data]
@@ -85,9 +85,9 @@ class Plan:
             ["sparse-vlm", *judge, "--threads", str(self.threads), "--out", str(folder / "eval")],
         ]
 
-    def tower_gmacs(self, rival: Baseline) -> float:
+    def tower_gmacs(self, baseline: Baseline) -> float:
         """What the tower of a row costs for an image, in billions of multiply-accumulates; its projector is not in it."""
-        tower = SparseFormer.from_pretrained(rival.tower or self.vit, num_tokens=self.tokens if rival.tower else None)
+        tower = SparseFormer.from_pretrained(baseline.tower or self.vit, num_tokens=self.tokens if baseline.tower else None)
         return count_macs(tower.config).total / 1e9
 
     def settings(self) -> dict[str, Any]:
@@ -105,33 +105,33 @@ class Scores:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.finished = plan, FinishedRuns(plan.out / "results.json", plan.settings())
 
-    def has(self, rival: Baseline, seed: int) -> bool:
+    def has(self, baseline: Baseline, seed: int) -> bool:
         """Whether a row is finished."""
-        return self.plan.folder(rival, seed).name in self.finished.runs
+        return self.plan.folder(baseline, seed).name in self.finished.runs
 
-    def take(self, rival: Baseline, seed: int) -> None:
+    def take(self, baseline: Baseline, seed: int) -> None:
         """Read what an evaluation wrote."""
-        folder = self.plan.folder(rival, seed)
+        folder = self.plan.folder(baseline, seed)
         report = json.loads((folder / "eval" / "report.json").read_text())
         rows = {row["task"]: row["metrics"] for row in report["results"] if row["control"] == "none"}
         self.finished.add(folder.name, {f"{task} {metric}": rows[task][metric]["value"] for task, metric in METRICS})
 
-    def table(self, rivals: tuple[Baseline, ...], seeds: list[int]) -> str:
+    def table(self, baselines: tuple[Baseline, ...], seeds: list[int]) -> str:
         """Markdown: mean over the finished seeds, and spread (largest minus smallest)."""
         names = [f"{task} {name}" for task, name in METRICS]
         lines = [f"| | what | tower, GMACs | seeds | {' | '.join(names)} |", "|---|---|---:|---:|" + "---:|" * len(names)]
-        for rival in rivals:
-            known = [self.finished.runs[self.plan.folder(rival, seed).name] for seed in seeds if self.has(rival, seed)]
+        for baseline in baselines:
+            known = [self.finished.runs[self.plan.folder(baseline, seed).name] for seed in seeds if self.has(baseline, seed)]
             cells = []
             for name, scale in zip(names, METRICS.values(), strict=True):
                 each = [scale * run[name] for run in known]
                 cells.append(f"{statistics.fmean(each):.1f} ({max(each) - min(each):.1f})" if each else "")
-            cost = self.plan.tower_gmacs(rival)
-            lines.append(f"| {rival.name} | {rival.what} | {cost:.2f} | {len(known)} | {' | '.join(cells)} |")
+            cost = self.plan.tower_gmacs(baseline)
+            lines.append(f"| {baseline.name} | {baseline.what} | {cost:.2f} | {len(known)} | {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
 
-def run(scores: Scores, rival: Baseline, seed: int, log: bool) -> None:
+def run(scores: Scores, baseline: Baseline, seed: int, log: bool) -> None:
     """Carry out the commands of a row, and keep its scores.
 
     Args:
@@ -140,10 +140,10 @@ def run(scores: Scores, rival: Baseline, seed: int, log: bool) -> None:
     Raises:
         typer.Exit: one failed, or was interrupted.
     """
-    for line in scores.plan.commands(rival, seed):
+    for line in scores.plan.commands(baseline, seed):
         print(shlex.join(line), file=sys.stderr, flush=True)
-        carry_out(line, scores.plan.folder(rival, seed) / "log.txt" if log else None)
-    scores.take(rival, seed)
+        carry_out(line, scores.plan.folder(baseline, seed) / "log.txt" if log else None)
+    scores.take(baseline, seed)
 
 
 def main(
@@ -164,20 +164,20 @@ def main(
     show: Annotated[bool, typer.Option("--table", help="Print the table of what is finished, and stop.")] = False,
 ) -> None:
     """Run what is missing of the comparison, and print its table."""
-    if unknown := set(only or ()) - {rival.name for rival in BASELINES}:
-        raise UserError(f"--only {sorted(unknown)[0]}: no such row; there are {', '.join(rival.name for rival in BASELINES)}")
-    rivals = tuple(rival for rival in BASELINES if not only or rival.name in only)
+    if unknown := set(only or ()) - {baseline.name for baseline in BASELINES}:
+        raise UserError(f"--only {sorted(unknown)[0]}: no such row; there are {', '.join(baseline.name for baseline in BASELINES)}")
+    baselines = tuple(baseline for baseline in BASELINES if not only or baseline.name in only)
     seeds = seed or [0, 1, 2]
     plan = Plan(vit, init, tuple(data), eval_data, out, tokens, align_steps, samples, threads)
     scores = Scores(plan)
-    missing = [] if show else [(rival, number) for number in seeds for rival in rivals if not scores.has(rival, number)]
+    missing = [] if show else [(baseline, number) for number in seeds for baseline in baselines if not scores.has(baseline, number)]
     ended = Event()  # by a row that failed or an interrupt: a worker takes the next row before anybody is told
 
-    def begin(rival: Baseline, number: int) -> None:
+    def begin(baseline: Baseline, number: int) -> None:
         if ended.is_set():
             return
         try:
-            run(scores, rival, number, log=at_once > 1)
+            run(scores, baseline, number, log=at_once > 1)
         except BaseException:
             ended.set()
             raise
@@ -189,7 +189,7 @@ def main(
     finally:
         ended.set()
         pool.shutdown()  # what runs already comes to its end and is kept, or was interrupted too
-    print(scores.table(rivals, seeds), end="")
+    print(scores.table(baselines, seeds), end="")
 
 
 if __name__ == "__main__":

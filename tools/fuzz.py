@@ -339,7 +339,7 @@ def warm() -> None:
     torch.set_num_threads(1)
     for name in WARM:
         import_module(name)
-    import_module("sparse_vlm.kernels.cpu.native").usable(torch.float32, 64)  # compiles them where that was not done yet
+    import_module("sparse_vlm.kernels.cpu.native").is_supported(torch.float32, 64)  # compiles them where that was not done yet
 
 
 def table(counts: dict[str, Counter[str]]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sparse_vlm.bench.machine import describe, versions
-from sparse_vlm.bench.run import made_picture
+from sparse_vlm.bench.run import made_image
 from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, take_turns
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
@@ -166,18 +166,17 @@ def time_all(photos: dict[float, list[Photo]], how: dict[str, Way], rounds: int,
         for batch in (1, AT_ONCE):
             pixels = torch.zeros(batch, 3, vision.size, vision.size, dtype=native_dtype())
             for threads in THREADS:
-                add(lambda v=vision, p=pixels: v.see(p), threads, threads, what=vision.name, megapixels=None, batch=batch)
+                add(lambda v=vision, p=pixels: v.encode(p), threads, threads, what=vision.name, megapixels=None, batch=batch)
     before = torch.get_num_threads()
     try:
         take_turns([piece for piece, _ in pieces], torch.device("cpu"), rounds, limit_s)
     finally:
         torch.set_num_threads(before)
-    times = [(of, piece.milliseconds()) for piece, of in pieces]
-    return [Time(**of, ms=ms["median"], low=ms["low"], high=ms["high"], rounds=ms["rounds"]) for of, ms in times]
+    return [Time(**of, ms=ms.pop("median"), **ms, rounds=len(piece.seconds)) for piece, of in pieces if (ms := piece.quartiles())]
 
 
 def _each(way: Way, photos: Sequence[Photo], threads: int) -> list[Tensor]:
-    """The pixels of photos, by several threads as `images.preprocess.load_crops` has them."""
+    """The pixels of photos, by several threads as `Preprocessor.load_all` loads them."""
     if threads == 1:
         return list(map(way, photos))
     with ThreadPoolExecutor(threads) as pool:
@@ -253,7 +252,7 @@ def main(
         count = min(limit, len(found))
         images: Iterable[Image.Image] = (found[i * len(found) // count].load() for i in range(count))
     else:
-        images = [made_picture()[2]]
+        images = [made_image()[2]]
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(images, Path(folder))
         times, agreements = time_all(photos, how, rounds) if rounds else [], agree(photos, how, teacher)

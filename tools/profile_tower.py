@@ -28,8 +28,7 @@ from sparse_vlm.bench.timing import MIN_REPEATS, WARM_UP
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.kernels.cpu import native
-from sparse_vlm.tower import SparseFormer, inference
-from sparse_vlm.tower import layers as tower_modules
+from sparse_vlm.tower import SparseFormer, compiled, layers, prepared
 from sparse_vlm.tower.cost import Work, count_operations
 from sparse_vlm.tower.focus import Focus
 from sparse_vlm.utils.files import write_json
@@ -43,9 +42,8 @@ BY_MODULE = {
     "glance.norm_pre": "norms",
     "roi_offset_module": "points",
     "generate": "parameter generation",
-    "gain": "output projection",
+    "out_proj": "output projection",
     "adaptive_mixing.parameter_generator": "parameter generation",
-    "adaptive_mixing.out_proj": "output projection",
     "adaptive_mixing": "mixing",
     "pe_transition": "position injection",
     "roi_adjust_module": "RoI adjusting",
@@ -66,15 +64,15 @@ PLAIN = {
     "adjust_rois": "RoI adjusting",
 }
 BY_FUNCTION = [
-    *((home, name, operation) for home, (name, operation) in product((tower_modules, inference), PLAIN.items()) if hasattr(home, name)),
+    *((home, name, operation) for home, (name, operation) in product((layers, prepared), PLAIN.items()) if hasattr(home, name)),
     (Focus, "place", "focus"),
-    (inference.CompiledFocus, "place", "focus"),
-    (native, "mix", "mixing"),  # sampling as well
-    (native, "adjust", "RoI adjusting"),
+    (compiled.CompiledFocus, "place", "focus"),
+    (native, "sample_and_mix", "mixing"),  # sampling as well
+    (native, "adjust_rois", "RoI adjusting"),
     (native.Points, "__call__", "points"),
     (native.Positions, "__call__", "position injection"),
     (native.Attention, "__call__", "attention"),  # with its norm, as the MLP
-    (native.Feed, "__call__", "MLP"),
+    (native.Mlp, "__call__", "MLP"),
 ]
 
 
@@ -168,7 +166,7 @@ def profile(
     visions = {vision.name: vision for vision in load_visions(names)}
     for name, vision in visions.items():
         if not isinstance(vision.module, SparseFormer):
-            raise UserError(f"--model {name}: a teacher's operations are not ours to take apart; name a tower or a rival")
+            raise UserError(f"--model {name}: a teacher's operations are not ours to take apart; name a tower or a baseline")
         vision.module.to(DTYPES[dtype])
         if optimized:
             vision.optimize()
@@ -234,7 +232,9 @@ def as_table(peak: dict[str, Any], model: dict[str, Any]) -> str:
 
 
 def main(
-    model: Annotated[list[str], typer.Option(help="A tower: a folder, a name of the zoo, or a rival such as sparseformer-b; repeat it.")],
+    model: Annotated[
+        list[str], typer.Option(help="A tower: a folder, a name of the zoo, or a baseline such as sparseformer-b; repeat it.")
+    ],
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. Both unless given.")] = None,
     batch: Annotated[int, typer.Option(help="Images at once.", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,

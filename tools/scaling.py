@@ -42,6 +42,7 @@ class Run:
 RUNS = (
     Run("B, ImageNet-1k, 10 epochs", "paper-clip-base", clip_vit("CLIP ViT-B/16", 768, 12, 16, 512), IMAGENET_1K, 10),
     Run("L, ImageNet-1k, 10 epochs", "paper-clip-large", clip_vit("CLIP ViT-L/14", 1024, 24, 14, 768), IMAGENET_1K, 10),
+    Run("adaptive, L at 336, 12.8 M views", "adaptive", clip_vit("CLIP ViT-L/14 at 336", 1024, 24, 14, 768, 336), IMAGENET_1K, 10),
     Run("B, LAION-400M, once", "paper-clip-base", clip_vit("CLIP ViT-B/16", 768, 12, 16, 512), LAION_400M, 1),
     Run("L, LAION-400M, once", "paper-clip-large", clip_vit("CLIP ViT-L/14", 1024, 24, 14, 768), LAION_400M, 1),
 )

@@ -127,7 +127,7 @@ def _in_form(vision: Vision, form: str, dtype: torch.dtype) -> Vision:
 
 def _piece(vision: Vision, batch: int, dtype: torch.dtype) -> TimedCall:
     pixels = torch.randn(batch, 3, vision.size, vision.size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return TimedCall("tower", [(lambda _: vision.see(pixels), 1.0)], vision.model, batch=batch)
+    return TimedCall("tower", [(lambda _: vision.encode(pixels), 1.0)], vision.model, batch=batch)
 
 
 def _ratio(comparison: Comparison, pieces: dict[tuple[str, str], TimedCall], form: str, dtype: str, batch: int) -> Ratio:

@@ -1,4 +1,4 @@
-"""What a bootstrapping step learns from: views, and what the teacher says of them, from a cache or asked at that moment.
+"""Batches of bootstrapping: views and the teacher's outputs, cached or computed at that step.
 
 Shape legend: B views, N student tokens, d width, E embedding, S side in pixels.
 """
@@ -25,16 +25,16 @@ from sparse_vlm.images.preprocess import lay_out
 from sparse_vlm.utils.devices import rank
 
 HELD_OUT_ONE_IN = 100
-AT_MOST = 512  # photos to evaluate on, where the teacher is asked for them at the start of every run
-KNOWN_FROM = 1024
-ASKED_AT_ONCE = 8
+MAX_HELD_OUT = 512  # photos to evaluate on, if their teacher outputs are computed at the start of every run
+STATISTICS_PHOTOS = 1024
+TEACHER_BATCH = 8
 LARGEST_CANVAS = 4096  # pixels a side: the largest `image_size` of a tower
 
 Batch = dict[str, Tensor]
 
 
 class CachedViews(Dataset):
-    """Views as the student takes them with the teacher's outputs: `pixels` (3, h, w) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
+    """The student's input and cached teacher outputs: `pixels` (3, h, w) uint8, `embeds` (E,) and `tokens` (N, d) float32."""
 
     def __init__(self, cache: TeacherCache, rows: Sequence[int], size: int) -> None:
         self.cache, self.rows, self.size = cache, rows, size
@@ -49,9 +49,9 @@ class CachedViews(Dataset):
 
 
 class LiveViews(Dataset):
-    """Views alone: `pixels` as the student takes them, and `seen` as the teacher does where that is something else.
+    """Views without teacher outputs: `pixels`, the student's input, and `teacher_pixels` if the teacher's is different.
 
-    In the place of a photo that cannot be read stands the next one that can, and `unreadable` () says which it was; -1 for none.
+    A photo that cannot be read is replaced by the next one that can; `unreadable` () is its index, or -1.
     """
 
     def __init__(self, views: ViewSet, rows: Sequence[int], size: int) -> None:
@@ -74,7 +74,7 @@ class LiveViews(Dataset):
 
 
 class ResidentViews(Dataset):
-    """Which views a step shows, for a device that makes them of the photos it keeps: `photo` (), `box` (4,) and `flipped` ()."""
+    """The crops of `ResidentPhotos` that make the views of a step: `photo` (), `box` (4,) and `flipped` ()."""
 
     def __init__(self, views: ViewSet, photos: ResidentPhotos, rows: Sequence[int]) -> None:
         self.views, self.sizes, self.rows = views, photos.sizes, rows
@@ -89,38 +89,38 @@ class ResidentViews(Dataset):
 
 
 class Augmentation:
-    """Turns what a loader brought into pixels, where the teacher is asked at every step: views made here, some of them mixed.
+    """Makes views of a loaded batch, if teacher outputs are computed at every step: crops of resident photos, and mixup.
 
     Args:
-        size: of the student's images.
-        seen: of the teacher's.
-        photos: that the device keeps; the loader brings pixels unless given.
+        size: side of the student's images.
+        teacher_size: side of the teacher's.
+        photos: resident on the device; without them the loader has made the views.
         mixed: share of views that are mixed.
     """
 
-    def __init__(self, size: int, seen: int, photos: ResidentPhotos | None, mixed: float, seed: int) -> None:
-        self.size, self.seen, self.photos, self.mixed, self.seed = size, seen, photos, mixed, seed
+    def __init__(self, size: int, teacher_size: int, photos: ResidentPhotos | None, mixed: float, seed: int) -> None:
+        self.size, self.teacher_size, self.photos, self.mixed, self.seed = size, teacher_size, photos, mixed, seed
 
-    def __call__(self, brought: Batch, step: int) -> Batch:
-        """`pixels` (B, 3, S, S) uint8 at the student's size, and `seen` where the teacher's is another.
+    def __call__(self, loaded: Batch, step: int) -> Batch:
+        """`pixels` (B, 3, S, S) uint8, the student's input, and `teacher_pixels` if the teacher's is different.
 
         Args:
-            step: decides, with the seed, what is mixed.
+            step: with the seed, determines what is mixed.
         """
         if self.photos is None:
-            shown = {name: brought[name] for name in ("pixels", "seen", "image_sizes") if name in brought}
+            views = {name: loaded[name] for name in ("pixels", "teacher_pixels", "image_sizes") if name in loaded}
         else:
-            sizes = {"pixels": self.size} | ({"seen": self.seen} if self.seen != self.size else {})
-            which = brought["photo"], brought["box"], brought["flipped"]
-            shown = {name: self.photos.views(*which, size) for name, size in sizes.items()}
+            sizes = {"pixels": self.size} | ({"teacher_pixels": self.teacher_size} if self.teacher_size != self.size else {})
+            crops = loaded["photo"], loaded["box"], loaded["flipped"]
+            views = {name: self.photos.views(*crops, size) for name, size in sizes.items()}
         if self.mixed:
             number = int(np.random.SeedSequence((self.seed, rank(), step)).generate_state(1)[0])
-            shown = {name: mix(pixels, self.mixed, torch.Generator().manual_seed(number)) for name, pixels in shown.items()}
-        return shown
+            views = {name: mix(pixels, self.mixed, torch.Generator().manual_seed(number)) for name, pixels in views.items()}
+        return views
 
 
 def collate(batches: Sequence[Batch]) -> Batch:
-    """A batch; views of several sizes share a canvas, and `image_sizes` (B, 2) gives the height and width of each."""
+    """Stack items to a batch; views of different sizes are put on one canvas, with `image_sizes` (B, 2) their heights and widths."""
     batch = {key: torch.stack([batch[key] for batch in batches]) for key in batches[0] if key != "pixels"}
     if "pixels" not in batches[0]:
         return batch
@@ -131,38 +131,38 @@ def collate(batches: Sequence[Batch]) -> Batch:
 
 
 def held_out(photos: Sequence[Photo]) -> list[int]:
-    """Photos that are never learnt from, by a hash of their keys, so that they are the same in every run; one at least of several."""
+    """Indices of held-out photos, by a hash of their keys, so that they are the same in every run; at least one of several photos."""
     hashes = [zlib.crc32(photo.key.encode(errors="surrogateescape")) for photo in photos]
-    found = [i for i, value in enumerate(hashes) if value % HELD_OUT_ONE_IN == 0]
-    return found or ([hashes.index(min(hashes))] if len(hashes) > 1 else [])
+    indices = [i for i, value in enumerate(hashes) if value % HELD_OUT_ONE_IN == 0]
+    return indices or ([hashes.index(min(hashes))] if len(hashes) > 1 else [])
 
 
-def held_out_batches(views: ViewSet, indices: Sequence[int], size: int, ask: LiveTeacher) -> list[Batch]:
-    """Lessons on photos as evaluation sees them, the teacher asked now: at most `AT_MOST`, spread evenly, those that can be read."""
-    count = min(len(indices), AT_MOST)
+def held_out_batches(views: ViewSet, indices: Sequence[int], size: int, teacher: LiveTeacher) -> list[Batch]:
+    """Held-out items with teacher outputs computed now: of at most `MAX_HELD_OUT` of the photos, evenly spread, that can be read."""
+    count = min(len(indices), MAX_HELD_OUT)
     spread = [indices[i * len(indices) // count] for i in range(count)]
-    shown = LiveViews(views, spread, size)
+    items = LiveViews(views, spread, size)
     batches: list[Batch] = []
-    for start in range(0, len(spread), ASKED_AT_ONCE):
-        some = [shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(spread)))]
-        some = [batch for batch in some if batch["unreadable"] < 0]
+    for start in range(0, len(spread), TEACHER_BATCH):
+        some = [items[i] for i in range(start, min(start + TEACHER_BATCH, len(spread)))]
+        some = [item for item in some if item["unreadable"] < 0]
         if some:
             batch = collate(some)
-            embeds, tokens = ask(batch.get("seen", batch["pixels"]))
-            answered = zip(some, embeds.cpu(), tokens.cpu(), strict=True)
-            batches += [{"pixels": batch["pixels"], "embeds": e, "tokens": t} for batch, e, t in answered]
+            embeds, tokens = teacher(batch.get("teacher_pixels", batch["pixels"]))
+            outputs = zip(some, embeds.cpu(), tokens.cpu(), strict=True)
+            batches += [{"pixels": item["pixels"], "embeds": e, "tokens": t} for item, e, t in outputs]
     return batches
 
 
-def live_statistics(views: ViewSet, indices: Sequence[int], ask: LiveTeacher) -> Statistics:
-    """Over about `KNOWN_FROM` photos, as evaluation sees them, or all where they are fewer."""
-    step = max(1, len(indices) // KNOWN_FROM)
-    shown = LiveViews(views, indices[::step], views.size)
+def live_statistics(views: ViewSet, indices: Sequence[int], teacher: LiveTeacher) -> Statistics:
+    """Statistics of teacher outputs, of about `STATISTICS_PHOTOS` photos in the evaluation view, or of all if they are fewer."""
+    step = max(1, len(indices) // STATISTICS_PHOTOS)
+    items = LiveViews(views, indices[::step], views.size)
     embeds, patches, squares = [], [], []
-    for start in range(0, len(shown), ASKED_AT_ONCE):
-        batch = collate([shown[i] for i in range(start, min(start + ASKED_AT_ONCE, len(shown)))])
-        said = ask(batch.get("seen", batch["pixels"]))
-        embeds.append(said[0].cpu())
-        patches.append(said[1].mean(1).sum(0))
-        squares.append(said[1].square().sum(-1).mean(1).sum())
-    return Statistics.of(torch.cat(embeds), torch.stack(patches).sum(0).cpu() / len(shown), torch.stack(squares).sum().cpu() / len(shown))
+    for start in range(0, len(items), TEACHER_BATCH):
+        batch = collate([items[i] for i in range(start, min(start + TEACHER_BATCH, len(items)))])
+        outputs = teacher(batch.get("teacher_pixels", batch["pixels"]))
+        embeds.append(outputs[0].cpu())
+        patches.append(outputs[1].mean(1).sum(0))
+        squares.append(outputs[1].square().sum(-1).mean(1).sum())
+    return Statistics.of(torch.cat(embeds), torch.stack(patches).sum(0).cpu() / len(items), torch.stack(squares).sum().cpu() / len(items))

@@ -35,6 +35,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.images.decode import ImageError
 from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower import SparseFormer
+from sparse_vlm.tower.visualize import save_figure
 from sparse_vlm.train.batches import (
     Augmentation,
     CachedViews,
@@ -48,43 +49,43 @@ from sparse_vlm.train.batches import (
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import (
     HISTORY,
-    EndsInTime,
-    GiveBackMemory,
-    MarkWhole,
+    MarkComplete,
     StopOnSignal,
+    StopWhenComplete,
+    TrimMemory,
     arguments,
-    carry_out,
     curve_of,
     latest_checkpoint,
-    made,
     of_all_processes,
+    run_trainer,
+    written_files,
 )
 from sparse_vlm.train.zero import gathered_parameters, register_external_parameters, with_sizes
 from sparse_vlm.utils.devices import compiling, native_dtype, own_device, rank, training_attention
-from sparse_vlm.utils.files import atomic_path, write_text
+from sparse_vlm.utils.files import write_text
 
 if TYPE_CHECKING:
     from sparse_vlm.train.bootstrapping import Student
 
-KINDS_OF_UNITS = 64  # times that one class may be compiled: kinds of units, learning or not, at one number of tokens and at any
+RECOMPILE_LIMIT = 64  # of a class: kinds of units, trained or frozen, at one token budget and at any
 SAVE_EVERY = {"cpu": 100, "cuda": 1000}  # steps, by kind of device; a few minutes
 
 
 def groups_of(tower: SparseFormer, mapping: list[TensorMapping], recipe: Recipe) -> list[dict[str, Any]]:
-    """`parameter_groups` of a tower that was inherited, at a recipe's rates."""
+    """`parameter_groups` of a student, at a recipe's rates."""
     new = {row.target for row in mapping if row.fate == "new"}
     return parameter_groups(tower, new, recipe.lr, recipe.new_boost, recipe.lr_rois, recipe.weight_decay, recipe.lr_focus)
 
 
-def compile_parts(tower: SparseFormer, ask: LiveTeacher | None) -> None:
-    """Compile a student part by part, and its teacher: units alike share what is compiled, also at another number of tokens."""
+def compile_parts(tower: SparseFormer, live_teacher: LiveTeacher | None) -> None:
+    """Compile a student by parts, and its teacher: equal units share compiled code, at all token budgets."""
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, KINDS_OF_UNITS)
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     for part in (tower.feat_extractor, *tower.units()):
         if part is not None:
             part.compile()
-    if ask is not None:
-        ask.compile()
+    if live_teacher is not None:
+        live_teacher.compile()
 
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -93,18 +94,18 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 class BootstrapTrainer(Trainer):
-    """The Trainer with our parameter groups, and an evaluation that measures the averaged weights by centred cosine."""
+    """Trainer with the recipe's parameter groups, teacher outputs computed in the step, and an evaluation of the averaged weights."""
 
     groups: list[dict[str, Any]]
     average: dict[str, Tensor]
     bf16: bool
-    ask: LiveTeacher | None = None
-    show: Augmentation
-    small: float = 0.0
-    side: int = 0  # of the canvas for views that are shown small
+    live_teacher: LiveTeacher | None = None
+    augment: Augmentation
+    small: float = 0.0  # share of views that are shrunk
+    canvas_size: int = 0  # side of their canvas
     unreadable: set[int]
     budgets: tuple[int, int] | None = None
-    uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # what is evaluated now and then is not compiled for it
+    uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext  # evaluation is too rare to compile for its shapes
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's groups."""
@@ -113,38 +114,38 @@ class BootstrapTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The objective as the model itself computes it, at a budget that the step's number decides; a live teacher answers first."""
-        if self.ask is not None:
+        """The loss, at a token budget that the step number determines, after teacher outputs are computed if they are not cached."""
+        if self.live_teacher is not None:
             if "unreadable" in inputs:
                 self.unreadable |= {index for index in inputs["unreadable"].tolist() if index >= 0}
-            shown = self.show(inputs, self.state.global_step)
-            embeds, tokens = self.ask(shown.pop("seen", shown["pixels"]))
-            inputs = {**shown, "embeds": embeds, "tokens": tokens}
+            views = self.augment(inputs, self.state.global_step)
+            embeds, tokens = self.live_teacher(views.pop("teacher_pixels", views["pixels"]))
+            inputs = {**views, "embeds": embeds, "tokens": tokens}
         if self.small:
-            inputs = self.with_small_views(inputs)
+            inputs = self.shrink_views(inputs)
         out = model(**inputs, num_tokens=self.budget(self.state.global_step))
         return (out["loss"], out) if return_outputs else out["loss"]
 
-    def with_small_views(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Some of the batch's views shown small; the step's number, the seed and the rank decide which."""
+    def shrink_views(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Shrink some of the batch's views, determined by step number, seed and rank."""
         pixels = inputs["pixels"]
         sizes = inputs.get("image_sizes", torch.tensor(pixels.shape[-2:]).repeat(len(pixels), 1).to(pixels.device))
         number = int(np.random.SeedSequence((self.args.seed, rank(), self.state.global_step)).generate_state(1)[0])
-        shown, sizes, boxes = shrink(pixels, sizes, self.small, self.side, torch.Generator().manual_seed(number))
-        return {**inputs, "pixels": shown, "image_sizes": sizes, "boxes": boxes}
+        pixels, sizes, boxes = shrink(pixels, sizes, self.small, self.canvas_size, torch.Generator().manual_seed(number))
+        return {**inputs, "pixels": pixels, "image_sizes": sizes, "boxes": boxes}
 
     def budget(self, step: int) -> int | None:
-        """Latent tokens of a step, for a student of several budgets: its own number in one step of two, else any."""
+        """Token budget of a step, for a student of several: a random one in half of the steps, else its default (None)."""
         rng = random.Random(f"{self.args.seed}/{step}")
         return rng.randint(*self.budgets) if self.budgets is not None and rng.random() < 0.5 else None
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean centred cosines of the averaged weights on held-out photos, once a step: the end of a run asks several times.
+        """Mean loss and centred cosines of the averaged weights on held-out photos; at most once a step, since a run's end calls it twice.
 
-        Every process measures all photos, so that the mean is the same whatever their number.
+        Every process evaluates all photos, so that the result does not depend on the number of processes.
         """
-        for entry in self.state.log_history:  # also what a run had measured before it was killed
+        for entry in self.state.log_history:  # also from before a resume
             if entry["step"] == self.state.global_step and f"{metric_key_prefix}_cosine" in entry:
                 return {key: value for key, value in entry.items() if key.startswith(metric_key_prefix)}
         model: Distillation = self.accelerator.unwrap_model(self.model)
@@ -169,19 +170,19 @@ class BootstrapTrainer(Trainer):
 
 
 class AveragedWeights(TrainerCallback):
-    """Keeps the average of the tower's weights, in checkpoints too."""
+    """Keeps the exponential moving average of the tower's weights, also in checkpoints."""
 
     def __init__(self, model: Distillation, average: dict[str, Tensor], decay: float) -> None:
         self.model, self.average, self.decay = model, average, decay
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Follow the weights; a young average is shorter, so that it forgets where it began."""
+        """Update the average; its decay is smaller at first, so that the initial weights are forgotten."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         with gathered_parameters(self.model.tower.parameters()):
             update_average(self.average, self.model.tower, decay)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Beside the trainer's own files."""
+        """Write the average beside the Trainer's files."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -218,24 +219,24 @@ def train_student(
     bf16 = native_dtype(own) == torch.bfloat16
     steps = -(-recipe.views // recipe.batch_size)
     size, count = tower.config.image_size, len(views.photos)
-    kept = held_out(views.photos)
-    spare = {*kept, *views.unreadable}
-    indices = [i for i in range(count) if i not in spare]
+    test = held_out(views.photos)
+    excluded = {*test, *views.unreadable}
+    indices = [i for i in range(count) if i not in excluded]
     rows = [view * count + i for view in range(views.views) for i in indices]
-    test_rows = [i for i in kept if i not in views.unreadable]  # view 0, the evaluation transform
+    test_rows = [i for i in test if i not in views.unreadable]  # view 0, the evaluation transform
     if not rows or not test_rows:
         raise UserError(f"{count} photos are too few: none is left to train on, or none to hold out")
-    ask = None
+    live_teacher = None
     if isinstance(views, TeacherCache):
-        train_views, tests, known = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.statistics()
+        train_views, tests, statistics = CachedViews(views, rows, size), CachedViews(views, test_rows, size), views.statistics()
     else:
-        ask = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
+        live_teacher = LiveTeacher(teacher, None if tower.config.budgets else tower.initial_roi.weight.detach(), own)
         train_views = LiveViews(views, rows, size) if resident is None else ResidentViews(views, resident, rows)
-        tests, known = held_out_batches(views, test_rows, size, ask), live_statistics(views, indices, ask)
+        tests, statistics = held_out_batches(views, test_rows, size, live_teacher), live_statistics(views, indices, live_teacher)
 
     if compiled:
-        compile_parts(tower, ask)
-    model = Distillation(tower, known, recipe.dense_weight, recipe.whitened)
+        compile_parts(tower, live_teacher)
+    model = Distillation(tower, statistics, recipe.dense_weight, recipe.whitened)
     if deepspeed is not None:
         register_external_parameters(tower)
     average: dict[str, Tensor] = {}
@@ -248,7 +249,7 @@ def train_student(
         warmup_steps=min(recipe.warmup_steps, steps // 5),
         deepspeed=with_sizes(deepspeed, tower.config.width),
         bf16=bf16,
-        logging_nan_inf_filter=False,  # would wait for the GPU at every step; a loss that is not finite is to be seen
+        logging_nan_inf_filter=False,  # the filter would wait for the GPU at every step, and hide a loss that is not finite
         seed=settings["seed"],
         eval_strategy="steps",
         eval_steps=max(1, min(200, steps // 4)),
@@ -261,23 +262,23 @@ def train_student(
             eval_dataset=tests,
             data_collator=collate,
             callbacks=[
-                EndsInTime(),
+                StopWhenComplete(),
                 AveragedWeights(model, average, recipe.ema),
-                MarkWhole(),
-                GiveBackMemory(),
+                MarkComplete(),
+                TrimMemory(),
                 stop,
                 ProgressLine("views", recipe.batch_size),
             ],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.groups = groups_of(tower, mapping, recipe)
-        # only now is the tower where it will be trained
+        # the Trainer has moved the tower to its device
         average.update({name: p.float() for name, p in _copies(tower).items()})
         trainer.average, trainer.bf16 = average, bf16
-        trainer.ask, trainer.unreadable = ask, set()
-        trainer.show = Augmentation(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, settings["seed"])
+        trainer.live_teacher, trainer.unreadable = live_teacher, set()
+        trainer.augment = Augmentation(views.size if views.fit == "whole" else size, views.size, resident, recipe.mixed, settings["seed"])
         trainer.budgets = tower.config.budgets
-        trainer.small, trainer.side = recipe.small, views.size
+        trainer.small, trainer.canvas_size = recipe.small, views.size
         if compiled:
             trainer.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         checkpoint = latest_checkpoint(out / "checkpoints", steps)
@@ -288,13 +289,13 @@ def train_student(
             if checkpoint is None:
                 trainer.evaluate()
             with compiling("teacher or student"):
-                carry_out(trainer, checkpoint)
+                run_trainer(trainer, checkpoint)
             if trainer.state.global_step < steps:
                 return None
             trainer.evaluate()
     views.unreadable |= {index: _why(views, index) for index in set().union(*of_all_processes(trainer.unreadable))}
     if rank() == 0:
-        # the tower that was trained may be spread over the processes
+        # under ZeRO-3 no process holds the trained tower entirely
         trained = SparseFormer(tower.config)
         _copy_into(trained, average)
         trained.save_pretrained(out)
@@ -303,7 +304,7 @@ def train_student(
 
 
 def _why(views: ViewSet, index: int) -> str:
-    """What is wrong with a photo that could not be read."""
+    """Why a photo could not be read."""
     try:
         views.photos[index].load()
     except ImageError as error:
@@ -324,18 +325,17 @@ def _copy_into(tower: SparseFormer, values: dict[str, Tensor]) -> None:
 
 
 def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history: list[dict[str, Any]], unreadable: list[str]) -> None:
-    """`loss.png` and `training.json` (settings, curves, and each photo that could not be read)."""
-    import matplotlib
+    """Write `loss.png`, then `training.json` (settings, curves, photos that could not be read)."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    taught = {"teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence}
-    document = {"settings": settings, **taught, "unreadable": unreadable, "files": made(out), "history": curve_of(history)}
+    provenance = {"teacher": teacher.spec.name, "teacher_licence": teacher.spec.licence}
+    outcome = {"unreadable": unreadable, "files": written_files(out), "history": curve_of(history)}
+    document = {"settings": settings, **provenance, **outcome}
     batch = settings["batch_size"]
     train = [(h["step"] * batch, h["loss"]) for h in history if "loss" in h]
     held_out = [(h["step"] * batch, h["eval_cosine"], h["eval_token_cosine"]) for h in history if "eval_cosine" in h]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
     left.set(title="training loss", xlabel="views", ylabel="1 - cosine, plus tokens")
     views, cosine, tokens = zip(*held_out, strict=True)
@@ -346,7 +346,5 @@ def write_history(out: Path, settings: dict[str, Any], teacher: Teacher, history
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(settings["recipe"])
-    with atomic_path(out / "loss.png") as part:
-        figure.savefig(part, dpi=130, format="png")
-    plt.close(figure)
-    write_text(out / HISTORY, json.dumps(document, indent=1) + "\n")  # last: it says that the run is complete
+    save_figure(figure, out / "loss.png", dpi=130)
+    write_text(out / HISTORY, json.dumps(document, indent=1) + "\n")  # last: it marks the run as complete

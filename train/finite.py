@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: no update, counted, named; several in a row end the run."""
+"""Steps whose loss or gradient is not finite: skipped, counted and named; several in a row end the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotFinite(Exception):
     """The loss of a step is not finite in some process.
 
     Args:
-        loss: what to report of the step in all of them.
+        loss: the loss to log, in every process.
     """
 
     def __init__(self, loss: Tensor) -> None:

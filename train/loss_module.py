@@ -1,11 +1,10 @@
-"""What the Trainer trains: token trees and images in, the loss out; and the Trainer itself.
+"""Loss module, collate function and Trainer: token trees and images in, the loss out.
 
 Shape legend: N tokens an image, d width of the tower, D width of the LLM, h x w pixels of an image, H x W of a batch's canvas.
 Images come as the tower's cached tokens (N, d), as pixels (3, h, w) where the tower learns, or as embeddings (N, D) that stand in an
 image's place (`train.text_images`).
 
-Notable: a batch without images runs projector and tower all the same, on zeros whose output counts nothing: several processes wait for
-each other at every module whose weights they share, and for every gradient.
+Notable: batches without images run on zeros with weight 0, so that all ranks run the same collectives.
 """
 
 from __future__ import annotations
@@ -16,24 +15,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sparse_vlm.data.bad_images import blank, broken
-from sparse_vlm.data.samples import FeatureCache, Sample
+from sparse_vlm.data.samples import Sample
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo
 from sparse_vlm.images.preprocess import Inputs, Preprocessor
 from sparse_vlm.tower import SparseFormerConfig
 from sparse_vlm.train.finite import FiniteSteps, NotFinite
 from sparse_vlm.train.parts import FLASH, SDPA, Group
-from sparse_vlm.train.text_images import WordImages
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.tree import TreeBatch, collate, is_chain, pack, target_log_probs
 
 
 class LiveImages:
-    """Pixels of photos, for a tower that learns: (3, h, w). Stands where a `FeatureCache` would.
+    """Pixels of photos, (3, h, w), for a tower that is trained; used like a `FeatureCache`.
 
     Args:
         config: of the tower.
@@ -49,18 +46,18 @@ class LiveImages:
         self._blank: frozenset[int] = frozenset()
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
-        """Photos of `wanted` that nobody has tried to read yet."""
+        """Photos of `wanted` that were not read yet."""
         return [index for index in wanted if index not in self._read] if self.owner else []
 
     def fill(self, wanted: Sequence[int], on_photos: Any = lambda photos: None, on_bad: Any = None) -> None:
-        """Decode what nobody has tried yet, for those that cannot be read; the arguments are `FeatureCache.fill`'s."""
+        """Decode photos once to find those that cannot be read; arguments as `FeatureCache.fill`."""
         missing = self.missing(wanted)
         if missing and on_bad is not None:
             broken(self.photos, missing, on_bad, on_photos, self.threads)
         self._read.update(missing)
 
     def stand_in(self, photos: Collection[int]) -> None:
-        """Show a blank image in the place of some photos."""
+        """Replace some photos by a blank image."""
         self._blank = frozenset(photos)
 
     def __getitem__(self, index: int) -> Tensor:
@@ -70,7 +67,7 @@ class LiveImages:
 
 
 class LossModule(nn.Module):
-    """What the Trainer sees; its state dict is what is trained.
+    """The module that the Trainer trains; its state dict holds the trainable tensors.
 
     Args:
         project: whether images go through the projector; else they are in the LLM's width already.
@@ -82,32 +79,32 @@ class LossModule(nn.Module):
         self.live = any(parameter.requires_grad for parameter in vlm.tower.parameters())
         self.attention = vlm.model.model.language_model.config._attn_implementation
         side = vlm.tower.config.image_size
-        # what a batch without images shows
+        # in the place of a batch's images where it has none
         self.nothing = (1, 3, side, side) if self.live else (1, vlm.tower.config.visual_tokens, vlm.tower.config.width)
 
     def forward(
-        self, trees: TreeBatch, pictures: Tensor | Inputs | None, chains: bool = False, count: Tensor | None = None
+        self, trees: TreeBatch, images: Tensor | Inputs | None, chains: bool = False, count: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Negative log-likelihood of the targets.
 
         Args:
-            pictures: (images, N, d) of the tower, `Inputs` of it where it learns, or (images, N, D); None without images.
+            images: (images, N, d) of the tower, `Inputs` of it where it learns, or (images, N, D); None without images.
             chains: whether every tree is one conversation, which needs no mask of its own.
             count: targets to divide the sum by; those of these trees, for a mean, unless given.
         """
-        shown = self.features(pictures) if pictures is not None and self.project else pictures
-        said = target_log_probs(self.model, trees, shown, plain_causal=self._attend(chains))
-        loss = -said.sum() / (len(said) if count is None else count)
-        if pictures is None and self.project:
-            nothing = torch.zeros(self.nothing, device=said.device)
+        features = self.features(images) if images is not None and self.project else images
+        log_probs = target_log_probs(self.model, trees, features, plain_causal=self._attend(chains))
+        loss = -log_probs.sum() / (len(log_probs) if count is None else count)
+        if images is None and self.project:
+            nothing = torch.zeros(self.nothing, device=log_probs.device)
             loss = loss + 0.0 * self.features(Inputs(nothing, None) if self.live else nothing).sum()
         return {"loss": loss}
 
-    def features(self, pictures: Tensor | Inputs) -> Tensor:
+    def features(self, images: Tensor | Inputs) -> Tensor:
         """Images to tokens in the LLM's width: (images, N, D)."""
         if self.live:
-            pictures = self.model.model.vision_tower.tower.visual_tokens(*pictures)
-        return self.model.model.multi_modal_projector(pictures.float())
+            images = self.model.model.vision_tower.tower.visual_tokens(*images)
+        return self.model.model.multi_modal_projector(images.float())
 
     def _attend(self, chains: bool) -> bool:
         """Whether the LLM's own causal mask will do for this batch, without which SDPA's flash kernel and flash-attention do not run."""
@@ -116,7 +113,7 @@ class LossModule(nn.Module):
         return self.attention in (FLASH, SDPA) and chains
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Trained tensors alone."""
+        """Trainable tensors."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
@@ -124,56 +121,47 @@ class LossModule(nn.Module):
         """The inverse of `state_dict`; always strict."""
         own = self.state_dict()
         if own.keys() != state_dict.keys():
-            raise UserError(f"the checkpoint holds other tensors than this run trains ({sorted(own.keys() ^ state_dict.keys())[0]})")
+            raise UserError(
+                f"checkpoint does not match the trainable parameters (first mismatch: {sorted(own.keys() ^ state_dict.keys())[0]})"
+            )
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
         return nn.modules.module._IncompatibleKeys([], [])
 
 
-class Samples(Dataset):
-    """Samples in the order in which they are learnt from, each with its images as the feature cache holds them."""
-
-    def __init__(self, samples: Sequence[Sample], features_cache: FeatureCache | LiveImages | WordImages) -> None:
-        self.samples, self.features_cache = samples, features_cache
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Sample, list[Tensor]]:
-        sample = self.samples[index]
-        return sample, [self.features_cache[photo] for photo in sample.photos]
-
-
 class Collator:
-    """Samples and their images to a batch: what `LossModule` takes, and the samples' names; packed for flash-attention."""
+    """Collate function: samples to a batch of what `LossModule` takes, and the samples' names; packed for flash-attention."""
 
     def __init__(self, vlm: VLM) -> None:
         self.renderer, self.pad_id = vlm.renderer, vlm.tokenizer.pad_token_id
         self.preprocessor = Preprocessor.of(vlm.tower.config)
         self.attention = vlm.model.model.language_model.config._attn_implementation
 
-    def __call__(self, items: Sequence[tuple[Sample, Sequence[Tensor] | None]]) -> dict[str, Any]:
-        """A batch; images that come as pixels share a canvas."""
-        for sample, found in items:
-            self.renderer.check_count(sample.tree.ids, len(found) if found is not None else 0, sample.name)
-        trees = [sample.tree for sample, _ in items]
-        pictures = [shown for _, found in items if found is not None for shown in found]
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """A batch; images that come as pixels share a canvas.
+
+        Raises:
+            UserError: a sample whose placeholders and images do not match.
+        """
+        for sample in samples:
+            self.renderer.check_count(sample.tree.ids, len(sample.images), sample.name)
+        trees = [sample.tree for sample in samples]
         chains = all(map(is_chain, trees))
         return {
             "trees": pack(trees) if chains and self.attention == FLASH else collate(trees, self.pad_id),
-            "pictures": self._together(pictures),
+            "images": self._together([image for sample in samples for image in sample.images]),
             "chains": chains,
-            "names": [sample.name for sample, _ in items],
+            "names": [sample.name for sample in samples],
         }
 
-    def _together(self, pictures: Sequence[Tensor]) -> Tensor | Inputs | None:
-        if not pictures:
+    def _together(self, images: Sequence[Tensor]) -> Tensor | Inputs | None:
+        if not images:
             return None
-        return self.preprocessor.batch(pictures) if pictures[0].ndim == 3 else torch.stack(list(pictures))
+        return self.preprocessor.batch(images) if images[0].ndim == 3 else torch.stack(list(images))
 
 
 class VLMTrainer(Trainer):
-    """The Trainer with our groups, keeping the samples' order, and leaving out steps that are not finite."""
+    """A Trainer with parameter groups, samples in their order, and no update from steps that are not finite."""
 
     groups: list[Group]
     finite: FiniteSteps
@@ -195,7 +183,7 @@ class VLMTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The loss as the learner computes it; one that is not finite in some process raises in all."""
+        """The loss; one that is not finite in some process raises in all."""
         names = inputs.pop("names")
         out = model(**inputs, count=kwargs.get("num_items_in_batch"))
         self.finite.check(out["loss"], names)

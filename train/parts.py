@@ -1,6 +1,6 @@
-"""What of a VLM learns: parts, the rate of each, and how the LLM computes attention.
+"""Which parts of a VLM are trained, at which learning rates, and how the LLM computes attention.
 
-Everything else is frozen: it has no gradient, is in no checkpoint, and stays in the dtype it was loaded in, while what learns is float32.
+Frozen parameters have no gradient, are in no checkpoint and keep their dtype; trained ones are float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that learn at one rate; `lr` None for those that do not learn."""
+    """Parameters that share a learning rate; `lr` is None if they are frozen."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
@@ -46,14 +46,14 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Numbers in all its tensors, as they are stored: two of four bits are one."""
+        """Stored elements of all tensors; two 4-bit weights are one."""
         return sum(parameter.numel() for parameter in self.parameters)
 
 
 def prepare(
     vlm: VLM, rates: Rates, lora_rank: int | None, seed: int = 0, tune_tower: bool = False, tower_rank: int | None = None
 ) -> list[Group]:
-    """Make trainable what is to learn, in float32.
+    """Make the trained parts trainable, in float32.
 
     Args:
         lora_rank: of the LLM's adapters, where it has none yet; None trains the LLM itself.
@@ -135,9 +135,9 @@ def _prepare_tower(vlm: VLM, rates: Rates, seed: int, tune: bool, rank: int | No
 
 
 def read_by_llm(tower: SparseFormer) -> list[nn.Parameter]:
-    """What an image's tokens depend on: not the head, nor where tokens would look next after the last unit.
+    """Parameters that an image's tokens depend on: not the head, nor the RoI update of the last unit.
 
-    Several processes wait for the gradient of each tensor that learns, so one that never has any must not.
+    Distributed training waits for the gradient of each trainable tensor, so tensors without one must be frozen.
     """
     before = {name: parameter.requires_grad for name, parameter in tower.named_parameters()}
     tower.requires_grad_(True)
@@ -147,15 +147,15 @@ def read_by_llm(tower: SparseFormer) -> list[nn.Parameter]:
     device, size = parameters[0].device, tower.config.image_size
     half = tower.norm.weight.dtype == torch.bfloat16  # under adapters in float32
     with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
-        said = tower.visual_tokens(torch.zeros(1, 3, size, size, device=device)).float().sum()
-        gradients = torch.autograd.grad(said, parameters, allow_unused=True)
+        total = tower.visual_tokens(torch.zeros(1, 3, size, size, device=device)).float().sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(before[name])
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
 
 
 def _adapters_alone(module: nn.Module) -> None:
-    """Adapters learn, and leave their inputs alone: autocast decides the dtype, where PEFT would copy every activation to float32."""
+    """Train adapters alone, and keep PEFT from casting every activation to float32: autocast decides the dtype."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, parameter in module.named_parameters():
@@ -166,7 +166,7 @@ def _adapters_alone(module: nn.Module) -> None:
 
 
 def computes_in_bfloat16(vlm: VLM) -> bool:
-    """Whether a step multiplies in bfloat16: where the LLM is held so, or is trained itself on a device that does."""
+    """Whether a step computes in bfloat16: if the LLM is in bfloat16, or is trained itself on a device that supports it."""
     if vlm.llm_changed:
         return native_dtype(vlm.model.device) == torch.bfloat16
     return vlm.model.get_input_embeddings().weight.dtype == torch.bfloat16
@@ -180,16 +180,19 @@ ATTENTION_ALONE = {"full_attention", "sliding_attention"}  # kinds of layers, as
 
 
 def packable(language: PreTrainedModel) -> bool:
-    """Whether all tokens of an LLM meet in attention alone, so that sequences can be kept apart there: no recurrences, no convolutions."""
+    """Whether tokens interact in attention alone (no recurrence, no convolution), so that packed sequences can be kept apart."""
     kinds = getattr(language.config, "layer_types", None) or ATTENTION_ALONE
     return not language._is_stateful and set(kinds) <= ATTENTION_ALONE
 
 
 def choose_attention(vlm: VLM) -> str:
-    """Set how the LLM computes attention, and say it.
+    """Set how the LLM computes attention.
 
-    A tree needs a mask of its own, which flash-attention does not take: batches of plain conversations go through it, packed into one row,
-    trees through SDPA (`train.loss_module`).
+    A token tree needs its own mask, which flash-attention does not take: batches of single conversations are packed into one row for it,
+    trees use SDPA (`train.loss_module`).
+
+    Returns:
+        A description of the choice.
     """
     language = vlm.model.model.language_model
     if vlm.model.device.type == "cpu":
@@ -207,17 +210,17 @@ def choose_attention(vlm: VLM) -> str:
 
 
 def save_memory(vlm: VLM, shared_weights: bool = False) -> None:
-    """Compute activations of the LLM, and of a tower that learns, again in the backward pass instead of keeping them.
+    """Gradient checkpointing of the LLM and of a tower that is trained.
 
     Args:
-        shared_weights: processes share the weights themselves (ZeRO-3). DeepSpeed has them whole in the backward pass only where the older,
-            reentrant way computes again; the tower, which knows the newer one alone, then keeps its activations: they are few.
+        shared_weights: weights are partitioned (ZeRO-3). DeepSpeed gathers them in the backward pass only for reentrant checkpointing; the
+            tower, which has the other kind, then keeps its few activations.
     """
     language = vlm.model.model.language_model
     # its name before transformers 6
     enable = getattr(language, "activation_checkpointing_enable", None) or language.gradient_checkpointing_enable
     enable({"use_reentrant": shared_weights})
     if shared_weights:
-        language.enable_input_require_grads()  # or nothing before the first trained input would learn
+        language.enable_input_require_grads()  # else no gradient flows through reentrant checkpoints
     else:
         vlm.tower.set_grad_checkpointing()

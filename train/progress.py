@@ -1,4 +1,4 @@
-"""Progress of a Trainer run: one bar with rate and remaining time, and a line for every evaluation; plain lines where no terminal is."""
+"""Progress of a Trainer run: a bar in a terminal, else a line every half minute; and a line for every evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressLine(TrainerCallback):
-    """Replaces the Trainer's own bar and its printed dictionaries. Where no terminal is, the first loss and the last have a line, too.
+    """Replaces the Trainer's bar and printed dictionaries. Without a terminal, the first and the last loss have a line, too.
 
     Args:
         unit: what is counted.
@@ -25,7 +25,7 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, unit: str, per_step: int) -> None:
         self.unit, self.per_step = unit, per_step
-        # one of several processes speaks for all
+        # the first process prints
         self.console = Console(file=sys.stderr, quiet=rank() > 0, markup=False)
         self.bar = Progress(
             TextColumn("{task.fields[loss]}"),
@@ -40,7 +40,7 @@ class ProgressLine(TrainerCallback):
         """Start where the run starts, which is not 0 when it was resumed."""
         total, done = state.max_steps * self.per_step, state.global_step * self.per_step
         self.task = self.bar.add_task("", total=total, completed=done, loss="", rate="")
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self.first, self.loss = done, ""
         if self.console.is_terminal:
             self.bar.start()
@@ -50,8 +50,8 @@ class ProgressLine(TrainerCallback):
         now, done, total = time.monotonic(), state.global_step * self.per_step, state.max_steps * self.per_step
         speed = (done - self.first) / max(now - self.began, 1e-9)
         self.bar.update(self.task, completed=done, rate=f"{speed:.1f} {self.unit}/s")
-        if not self.console.is_terminal and now - self.said > SECONDS_BETWEEN_LINES:
-            self.said = now
+        if not self.console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now
             self._line(done, total, f"{speed:.1f} {self.unit}/s", f"{(total - done) / speed / 60:.0f} min left", self.loss)
 
     def _line(self, done: int, total: int, *parts: str) -> None:
@@ -61,9 +61,9 @@ class ProgressLine(TrainerCallback):
         """The loss stands beside the bar; an evaluation gets a line that stays."""
         logs = logs or {}
         if "loss" in logs and self.bar.tasks:
-            known, self.loss = self.loss, f"loss {float(logs['loss']):.3f}"
+            previous, self.loss = self.loss, f"loss {float(logs['loss']):.3f}"
             self.bar.update(self.task, loss=self.loss)
-            if not known and not self.console.is_terminal:  # a short run has ended before a line is due
+            if not previous and not self.console.is_terminal:  # a short run has ended before a line is due
                 self._line(state.global_step * self.per_step, state.max_steps * self.per_step, self.loss)
         measured = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         if measured:

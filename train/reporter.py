@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+LARGE_MIB = 50  # files of fewer are read without a progress bar
 
 
 class Reporter:
@@ -22,3 +25,21 @@ class Reporter:
     def fetching(self) -> AbstractContextManager[Callable[[str, int, int], None]]:
         """Progress of downloads: the `with` block calls what it is given with (name, bytes or rows done, total or 0)."""
         return nullcontext(lambda what, done, total: None)
+
+    @contextmanager
+    def reading(self, files: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+        """Progress of reading files, if they are large: the `with` block calls what it is given with the number of bytes just read."""
+        total = sum(file.stat().st_size for file in files if file.is_file()) >> 20
+        if total < LARGE_MIB:
+            yield lambda size: None
+            return
+        with self.counting("reading", "MiB", total) as advance:
+            read = 0
+
+            def on_bytes(size: int) -> None:
+                nonlocal read
+                before, read = read >> 20, read + size
+                if read >> 20 > before:
+                    advance((read >> 20) - before)
+
+            yield on_bytes

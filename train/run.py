@@ -1,4 +1,4 @@
-"""What every training run needs: a folder tied to its settings, an orderly stop, and whole checkpoints."""
+"""What all training runs share: locked run settings, a clean stop, verified checkpoints."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def arguments(
     at_once: int | None = None,
     **more: Any,
 ) -> TrainingArguments:
-    """What our runs share of the Trainer's settings.
+    """The Trainer's arguments, as all runs share them.
 
     Args:
         out: the run's folder.
         device: `cpu` or `cuda`.
         batch_size: of all processes together.
         save_steps: steps between two checkpoints; the last two are kept.
-        at_once: of a process's share of the batch, how much it computes at a time; all of it unless given.
-        deepspeed: DeepSpeed's configuration, where it is the engine.
+        at_once: micro batch size of a process; its whole share of the batch by default.
+        deepspeed: DeepSpeed's configuration, if it is used.
         more: a run's own settings.
 
     Raises:
@@ -61,11 +61,11 @@ def arguments(
     if share % at_once:
         raise UserError(f"{share} of a batch in each process cannot be computed {at_once} at once; take a number that divides {share}")
     if deepspeed is not None:
-        more |= {"deepspeed": deepspeed, "bf16": False}  # its own configuration says what it multiplies in
+        more |= {"deepspeed": deepspeed, "bf16": False}  # its own configuration chooses the dtype
     elif device == "cpu":
         more |= {"use_cpu": True, "ddp_backend": "gloo" if world_size() > 1 else None}
     more |= {"ddp_find_unused_parameters": False} if world_size() > 1 else {}  # there are none
-    # what DeepSpeed says of a configuration are errors of values
+    # DeepSpeed raises these for a wrong configuration
     named = about("--deepspeed", ValueError, TypeError, KeyError) if deepspeed is not None else contextlib.nullcontext()
     with processes_without_gpu() if deepspeed is not None else contextlib.nullcontext(), named:
         return TrainingArguments(
@@ -102,7 +102,7 @@ def _wandb(out: Path) -> TrainerCallback:
     return WandbCallback()
 
 
-# who else is told of a run's curve, and the package it needs
+# name -> package it needs, and its callback
 REPORTERS: dict[str, tuple[str, Callable[[Path], TrainerCallback]]] = {
     "tensorboard": ("tensorboard", _tensorboard),
     "wandb": ("wandb", _wandb),
@@ -110,7 +110,7 @@ REPORTERS: dict[str, tuple[str, Callable[[Path], TrainerCallback]]] = {
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Make sure that all who are to be told of a run are there.
+    """Make sure that reporters are known and installed.
 
     Raises:
         UserError: an unknown one, or one whose package is not installed.
@@ -123,12 +123,12 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 def reporters(names: Sequence[str], out: Path) -> list[TrainerCallback]:
-    """Callbacks that tell others of a run's curve; the first of several processes does."""
+    """Callbacks that log the run; none but in the first process."""
     return [REPORTERS[name][1](out) for name in names] if rank() == 0 else []
 
 
 def of_all_processes(own: T) -> list[T]:
-    """What each process holds, in the order of their ranks; where there is one process, its own alone. All of them have to ask."""
+    """The objects of all processes by rank; every process must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
     each = [own] * dist.get_world_size()
@@ -137,9 +137,9 @@ def of_all_processes(own: T) -> list[T]:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once. To be entered around the training.
+    """Ctrl-C ends the current step, saves a checkpoint and stops; a second one stops at once. Enter it around the training.
 
-    Where there are several processes they stop after the same step, whichever of them was told.
+    Several processes stop after the same step, whichever of them got the signal.
     """
 
     def __init__(self) -> None:
@@ -162,19 +162,19 @@ class StopOnSignal(TrainerCallback):
         """Ask the trainer to save and stop."""
         stopped = self.stopped
         if dist.is_available() and dist.is_initialized():
-            told = torch.tensor(int(stopped), device=args.device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            stopped = bool(told)
+            any_stopped = torch.tensor(int(stopped), device=args.device)
+            dist.all_reduce(any_stopped, dist.ReduceOp.MAX)
+            stopped = bool(any_stopped)
         if stopped:
             control.should_save = control.should_training_stop = True
 
 
 class _Complete(Exception):
-    """A run that goes on from a checkpoint has no step left."""
+    """A resumed run has no step left."""
 
 
-class EndsInTime(TrainerCallback):
-    """Ends a run that goes on from its last step before the Trainer takes one more: it counts only after a step."""
+class StopWhenComplete(TrainerCallback):
+    """Ends a run that resumes at its last step: the Trainer would take one more, as it counts after a step."""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Everything that the checkpoint holds has been loaded by now."""
@@ -182,25 +182,25 @@ class EndsInTime(TrainerCallback):
             raise _Complete
 
 
-def carry_out(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the end of the run, from a checkpoint where there is one; `EndsInTime` must be the first of the trainer's callbacks."""
+def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the end of the run, from a checkpoint if there is one; `StopWhenComplete` must be the trainer's first callback."""
     with contextlib.suppress(_Complete):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-class GiveBackMemory(TrainerCallback):
-    """Lets go of kept memory after a step where the machine runs short of it, as of two runs at a time."""
+class TrimMemory(TrainerCallback):
+    """Returns cached memory to the system after a step if the machine is short of it, as with two runs at a time."""
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look after each step."""
+        """After each step."""
         trim_memory_if_scarce()
 
 
-class MarkWhole(TrainerCallback):
-    """Writes a marker into a checkpoint when everything else is in it and on disk: the size and checksum of each file."""
+class MarkComplete(TrainerCallback):
+    """Writes size and checksum of each file into a checkpoint, once all of them are on disk."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole, once every process has written its part."""
+        """Wait until every process has written its part."""
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         if not state.is_world_process_zero:
@@ -223,7 +223,7 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint that was whole once; empty where nothing is."""
+    """What is wrong with a checkpoint that was complete; empty if nothing is."""
     try:
         for name, fingerprint in json.loads((checkpoint / "complete").read_text()).items():
             if not (checkpoint / name).is_file():
@@ -236,12 +236,12 @@ def _damage(checkpoint: Path) -> str:
 
 
 def marked_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were whole once, the newest first."""
+    """Checkpoints that were completed, the newest first."""
     return sorted((path for path in _checkpoints(folder) if (path / "complete").exists()), key=_step, reverse=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Whatever is named as a checkpoint is; a stray `checkpoint-old` is none."""
+    """Folders named `checkpoint-STEP`, complete or not."""
     return sorted(path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name))
 
 
@@ -250,10 +250,10 @@ def _step(checkpoint: Path) -> int:
 
 
 def latest_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
-    """The newest checkpoint that is as it was written, or None where there never was one; damaged ones are passed over with a message.
+    """The newest undamaged checkpoint, or None if there never was one; a message names damaged ones.
 
     Args:
-        steps: of the whole run; where given, a line says at which of them it goes on.
+        steps: of the whole run, for a line that says where it resumes.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -282,10 +282,9 @@ def latest_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
 
 @contextlib.contextmanager
 def locked_run(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Have a folder for oneself and tie it to a run's settings, so that a resumed run is the same run. To be entered around the run; of
-    several processes the first claims it.
+    """Lock a folder and its run settings, so that a resumed run is the same run. Enter it around the run; the first process locks.
 
-    A start that fails before its first checkpoint leaves no settings, and a checkpoint that could not be written to its end is removed.
+    A run that fails before its first checkpoint leaves no settings; an incomplete checkpoint is removed.
 
     Raises:
         UserError: another run has the folder; it holds a run of other settings, or checkpoints of an unknown one; or what the system says
@@ -310,7 +309,7 @@ def locked_run(out: Path, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _take_back(out: Path) -> None:
-    """Remove what a start has made."""
+    """Remove the files of a run that failed before its first checkpoint."""
     for name in (SETTINGS, DECISIONS):
         (out / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or it holds something
@@ -318,7 +317,7 @@ def _take_back(out: Path) -> None:
 
 
 def lock_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Tie a folder to a run's settings.
+    """Write a run's settings into its folder, or compare them with those that are there.
 
     Raises:
         UserError: the folder holds a run of other settings, or checkpoints of an unknown one.
@@ -337,13 +336,13 @@ def lock_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether a folder holds a run of these settings that is complete, with all that it made as it was written; a line says so."""
+    """Whether a folder holds a complete, undamaged run of these settings; if so a line is printed."""
     try:
         document = _read_object(out / HISTORY)
     except UserError:
         return False
     wanted = json.loads(json.dumps(settings))
-    if _without_retired(document.get("settings")) != wanted or not document.get("files") or document["files"] != made(out):
+    if _without_retired(document.get("settings")) != wanted or not document.get("files") or document["files"] != written_files(out):
         return False
     if rank() == 0:
         print(printable(f"{out}: this run is complete, and nothing is left to be done"), file=sys.stderr)
@@ -351,12 +350,12 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
 
 
 def curve_of(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the Trainer has logged of a run, without its last word, which is of the process that ended it and not of the run."""
+    """The Trainer's log without its final entry, which describes the last process and not the run."""
     return [entry for entry in history if "train_runtime" not in entry]
 
 
-def made(out: Path) -> dict[str, list[int]]:
-    """What a run has made in its folder, for `training.json`: size and checksum of each file that a model is loaded from."""
+def written_files(out: Path) -> dict[str, list[int]]:
+    """Size and checksum of each model file of a run, for `training.json`."""
     folders = (out, *(path for path in out.iterdir() if path.is_dir() and path.name not in ("checkpoints", "tensorboard")))
     files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.is_file())
     return {path.relative_to(out).as_posix(): _fingerprint(path) for path in files if path.name not in (SETTINGS, HISTORY, DECISIONS)}
@@ -370,7 +369,7 @@ def _without_retired(settings: Any) -> Any:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """What a run wrote as a JSON object.
+    """Read a JSON object of a run.
 
     Raises:
         UserError: it is none, or cannot be read.

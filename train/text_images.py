@@ -1,10 +1,10 @@
-"""Reading before seeing: images of words, from which the LLM learns to answer about what stands in an image's place.
+"""Text-as-image pretraining: the LLM learns to answer from words in the place of an image.
 
 Shape legend: N tokens an image, D width of the LLM.
-An LLM of 135 M parameters cannot use even plain words: told all that is in a photo, it tells the things that are there from those that are
-not no better than by chance, yet it learns to within a few hundred photos. Before a projector's first tokens it had not learnt it in four
-times as many steps (lab/notebook.md), because both sides are noise to each other. So the LLM learns to read first, from embeddings of words
-in the place of a photo's tokens. Neither tower nor projector takes part.
+An LLM of 135 M parameters cannot answer even from plain words: given a list of all that is in a photo, it is at chance on whether a thing
+is there, but learns it within a few hundred photos. With a new projector it had not learnt it in four times as many steps
+(lab/notebook.md), as both start from noise. So the LLM is trained first, on embeddings of words in the place of image tokens, without tower
+and projector.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from sparse_vlm.vlm import VLM
 
 
 class WordImages:
-    """For each photo N embeddings of words that are said about it, all of them where they fit, in random order: (N, D).
+    """For each photo N embeddings of words that are said about it, (N, D): all words if they fit, in random order.
 
     Args:
-        examples: each with a word about its photos.
+        examples: at least one word is said about each photo.
         seed: of the order.
     """
 
     def __init__(self, vlm: VLM, examples: ConversationDataset, seed: int = 0) -> None:
-        # in the processor's memory: what loads samples on a GPU's behalf are other processes, which must not touch it
+        # on the CPU: data loader workers must not use the GPU
         self._embeddings = vlm.model.get_input_embeddings().weight.detach().cpu()
         self._tokens, self._seed = vlm.tokens_per_image, seed
         said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(examples).items()}
-        # a word of several tokens is known by its first
+        # the first token stands for a word of several
         first = {word: vlm.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for words in said.values() for word in words}
         self._ids = {photo: sorted({first[word] for word in words}) for photo, words in said.items()}
 

@@ -1,56 +1,55 @@
-"""Teaching an LLM to read a tower's tokens, in LLaVA's two stages and one before them.
+"""Training a VLM: LLaVA's two stages, and text-as-image pretraining of the LLM before them.
 
     sparse-vlm train --stage read --tower tiny --data 'photos/*.tar' --out build/read
     sparse-vlm train --stage align --init build/read --data 'photos/*.tar' --out build/align
     sparse-vlm train --stage instruct --init build/align --data 'photos/*.tar' --out build/chat
 
-`read` teaches a small LLM to answer from words that stand in an image's place (`train.text_images`); larger ones do without. `align` trains
-the projector alone, on captions and names, after it has learnt words without the LLM (`train.vocabulary`); `instruct` trains projector, LLM
-(LoRA on every linear layer, or all of it). The tower is frozen unless it is asked to learn, itself or through adapters (`train.parts`).
+`read` trains a small LLM to answer from words in the place of an image (`train.text_images`); larger LLMs do not need it. `align` trains
+the projector alone, on captions and labels, after vocabulary pretraining without the LLM (`train.vocabulary`); `instruct` trains the
+projector and the LLM (LoRA on every linear layer, or all weights). The tower is frozen unless it or its adapters are trained
+(`train.parts`).
 
-Notable: runs on transformers' Trainer, also in several processes (`torchrun --nproc-per-node N --no-python sparse-vlm train ...`), which
-share each batch, and with `--deepspeed` also optimizer, gradients and weights. A photo is one sample: everything that is said about it is a
-tree of tokens that shares the photo's (`sparse_vlm.vlm.tree`), and a frozen tower's tokens come from a cache on disk, so a step costs the
-LLM and nothing else. What is frozen stays as it was loaded and out of checkpoints; what is trained is float32. A run that is interrupted
-(Ctrl-C saves first) goes on from its last checkpoint when the same command is given again.
+Notable: this is transformers' Trainer, also under `torchrun --nproc-per-node N --no-python sparse-vlm train ...`, where processes share
+each batch and, with `--deepspeed`, also optimizer states, gradients and weights. All conversations about an image are one sample: a token
+tree in which they share the image's tokens (`sparse_vlm.vlm.tree`). Features of a frozen tower come from a cache on disk, so a step costs
+the LLM alone. Frozen weights keep their dtype and are in no checkpoint; trained weights are float32.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from sparse_vlm.data.samples import FeatureCache, Sample
+from sparse_vlm.data.samples import TokenizedDataset
 from sparse_vlm.errors import UserError
+from sparse_vlm.tower.visualize import save_figure
 from sparse_vlm.train.finite import FiniteSteps
-from sparse_vlm.train.loss_module import Collator, LiveImages, LossModule, Samples, VLMTrainer
+from sparse_vlm.train.loss_module import Collator, LossModule, VLMTrainer
 from sparse_vlm.train.parts import Group, Rates, choose_attention, computes_in_bfloat16, prepare, save_memory
 from sparse_vlm.train.progress import ProgressLine
 from sparse_vlm.train.run import (
     HISTORY,
-    EndsInTime,
-    GiveBackMemory,
-    MarkWhole,
+    MarkComplete,
     StopOnSignal,
+    StopWhenComplete,
+    TrimMemory,
     arguments,
-    carry_out,
     curve_of,
     finished,
     latest_checkpoint,
     locked_run,
-    made,
     reporters,
+    run_trainer,
+    written_files,
 )
-from sparse_vlm.train.text_images import WordImages
-from sparse_vlm.train.zero import gathered, register_external_parameters, shares_weights, with_sizes
+from sparse_vlm.train.zero import gather_state_dict, register_external_parameters, shares_weights, with_sizes
 from sparse_vlm.utils.devices import rank, training_attention, world_size
-from sparse_vlm.utils.files import atomic_path, write_text
+from sparse_vlm.utils.files import write_text
 from sparse_vlm.vlm import VLM
 
 __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "prepare", "train", "write_history"]
@@ -58,23 +57,23 @@ __all__ = ["ENGINE", "STAGES", "Engine", "Group", "Stage", "choose_attention", "
 
 @dataclass(frozen=True)
 class Stage(Rates):
-    """One stage of training: its rates, and what else is its own.
+    """One stage of training.
 
     Attributes:
         batch_size: photos a step.
-        pictures_of_words: whether words stand in an image's place (`train.text_images`).
-        word_epochs: how often a new projector goes over the photos to learn words (`train.vocabulary`) before the stage begins.
+        text_as_images: whether words take the place of images (`train.text_images`).
+        word_epochs: epochs of vocabulary pretraining of a new projector (`train.vocabulary`) before the stage.
     """
 
     batch_size: int = 16
-    pictures_of_words: bool = False
+    text_as_images: bool = False
     word_epochs: int = 0
     weight_decay: float = 0.0
     warmup: float = 0.05  # of the steps
 
 
 STAGES: dict[str, Stage] = {
-    "read": Stage(lr_projector=None, lr_lora=4e-4, lr_full=5e-5, batch_size=2, pictures_of_words=True),
+    "read": Stage(lr_projector=None, lr_lora=4e-4, lr_full=5e-5, batch_size=2, text_as_images=True),
     "align": Stage(lr_projector=1e-3, lr_lora=None, lr_full=None, lr_tower_lora=2e-4, lr_tower_full=2e-5, word_epochs=5),
     "instruct": Stage(lr_projector=5e-4, lr_lora=4e-4, lr_full=5e-5, lr_tower_lora=2e-4, lr_tower_full=2e-5),
 }
@@ -85,15 +84,15 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run is carried out; what it learns is the same, up to rounding.
+    """How a run is computed; the results are equal up to rounding.
 
     Attributes:
         deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism without.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: recompute activations in the backward pass.
         report_to: names in `run.REPORTERS`.
-        max_bad_steps: so many steps in a row that are not finite end the run.
-        at_once: photos that a process computes at a time, of its share of a batch; unless given, all on a GPU and `AT_ONCE` at most on a
-            CPU, which needs a third of the memory for it.
+        max_bad_steps: end the run after so many non-finite steps in a row.
+        at_once: samples that a process computes at a time (micro batch); by default all on a GPU and at most `AT_ONCE` on a CPU, which
+            takes a third of the memory.
     """
 
     deepspeed: dict[str, Any] | None = None
@@ -104,11 +103,11 @@ class Engine:
 
     @property
     def shares_weights(self) -> bool:
-        """Whether each process holds a part of the weights alone (ZeRO-3)."""
+        """Whether weights are partitioned over processes (ZeRO-3)."""
         return shares_weights(self.deepspeed)
 
     def part(self, batch_size: int, device: str) -> int | None:
-        """Photos that a process computes at a time, of a batch of so many in all processes; None for its whole share."""
+        """Micro batch size, given the batch size of all processes; None for a process's whole share."""
         if self.at_once is not None or device != "cpu" or self.deepspeed is not None:
             return self.at_once
         share = batch_size // world_size()
@@ -118,13 +117,13 @@ class Engine:
 ENGINE = Engine()
 
 
-class TrainedAlone(TrainerCallback):
-    """DeepSpeed's checkpoints without what is frozen."""
+class TrainableCheckpoints(TrainerCallback):
+    """Keeps frozen parameters out of DeepSpeed's checkpoints."""
 
     trainer: VLMTrainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The engine exists by now."""
+        """Wrap the engine's `save_checkpoint`; the engine exists by now."""
         engine = self.trainer.model_wrapped
         engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
 
@@ -133,24 +132,22 @@ def train(
     vlm: VLM,
     groups: list[Group],
     stage: Stage,
-    samples: Sequence[Sample],
-    features_cache: FeatureCache | LiveImages | WordImages,
+    samples: TokenizedDataset,
     out: Path,
     settings: dict[str, Any],
     max_steps: int | None = None,
     seed: int = 0,
     engine: Engine = ENGINE,
-) -> bool:
+) -> list[dict[str, Any]] | None:
     """Train and write the VLM to `out`.
 
     Args:
         vlm: from `prepare`, which also made `groups`.
-        samples: arranged; learnt from once, in this order.
-        features_cache: holds what the learner is shown of all their photos: pixels where the tower learns.
-        settings: what makes this run this run; `out` is tied to it.
+        samples: arranged and with images (`TokenizedDataset.with_images`); trained on once, in this order.
+        settings: what identifies the run; `out` is locked to them.
 
     Returns:
-        True when the run is complete; False when it was interrupted and saved.
+        What was logged, when the run is complete; None when it was interrupted and saved.
 
     Raises:
         UserError: `out` holds a run of other settings, or too many steps in a row were not finite.
@@ -158,31 +155,42 @@ def train(
     if engine.shares_weights and vlm.quantized is not None:
         raise UserError(f"--deepspeed: ZeRO-3 cannot share weights in {vlm.quantized}; take zero1 or zero2, or leave --quantize out")
     if finished(out, settings):
-        return True
+        return json.loads((out / HISTORY).read_text())["history"]
+    batch = min(stage.batch_size, len(samples))
+    steps = len(samples) // batch if max_steps is None else min(max_steps, len(samples) // batch)
     with locked_run(out, settings):
-        return _train(vlm, groups, stage, samples, features_cache, out, settings, max_steps, seed, engine)
+        if engine.gradient_checkpointing:
+            save_memory(vlm, engine.shares_weights)
+        if engine.deepspeed is not None:
+            register_external_parameters(vlm.tower)
+        with StopOnSignal() as stop:
+            trainer = _trainer(vlm, groups, stage, samples, out, batch, steps, seed, engine, stop)
+            checkpoint = latest_checkpoint(out / "checkpoints", steps)
+            with training_attention(vlm.model.device):
+                run_trainer(trainer, checkpoint)
+        if trainer.state.global_step < steps:
+            return None
+        tensors = gather_state_dict(vlm.own_tensors())
+        if rank() == 0:
+            vlm.new_projector = vlm.new_projector and stage.lr_projector is None
+            vlm.save_pretrained(out, tensors=tensors)
+            write_history(out, settings, trainer.state.log_history, batch)
+    return curve_of(trainer.state.log_history)
 
 
-def _train(
+def _trainer(
     vlm: VLM,
     groups: list[Group],
     stage: Stage,
-    samples: Sequence[Sample],
-    features_cache: FeatureCache | LiveImages | WordImages,
+    samples: TokenizedDataset,
     out: Path,
-    settings: dict[str, Any],
-    max_steps: int | None,
+    batch: int,
+    steps: int,
     seed: int,
     engine: Engine,
-) -> bool:
-    """`train` in a folder that is locked for these settings."""
-    batch = min(stage.batch_size, len(samples))
-    steps = len(samples) // batch if max_steps is None else min(max_steps, len(samples) // batch)
+    stop: StopOnSignal,
+) -> VLMTrainer:
     device = vlm.model.device.type
-    if engine.gradient_checkpointing:
-        save_memory(vlm, engine.shares_weights)
-    if engine.deepspeed is not None:
-        register_external_parameters(vlm.tower)
     args = arguments(
         out,
         device,
@@ -196,56 +204,35 @@ def _train(
         bf16=computes_in_bfloat16(vlm),
         seed=seed,
     )
-    with StopOnSignal() as stop:
-        finite = FiniteSteps(engine.max_bad_steps, engine.deepspeed is not None, args.gradient_accumulation_steps > 1)
-        trainer = VLMTrainer(
-            model=LossModule(vlm, project=not stage.pictures_of_words),
-            args=args,
-            train_dataset=Samples(samples, features_cache),
-            data_collator=Collator(vlm),
-            callbacks=[
-                EndsInTime(),
-                finite,
-                stop,
-                MarkWhole(),
-                GiveBackMemory(),
-                ProgressLine("photos", batch),
-                *reporters(engine.report_to, out),
-            ],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.groups, trainer.finite = groups, finite
-        if engine.deepspeed is not None:
-            alone = TrainedAlone()
-            alone.trainer = trainer
-            trainer.add_callback(alone)
-        checkpoint = latest_checkpoint(out / "checkpoints", steps)
-        with training_attention(vlm.model.device):
-            carry_out(trainer, checkpoint)
-        complete = trainer.state.global_step >= steps
-    if complete:
-        tensors = gathered(vlm.own_tensors())
-        if rank() == 0:
-            vlm.new_projector = vlm.new_projector and stage.lr_projector is None
-            vlm.save_pretrained(out, tensors=tensors)
-            write_history(out, settings, trainer.state.log_history, batch)
-    return complete
+    finite = FiniteSteps(engine.max_bad_steps, engine.deepspeed is not None, args.gradient_accumulation_steps > 1)
+    callbacks = [StopWhenComplete(), finite, stop, MarkComplete(), TrimMemory(), ProgressLine("photos", batch)]
+    trainer = VLMTrainer(
+        model=LossModule(vlm, project=not stage.text_as_images),
+        args=args,
+        train_dataset=samples,
+        data_collator=Collator(vlm),
+        callbacks=[*callbacks, *reporters(engine.report_to, out)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.groups, trainer.finite = groups, finite
+    if engine.deepspeed is not None:
+        alone = TrainableCheckpoints()
+        alone.trainer = trainer
+        trainer.add_callback(alone)
+    return trainer
 
 
 def write_history(out: Path, settings: dict[str, Any], history: list[dict[str, Any]], batch_size: int) -> None:
     """`loss.png` and `training.json` (settings and curve)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     points = [(entry["step"] * batch_size, float(entry["loss"])) for entry in history if "loss" in entry]
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
     axis.plot(*zip(*points, strict=True), linewidth=1)
     axis.set(title=f"stage {settings['stage']}", xlabel="photos", ylabel="negative log-likelihood a token")
     axis.grid(alpha=0.3)
-    with atomic_path(out / "loss.png") as part:
-        figure.savefig(part, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, out / "loss.png", dpi=130)
     # last: it says that the run is complete
-    write_text(out / HISTORY, json.dumps({"settings": settings, "files": made(out), "history": curve_of(history)}, indent=1) + "\n")
+    document = {"settings": settings, "files": written_files(out), "history": curve_of(history)}
+    write_text(out / HISTORY, json.dumps(document, indent=1) + "\n")

@@ -1,14 +1,12 @@
-"""The projector's beginning: an image's tokens say words before the LLM hears them.
+"""Vocabulary pretraining: a new projector learns to map image tokens to word embeddings, without running the LLM.
 
 Shape legend: B photos, N tokens an image, d width of the tower, D width of the LLM, V words.
-A projector that begins at random hands the LLM noise, and running the LLM to tell it so costs far more than the projector itself. But
-what a good projector says is half known: an LLM reads embeddings of words. So the projector first learns, without the LLM, to hand on
-embeddings of the words that are said about the photo: each token chooses among all words, and each word that is said of the photo must be
-chosen by some token (multiple instance learning, as in Fang et al., From Captions to Visual Concepts and Back, arXiv 1411.4952, section 3).
-LLaVA's two stages follow.
+A random projector gives the LLM noise, and training it through the LLM costs far more than the projector itself. But the targets are half
+known: an LLM reads embeddings of words. So each projected token predicts a distribution over words, and each word that is said about the
+photo must be predicted by some token (multiple instance learning, as in Fang et al., From Captions to Visual Concepts and Back, arXiv
+1411.4952, section 3). LLaVA's two stages follow.
 
-Notable: the words compete in a softmax. Where each word is decided by itself, all tokens may share a large part that says nothing of the
-photo and drowns, for the LLM, what does.
+Notable: words compete in a softmax. With a sigmoid for each word, all tokens may share a large component that is independent of the photo.
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ from sparse_vlm.data.samples import FeatureCache
 from sparse_vlm.data.words import words_by_photo
 from sparse_vlm.vlm import VLM
 
-MAX_TALKS = 50_000  # that words are taken from
-MIN_PHOTOS = 12  # that a word must be said of
-MAX_SHARE = 0.5  # of all photos; a word that is said of more says little of any
+MAX_EXAMPLES = 50_000  # whose words are used
+MIN_PHOTOS = 12  # that a word must occur in
+MAX_SHARE = 0.5  # of all photos; more frequent words do not distinguish photos
 HELD_OUT_ONE_IN = 20
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -38,24 +36,24 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Words:
-    """What is said about photos, as single tokens of the LLM.
+    """Words about photos that are single tokens of the LLM.
 
     Attributes:
         names: V words.
-        ids: (V,) their tokens, as they stand after a space.
-        photos: indices of the photos of which one of the words is said.
-        said: (len(photos), V) how often the word is said of the photo, as a share of all the words that are.
+        ids: (V,) their tokens after a space.
+        photos: indices of the photos with at least one of the words.
+        frequencies: (len(photos), V) how often the word is said about the photo; each row sums to 1.
     """
 
     names: tuple[str, ...]
     ids: Tensor
     photos: tuple[int, ...]
-    said: Tensor
+    frequencies: Tensor
 
 
 def words_of(examples: ConversationDataset, tokenizer: object) -> Words:
-    """Words that are said about photos, where the LLM knows them as one token; of many examples, some evenly from all say enough."""
-    sentences = words_by_photo(examples.select(range(0, len(examples), -(-len(examples) // MAX_TALKS))))
+    """The words of a dataset; of a large one, from examples spread evenly over it."""
+    sentences = words_by_photo(examples.select(range(0, len(examples), -(-len(examples) // MAX_EXAMPLES))))
     spread = Counter(word for said in sentences.values() for word in set().union(*said))
     names, ids = [], []
     for word in sorted(word for word, count in spread.items() if MIN_PHOTOS <= count <= MAX_SHARE * len(sentences)):
@@ -74,8 +72,8 @@ def words_of(examples: ConversationDataset, tokenizer: object) -> Words:
     return Words(tuple(names), torch.tensor(ids), photos, counts[some] / counts[some].sum(1, keepdim=True))
 
 
-class Chosen(nn.Module):
-    """Which words a photo's tokens choose: (B, N, d) to log-probabilities (B, V), the mean choice of its tokens."""
+class WordChoice(nn.Module):
+    """Image tokens (B, N, d) to log-probabilities of words (B, V), averaged over the tokens."""
 
     def __init__(self, projector: nn.Module, embeddings: Tensor) -> None:
         super().__init__()
@@ -86,19 +84,19 @@ class Chosen(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The word whose direction from the words' centre is nearest is the likeliest."""
+        """By cosine between a projected token and a word's embedding, both centred."""
         pointed = F.normalize(self.projector(tokens) - self.centre, dim=-1) @ self.directions.T
         return F.log_softmax(self.log_scale.exp() * pointed, dim=-1).logsumexp(1) - math.log(tokens.shape[1])
 
 
 def pretrain_projector(
-    vlm: VLM, words: Words, features_cache: FeatureCache, epochs: int, seed: int = 0, on_photos: Callable[[int], None] = lambda photos: None
+    vlm: VLM, words: Words, features: FeatureCache, epochs: int, seed: int = 0, on_photos: Callable[[int], None] = lambda photos: None
 ) -> dict[str, float]:
-    """Train the projector to say words, and give what it says the length of a word's embedding.
+    """Train the projector on words, then scale its output to the mean norm of word embeddings.
 
     Args:
         vlm: its projector is float32; nothing else of it changes.
-        features_cache: holds the tokens of the photos.
+        features: holds the tokens of the photos.
         on_photos: called with the number of photos just learnt from.
 
     Returns:
@@ -110,12 +108,12 @@ def pretrain_projector(
     embeddings = vlm.model.get_input_embeddings().weight[words.ids.to(device)].detach().float()
     held_out = [row for row, photo in enumerate(words.photos) if zlib.crc32(f"{photo}".encode()) % HELD_OUT_ONE_IN == 0]
     learnt = sorted(set(range(len(words.photos))) - set(held_out))
-    chosen = Chosen(projector, embeddings).to(device)
+    chosen = WordChoice(projector, embeddings).to(device)
     with torch.no_grad():
         projector.linear_2.bias.copy_(chosen.centre)
 
     def tokens_of(rows: Sequence[int]) -> Tensor:
-        return torch.stack([features_cache[words.photos[row]] for row in rows]).float().to(device)
+        return torch.stack([features[words.photos[row]] for row in rows]).float().to(device)
 
     trained = [p for p in chosen.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -126,7 +124,7 @@ def pretrain_projector(
     for _ in range(epochs):
         for batch in torch.randperm(len(learnt), generator=generator).split(BATCH):
             rows = [learnt[i] for i in batch.tolist()]
-            loss = -(chosen(tokens_of(rows)) * words.said[rows].to(device)).sum(1).mean()
+            loss = -(chosen(tokens_of(rows)) * words.frequencies[rows].to(device)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -143,6 +141,6 @@ def pretrain_projector(
         if not held_out:
             return {}
         first = chosen(tokens_of(held_out)).argmax(1, keepdim=True).cpu()
-        there = (words.said[held_out] > 0).float()
-        commonest = int((words.said[learnt] > 0).float().mean(0).argmax())
+        there = (words.frequencies[held_out] > 0).float()
+        commonest = int((words.frequencies[learnt] > 0).float().mean(0).argmax())
         return {"first": there.gather(1, first).mean().item(), "commonest": there[:, commonest].mean().item()}

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO: what several processes share of a model, by name. A new configuration is one more entry in `CONFIGS`.
+"""DeepSpeed ZeRO: named configurations (`CONFIGS`), and access to partitioned parameters.
 
     torchrun --nproc-per-node 8 --no-python sparse-vlm bootstrap --deepspeed zero3 --recipe paper-clip-large ...
 
-Notable: weights stay float32 and are multiplied in bfloat16 under DeepSpeed's own autocast, because a coordinate in bfloat16 has a
-resolution of one pixel in 256. Under stage 3 a process holds a part of each tensor; `gathered_parameters` gives whole tensors.
+Notable: weights stay float32 and matrix products are bfloat16 under DeepSpeed's autocast, because a coordinate in bfloat16 has a resolution
+of one pixel in 256. Under stage 3 each process holds a partition of each tensor; `gathered_parameters` gives whole tensors.
 Source: ZeRO (arXiv 1910.02054), ZeRO-Offload (arXiv 2101.06840).
 """
 
@@ -36,7 +36,7 @@ def _config(stage: int, offload: bool = False) -> dict[str, Any]:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "zero_optimization": zero,
-        # AdamW is ours, at many rates
+        # the Trainer's own AdamW, with parameter groups
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": "auto",
@@ -56,16 +56,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def shares_weights(config: Mapping[str, Any] | None) -> bool:
-    """Whether each process holds a part of the weights alone, under a configuration of DeepSpeed's (stage 3); None is no DeepSpeed."""
+    """Whether a configuration partitions weights over processes (stage 3); None is no DeepSpeed."""
     return config is not None and config.get("zero_optimization", {}).get("stage") == 3
 
 
 def find_config(name: str, verb: str = "bootstrap") -> dict[str, Any]:
-    """A configuration by its name in `CONFIGS`, or from a json file of DeepSpeed's format; where it does not say what to multiply in, it is
-    what the machine multiplies in.
+    """A configuration by its name in `CONFIGS`, or from a json file in DeepSpeed's format; `torch_autocast` is added if it is missing.
 
     Args:
-        verb: of ours, that is to be started by torchrun.
+        verb: of the command line, for the message.
 
     Raises:
         UserError: no DeepSpeed, no such configuration, or not started by torchrun.
@@ -92,7 +91,7 @@ def find_config(name: str, verb: str = "bootstrap") -> dict[str, Any]:
     return config
 
 
-# Sizes that DeepSpeed's files may leave to who reads them, by the width of the model, as transformers fills them in.
+# Sizes that a configuration may leave "auto", by the model's width, as transformers sets them.
 _BY_WIDTH = {
     "reduce_bucket_size": lambda width: width * width,
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
@@ -101,7 +100,7 @@ _BY_WIDTH = {
 
 
 def with_sizes(config: Mapping[str, Any] | None, width: int) -> dict[str, Any] | None:
-    """A configuration with the sizes that it leaves open (`"auto"`), for a model of a width; None is no DeepSpeed."""
+    """A configuration with its `"auto"` sizes set for a model of this width; None is no DeepSpeed."""
     if config is None:
         return None
     zero = dict(config.get("zero_optimization", {}))
@@ -110,7 +109,7 @@ def with_sizes(config: Mapping[str, Any] | None, width: int) -> dict[str, Any] |
 
 
 def _check_config(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse what a file asks for that a run of ours would not follow.
+    """Refuse entries that a run would not follow.
 
     Raises:
         UserError: naming the entry.
@@ -121,31 +120,30 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
     for key in ("optimizer", "scheduler"):
         if key in config:
             article = "an" if key[0] == "o" else "a"
-            raise UserError(f"--deepspeed {name}: names {article} {key}, and a run has its own, with a rate a part; remove {key} from it")
+            raise UserError(f"--deepspeed {name}: names {article} {key}, but a run has its own; remove {key} from it")
     for key in ("fp16", "bf16"):
         section = config.get(key, {})
         if not isinstance(section, dict) or section.get("enabled", False) not in ("auto", False):
             raise UserError(
-                f"--deepspeed {name}: {key}.enabled must be auto or false: weights stay float32, and torch_autocast says what they are "
-                "multiplied in"
+                f"--deepspeed {name}: {key}.enabled must be auto or false: weights stay float32; set the dtype of matrix products in "
+                "torch_autocast"
             )
     fillable = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     open_ones = [key for key, value in config.items() if value == "auto" and key not in fillable]
     open_ones += [f"zero_optimization.{key}" for key, value in zero.items() if value == "auto" and key not in _BY_WIDTH]
     if open_ones:
-        raise UserError(f"--deepspeed {name}: {open_ones[0]} is auto, which nobody here fills in; give it a value")
+        raise UserError(f"--deepspeed {name}: {open_ones[0]} is auto, which is not filled in here; give it a value")
 
 
 @contextlib.contextmanager
 def gathered_parameters(tensors: Iterable[Tensor], change: bool = False) -> Any:
-    """Tensors as they are, also where a process holds only its part of each.
+    """Whole tensors inside the `with` block, also if each process holds a partition (ZeRO-3).
 
-    Small tensors, which DeepSpeed keeps whole between two steps, are whole in float32 afterwards, as a step and a checkpoint of its leave
-    them. `GatheredParameters` parts them too, and the next pass would fetch them in what is multiplied in: a step after a checkpoint would
-    then differ from the same step without one.
+    Small tensors, which DeepSpeed keeps whole between steps, are gathered again afterwards in float32. `GatheredParameters` partitions
+    them, and the next pass would gather them in the autocast dtype: a step after a checkpoint would differ from one without.
 
     Args:
-        change: whether they are written to, alike in all processes.
+        change: whether the block writes to them, equally in all processes.
     """
     parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not parts:
@@ -159,8 +157,8 @@ def gathered_parameters(tensors: Iterable[Tensor], change: bool = False) -> Any:
         kept[0].all_gather(kept)
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whole and on the CPU, one after another, in the first process; nothing in the others, which must call it as well."""
+def gather_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU in the first process; empty in the others, which must call it as well."""
     kept = {}
     for name, tensor in tensors.items():
         with gathered_parameters([tensor]):
@@ -170,8 +168,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def register_external_parameters(model: nn.Module) -> None:
-    """Tell DeepSpeed which tensors a module reads of a child without calling it, so that it has them whole by then: tables, and the patch
-    embedding that a cropping glance multiplies with."""
+    """Register parameters that a module reads from a child without calling it, so that DeepSpeed gathers them: embedding tables, and the
+    patch embedding inside `RoIPatchEmbedding`."""
     import deepspeed
 
     for module in model.modules():
@@ -182,7 +180,7 @@ def register_external_parameters(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def processes_without_gpu() -> Any:
-    """Lets accelerate start DeepSpeed on CPUs over gloo, which it does not foresee: for tests of what the processes compute."""
+    """Lets accelerate start DeepSpeed on CPUs over gloo, which it does not support: for tests."""
     if torch.cuda.is_available():
         yield
         return

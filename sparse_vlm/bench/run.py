@@ -1,4 +1,8 @@
-"""A benchmark from its settings to its document: what is measured, in which order, and what is kept when it ends early.
+"""A benchmark from its config to its document: what is measured, in which order, and what is kept when it ends early.
+
+    from sparse_vlm.bench import BenchConfig, measure
+
+    document = measure(BenchConfig(models=["tiny", "clip-l14-336"], llms=["135m"]))
 
 Shape legend: B images or requests, M tokens of a tower, N tokens an image in the LLM, P tokens of text beside it, D width of the LLM.
 
@@ -37,11 +41,11 @@ from sparse_vlm.utils.devices import compiling
 FORMAT = "sparse-vlm/bench/1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEITHER = 1 / 3  # share of both peaks below which neither of them binds
-PICTURE = (640, 480)  # pixels of the image that is made where none is given
+IMAGE_SIZE = (640, 480)  # pixels of the image that is made where none is given
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchConfig:
     """What to measure.
 
     Attributes:
@@ -60,12 +64,12 @@ class Settings:
         answers: lengths of answers in tokens that serving is estimated for.
     """
 
-    models: tuple[str, ...]
-    llms: tuple[str, ...]
-    tokens: tuple[int, ...] = ()
-    images: tuple[str, ...] = ()
-    batches: tuple[int, ...] = (1, 16)
-    dtypes: tuple[str, ...] = ("bfloat16",)
+    models: Sequence[str]
+    llms: Sequence[str]
+    tokens: Sequence[int] = ()
+    images: Sequence[str] = ()
+    batches: Sequence[int] = (1, 16)
+    dtypes: Sequence[str] = ("bfloat16",)
     device: str = "cpu"
     compile: bool = False
     optimized: bool = False
@@ -74,7 +78,7 @@ class Settings:
     limit_s: float = 20.0
     copied_bytes: int = COPIED_BYTES
     memory_bytes: int | None = None
-    answers: tuple[int, ...] = ()
+    answers: Sequence[int] = ()
 
     def check(self) -> None:
         """Refuse numbers that make no sense.
@@ -100,24 +104,32 @@ class Settings:
             raise UserError(f"--device {self.device}: torch sees no GPU here; leave it out for the CPU")
 
 
-class Bench:
-    """A run.
+def measure(
+    config: BenchConfig,
+    on_progress: Callable[[int], None] = lambda thousandths: None,
+    on_document: Callable[[dict[str, Any]], None] = lambda document: None,
+) -> dict[str, Any]:
+    """Measure everything; the document (docs/bench-schema.json).
 
     Args:
-        save: given the document whenever there is more in it.
+        on_progress: called with how many more thousandths of the expected time are done.
+        on_document: called with the document whenever there is more in it, also when the run ends early.
 
     Raises:
-        UserError: an unknown model, an image that cannot be read, or a setting that makes no sense.
+        UserError: an unknown model, an image that cannot be read, a setting that makes no sense, or too little memory.
     """
+    return _Bench(config, on_progress, on_document).run()
 
-    def __init__(self, settings: Settings, save: Callable[[dict[str, Any]], None]) -> None:
-        settings.check()
-        self.settings, self.save = settings, save
-        self.device = torch.device(settings.device)
-        self.pictures = [_read(name) for name in settings.images] or [made_picture()]
-        self.plans = [plan_llm(name) for name in dict.fromkeys(settings.llms)]
-        self.visions = load_visions(list(dict.fromkeys(settings.models)), settings.tokens)
-        if settings.optimized and (pruned := [vision.model for vision in self.visions if vision.prunes]):
+
+class _Bench:
+    def __init__(self, config: BenchConfig, on_progress: Callable[[int], None], on_document: Callable[[dict[str, Any]], None]) -> None:
+        config.check()
+        self.config, self._progress, self._save = config, on_progress, on_document
+        self.device = torch.device(config.device)
+        self.images = [_read(name) for name in config.images] or [made_image()]
+        self.plans = [plan_llm(name) for name in dict.fromkeys(config.llms)]
+        self.visions = load_visions(list(dict.fromkeys(config.models)), config.tokens)
+        if config.optimized and (pruned := [vision.model for vision in self.visions if vision.prunes]):
             raise UserError(f"--optimized: {pruned[0]} makes tokens fewer within its tower, which is measured plain; leave it out")
         self._began = time.monotonic()
         self._expected = self._done = 0.0
@@ -130,8 +142,8 @@ class Bench:
             "seconds": 0.0,
             "machine": describe(self.device),
             "versions": versions(),
-            "settings": asdict(settings) | {"warm_up": WARM_UP},
-            "pictures": [{"name": name, "bytes": len(data), "pixels": list(image.size)} for name, data, image in self.pictures],
+            "settings": asdict(config) | {"warm_up": WARM_UP},
+            "pictures": [{"name": name, "bytes": len(data), "pixels": list(image.size)} for name, data, image in self.images],
             "peaks": [],
             "models": [vision.described() for vision in self.visions],
             "llms": [],
@@ -141,39 +153,30 @@ class Bench:
             "serving": None,
         }
 
-    def run(self, on_progress: Callable[[int], None] = lambda thousandths: None) -> dict[str, Any]:
-        """Measure everything; the document.
-
-        Args:
-            on_progress: told how many more thousandths of the expected time are done.
-
-        Raises:
-            UserError: also where memory does not suffice. What was finished is in the document, whatever is raised.
-        """
-        with self._told_how_it_ended():
-            for name in self.settings.dtypes:
-                self.document["peaks"].append(peaks(DTYPES[name], self.device, self.settings.copied_bytes))
-            self._expected = sum(self._expect(DTYPES[name]) for name in self.settings.dtypes)
-            self._progress = on_progress
-            self._group(list(self._of_pictures()), self.settings.dtypes[0])
-            for name in self.settings.dtypes:
+    def run(self) -> dict[str, Any]:
+        with self._records_how_it_ended():
+            for name in self.config.dtypes:
+                self.document["peaks"].append(peaks(DTYPES[name], self.device, self.config.copied_bytes))
+            self._expected = sum(self._expect(DTYPES[name]) for name in self.config.dtypes)
+            self._group(list(self._of_images()), self.config.dtypes[0])
+            for name in self.config.dtypes:
                 dtype = DTYPES[name]
                 for vision in self.visions:
                     vision.module.to(self.device, dtype)
-                if self.settings.optimized:
+                if self.config.optimized:
                     for vision in self._by_tower():
                         vision.optimize()
-                for batch in self.settings.batches:
+                for batch in self.config.batches:
                     self._group(list(self._of_towers(dtype, batch)), name)
                 for plan in self.plans:
                     self._measure_llm(plan, dtype)
-                self._peak(name).update(higher(self._peak(name), peaks(dtype, self.device, self.settings.copied_bytes)))
+                self._peak(name).update(higher(self._peak(name), peaks(dtype, self.device, self.config.copied_bytes)))
             if (left := 1000 - int(self._done)) > 0:
-                on_progress(left)
+                self._progress(left)
         return self.document
 
     @contextmanager
-    def _told_how_it_ended(self) -> Iterator[None]:
+    def _records_how_it_ended(self) -> Iterator[None]:
         try:
             yield
             self.document["state"] = "finished"
@@ -195,30 +198,30 @@ class Bench:
     def _write(self) -> None:
         self.document["seconds"] = round(time.monotonic() - self._began, 1)
         for row in self.document["measurements"]:
-            self._hold_against_peaks(row)
+            self._compare_with_peaks(row)
         self.document["requests"] = requests(self.document)
         self.document["saturation"] = saturation(self.document["requests"])
-        if self.settings.answers:
+        if self.config.answers:
             self.document["serving"] = serving(self.document)
-        self.save(self.document)
+        self._save(self.document)
 
     # ---- what is measured
 
-    def _of_pictures(self) -> Iterator[TimedCall]:
+    def _of_images(self) -> Iterator[TimedCall]:
         """Decoding, and preprocessing for each size: per image, on the CPU, whatever the device."""
 
         def decode(_: Any) -> None:
-            for name, data, _image in self.pictures:
+            for name, data, _image in self.images:
                 decode_image(data, name)
 
-        yield TimedCall("decode_image", [(decode, 1 / len(self.pictures))])
+        yield TimedCall("decode_image", [(decode, 1 / len(self.images))])
         for prepared, vision in {vision.prepared: vision for vision in self.visions}.items():
 
             def prepare(_: Any, vision: Vision = vision) -> None:
-                for *_ignored, image in self.pictures:
+                for *_ignored, image in self.images:
                     vision.pixels(image)
 
-            yield TimedCall("preprocess", [(prepare, 1 / len(self.pictures))], model=prepared)
+            yield TimedCall("preprocess", [(prepare, 1 / len(self.images))], model=prepared)
 
     def _by_tower(self) -> list[Vision]:
         """One of those that share a tower."""
@@ -226,30 +229,30 @@ class Bench:
 
     def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[TimedCall]:
         for vision in self._by_tower():
-            pixels = vision.pixels([self.pictures[i % len(self.pictures)][2] for i in range(batch)]).to(self.device, dtype)
-            for compiled in (False, True) if self.settings.compile else (False,):
+            pixels = vision.pixels([self.images[i % len(self.images)][2] for i in range(batch)]).to(self.device, dtype)
+            for compiled in (False, True) if self.config.compile else (False,):
 
-                def look(_: Any, vision: Vision = vision, pixels: Inputs = pixels, compiled: bool = compiled) -> torch.Tensor:
+                def encode(_: Any, vision: Vision = vision, pixels: Inputs = pixels, compiled: bool = compiled) -> torch.Tensor:
                     with compiling(vision.name):
-                        return vision.see(pixels, compiled)
+                        return vision.encode(pixels, compiled)
 
                 tokens = vision.tokens if vision.prunes else vision.tokens_in
-                piece = TimedCall("tower", [(look, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
+                piece = TimedCall("tower", [(encode, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
                 piece.expected_s = self._seconds_at_peak(dtype, batch * vision.work.macs)
                 yield piece
 
     def _measure_llm(self, plan: LLMPlan, dtype: torch.dtype) -> None:
         """All that concerns one LLM; it is gone when this returns."""
         name = str(dtype).removeprefix("torch.")
-        language = Language(plan, dtype, self.device, self._taken(dtype), self.settings.memory_bytes)
+        language = Language(plan, dtype, self.device, self._taken(dtype), self.config.memory_bytes)
         self.document["llms"].append(language.described())
         projectors = {vision.name: vision.projector(plan.width).to(self.device, dtype) for vision in self.visions}
         self._projecting = {vision.name: _projecting(vision, projectors[vision.name]) for vision in self.visions}
-        for batch in self.settings.batches:
+        for batch in self.config.batches:
             self._group(list(self._of_projectors(language, projectors, batch)), name)
             self._group(list(self._of_prompts(language, batch)), name)
             self._group(list(self._of_answers(language, batch)), name)
-        self._group(list(self._of_first_tokens(language, projectors, self.settings.batches[0])), name)
+        self._group(list(self._of_first_tokens(language, projectors, self.config.batches[0])), name)
 
     def _of_projectors(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[TimedCall]:
         for vision in self.visions:
@@ -266,7 +269,7 @@ class Bench:
     def _of_prompts(self, language: Language, batch: int) -> Iterator[TimedCall]:
         """Reading an image's tokens and the text beside them, and choosing the first token of the answer."""
         for tokens in self._numbers():
-            length = tokens + self.settings.prompt_tokens
+            length = tokens + self.config.prompt_tokens
             yield TimedCall(
                 "prefill",
                 [(language.decode, language.scale), (language.choose, 1.0)],
@@ -283,7 +286,7 @@ class Bench:
         """One more token of each request's answer, with image and text in the cache."""
         one = language.embeds(batch, 1)
         for tokens in self._numbers():
-            length = tokens + self.settings.prompt_tokens
+            length = tokens + self.config.prompt_tokens
             yield TimedCall(
                 "decode",
                 [(lambda cache: language.decode(one, cache), language.scale), (language.choose, 1.0)],
@@ -297,17 +300,17 @@ class Bench:
 
     def _of_first_tokens(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[TimedCall]:
         """From encoded images to the first token of an answer, in one go."""
-        text = language.embeds(batch, self.settings.prompt_tokens)
+        text = language.embeds(batch, self.config.prompt_tokens)
         for vision in self.visions:
 
             @torch.inference_mode()
             def read(_: Any, vision: Vision = vision, projector: torch.nn.Module = projectors[vision.name]) -> torch.Tensor:
-                encoded = [self.pictures[i % len(self.pictures)] for i in range(batch)]
+                encoded = [self.images[i % len(self.images)] for i in range(batch)]
                 pixels = vision.pixels([decode_image(data, name) for name, data, _image in encoded])
-                seen = projector(vision.see(pixels.to(self.device, language.dtype)))
+                seen = projector(vision.encode(pixels.to(self.device, language.dtype)))
                 return torch.cat([seen, text], dim=1)
 
-            length = vision.tokens + self.settings.prompt_tokens
+            length = vision.tokens + self.config.prompt_tokens
             work = vision.work + self._projecting[vision.name] + language.work(length)
             steps = [(read, 1.0), (language.decode, language.scale), (language.choose, 1.0)]
             piece = TimedCall("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
@@ -323,7 +326,7 @@ class Bench:
     def _group(self, pieces: Sequence[TimedCall], dtype: str) -> None:
         """Time pieces in turn, and write down those that have a median, also when a turn is interrupted."""
         try:
-            take_turns(pieces, self.device, self.settings.rounds, self.settings.limit_s, self._advance)
+            take_turns(pieces, self.device, self.config.rounds, self.config.limit_s, self._advance)
             for piece in pieces:
                 if piece.stage in ("tower", "prefill", "decode") and not piece.compiled:
                     piece.peak_bytes = peak_bytes(piece.once, self.device) + piece.beyond_bytes
@@ -332,7 +335,6 @@ class Bench:
             self._write()
 
     def _measured(self, piece: TimedCall, dtype: str) -> dict[str, Any]:
-        ms = piece.milliseconds()
         return {
             "stage": piece.stage,
             "model": piece.model,
@@ -341,7 +343,7 @@ class Bench:
             "compiled": piece.compiled,
             "batch": piece.batch,
             "tokens": piece.tokens,
-            "ms": {key: value if key == "rounds" else round(value, 4) for key, value in ms.items()},
+            "ms": {key: round(value, 4) for key, value in piece.quartiles().items()} | {"rounds": len(piece.seconds)},
             "macs": None if piece.work is None else piece.work.macs * piece.batch,
             "bytes": None if piece.work is None else piece.work.bytes(piece.batch, DTYPES[dtype].itemsize),
             "of_peak": None,
@@ -349,7 +351,7 @@ class Bench:
             "peak_bytes": piece.peak_bytes,
         }
 
-    def _hold_against_peaks(self, row: dict[str, Any]) -> None:
+    def _compare_with_peaks(self, row: dict[str, Any]) -> None:
         """Say which shares of the peaks a piece reached, and which peak it is bound by."""
         if row["dtype"] is not None:
             peak, seconds = self._peak(row["dtype"]), row["ms"]["median"] / 1000
@@ -367,7 +369,7 @@ class Bench:
 
     def _reading(self, plan: LLMPlan, dtype: torch.dtype, batch: int, length: int) -> float:
         """A guess at a prefill's seconds, of the layers that are run."""
-        layers = layers_that_fit(plan, dtype, self.device, self._taken(dtype), self.settings.memory_bytes)
+        layers = layers_that_fit(plan, dtype, self.device, self._taken(dtype), self.config.memory_bytes)
         weights = plan.parameters * layers // plan.layers
         return self._seconds_at_peak(dtype, weights * batch * length, weights * dtype.itemsize)
 
@@ -377,19 +379,19 @@ class Bench:
 
     def _expect(self, dtype: torch.dtype) -> float:
         """A guess at the seconds of a turn of all that takes long: towers, prefills and first tokens."""
-        first, text = self.settings.batches[0], self.settings.prompt_tokens
+        first, text = self.config.batches[0], self.config.prompt_tokens
         towers = {vision.tower: vision for vision in self.visions}.values()
-        times = 2 if self.settings.compile else 1
-        each = [times * self._seconds_at_peak(dtype, b * vision.work.macs) for vision in towers for b in self.settings.batches]
+        times = 2 if self.config.compile else 1
+        each = [times * self._seconds_at_peak(dtype, b * vision.work.macs) for vision in towers for b in self.config.batches]
         for plan in self.plans:
-            each += [self._reading(plan, dtype, b, n + text) for b in self.settings.batches for n in self._numbers()]
+            each += [self._reading(plan, dtype, b, n + text) for b in self.config.batches for n in self._numbers()]
             each += [self._reading(plan, dtype, first, vision.tokens + text) for vision in self.visions]
         return sum(each)
 
     def _advance(self, piece: TimedCall) -> None:
         """Tell how far it is, in thousandths."""
         before = int(self._done)
-        self._done += 1000 * piece.expected_s / (self._expected * (WARM_UP + self.settings.rounds))
+        self._done += 1000 * piece.expected_s / (self._expected * (WARM_UP + self.config.rounds))
         if int(self._done) > before:
             self._progress(int(self._done) - before)
 
@@ -404,12 +406,12 @@ def _read(name: str) -> tuple[str, bytes, Image.Image]:
     return name, Path(name).read_bytes(), image
 
 
-def made_picture() -> tuple[str, bytes, Image.Image]:
+def made_image() -> tuple[str, bytes, Image.Image]:
     """An image with the detail of a photo: smooth colours and some grain; (what it is, its JPEG, itself)."""
     generator = np.random.default_rng(0)
-    smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(PICTURE, Image.Resampling.BICUBIC)
-    grain = generator.normal(0, 6, (PICTURE[1], PICTURE[0], 3))
+    smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(IMAGE_SIZE, Image.Resampling.BICUBIC)
+    grain = generator.normal(0, 6, (IMAGE_SIZE[1], IMAGE_SIZE[0], 3))
     stream = io.BytesIO()
     Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
-    name = f"made, {PICTURE[0]} x {PICTURE[1]} pixels"
+    name = f"made, {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels"
     return name, stream.getvalue(), decode_image(stream.getvalue(), name)

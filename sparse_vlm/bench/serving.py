@@ -12,6 +12,12 @@ from collections.abc import Callable
 
 from sparse_vlm.bench.summary import Row
 
+TAKES = {
+    "picture": "decoding and resizing the image takes",
+    "tower": "tower and projector take",
+    "prompt": "reading the prompt takes",
+    "answer": "writing the answer takes",
+}  # the parts of a request, as `shares` names them
 HELPS = 0.10  # a gain in requests a second below which fewer tokens do not help
 USABLE = 0.9  # share of the memory that a server can fill
 ASSUMED = (
@@ -94,19 +100,11 @@ def _no_help(rows: list[Row]) -> list[str]:
             gain = row["requests_per_second"] / most["requests_per_second"] - 1
             if row["tokens"] < most["tokens"] and gain < HELPS and row["fits"] and most["fits"]:
                 part, share = max(row["shares"].items(), key=lambda item: item[1])
-                cases.append(f"{gain:+.0%} at answers of {row['answer_tokens']} tokens, where {_WHY[part]} {share:.0%} of the time")
+                cases.append(f"{gain:+.0%} at answers of {row['answer_tokens']} tokens, where {TAKES[part]} {share:.0%} of the time")
                 against = most
         if cases:
             said.append(f"{llm}, {dtype}: {_named(own[0])} against {_named(against)}, requests a second: {'; '.join(cases)}")
     return said
-
-
-_WHY = {
-    "picture": "decoding and resizing the image takes",
-    "tower": "tower and projector take",
-    "prompt": "reading the prompt takes",
-    "answer": "writing the answer takes",
-}
 
 
 def _named(row: Row) -> str:

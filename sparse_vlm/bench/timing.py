@@ -1,4 +1,4 @@
-"""Timing pieces of work in turn: one call of each, then the next of each, so that what else the machine does meets all alike."""
+"""Interleaved timing: one call of each, then the next of each, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_REPEATS = 3  # calls below which a median is none
 
 @dataclass
 class TimedCall:
-    """A piece of work to be timed.
+    """A call to be timed.
 
     Attributes:
         stage, model, llm, batch, tokens: what it is of; `tokens` are those that the LLM is given of each image.
@@ -69,10 +69,10 @@ class TimedCall:
         """Whether there are enough turns for a median."""
         return len(self.seconds) >= MIN_REPEATS
 
-    def milliseconds(self) -> dict[str, float | int]:
-        """Median, quartiles and number of turns."""
+    def quartiles(self) -> dict[str, float]:
+        """Median and quartiles of the turns, in milliseconds."""
         low, median, high = (1000 * q for q in statistics.quantiles(self.seconds, n=4))
-        return {"median": median, "low": low, "high": high, "rounds": len(self.seconds)}
+        return {"median": median, "low": low, "high": high}
 
 
 def take_turns(

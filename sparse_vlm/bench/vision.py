@@ -1,11 +1,11 @@
-"""What looks at images in a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A rival is one more entry in `BASELINES`.
+"""Vision models of a benchmark: towers, ViTs, and what makes a ViT's tokens fewer. A baseline is one more entry in `BASELINES`.
 
 Shape legend: B images, M tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
 
-Notable: a model is named `TOWER` or `TOWER+KIND`: a tower of the zoo or a folder, a rival, or a teacher's name; KIND is one of
-`sparse_vlm.vlm.projectors`, or a pruner. Rivals are built from their published dimensions with random weights, because time does not depend
-on them, as our own class: a ViT is a tower with a token a patch and no looks, exactly (the recipe `vit`). What is timed ends with the
-tokens that a language model is given; the embedding that zero-shot classification reads is left out of times and counts.
+Notable: a model is named `TOWER` or `TOWER+KIND`: a tower of the zoo or a folder, a baseline, or a teacher's name; KIND is one of
+`sparse_vlm.vlm.projectors`, or a pruner. Baselines are built from their published dimensions with random weights, because time does not
+depend on them, as our own class: a ViT is a tower with a token a patch and no sampling, exactly (the recipe `vit`). What is timed ends with
+the tokens that a language model is given; the embedding that zero-shot classification reads is left out of times and counts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from sparse_vlm.bench.pruner import PRUNERS
 from sparse_vlm.bench.summary import prepared_as
 from sparse_vlm.distill.recipes import get_recipe
 from sparse_vlm.errors import UserError
-from sparse_vlm.eval.embedders import serves_budgets
 from sparse_vlm.hub.store import locate
 from sparse_vlm.images.preprocess import Inputs, Preprocessor
 from sparse_vlm.teachers import TeacherSpec, is_teacher, load_teacher
 from sparse_vlm.teachers.published import clip_vit
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
-from sparse_vlm.tower.config import HALF
+from sparse_vlm.tower.config import HALF, serves_budgets
 from sparse_vlm.tower.cost import Work, count_work, vit_work
 from sparse_vlm.vlm.projectors import DEFAULT_TOKENS, MLP, PROJECTORS, make_projector
 
@@ -94,13 +93,13 @@ class Vision:
         tower: what times of the tower alone are filed under; models that differ in their projector share it.
         weights: `trained` or `random`.
         module: which holds all weights, those of towers alike shared between models.
-        look: normalised pixels (B, 3, S, S), and the sizes of whole images (B, 2), to tokens (B, M, d), or already (B, N, d) of a pruner.
+        encoder: pixels (B, 3, S, S), and the sizes of whole images (B, 2), to tokens (B, M, d), or already (B, N, d) of a pruner.
         reduction: `mlp`, or the kind of projector or pruner that makes tokens fewer.
         tokens_in, tokens: M and N.
         width: d.
         preprocessor: what its pixels are made by.
-        work: what `look` does for an image; of one that sees whole images, for an image that fills its canvas.
-        compiled: `look` compiled, once it was asked for.
+        work: what `encoder` does for an image; of one that sees whole images, for an image that fills its canvas.
+        compiled: `encoder` compiled, once it was asked for.
     """
 
     name: str
@@ -109,14 +108,14 @@ class Vision:
     summary: str
     weights: str
     module: nn.Module
-    look: Callable[..., Tensor]
+    encoder: Callable[..., Tensor]
     reduction: str
     tokens_in: int
     tokens: int
     width: int
     preprocessor: Preprocessor
     work: Work
-    compiled: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    compiled: dict[str, Callable[..., Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def prunes(self) -> bool:
@@ -130,32 +129,32 @@ class Vision:
 
     @property
     def prepared(self) -> str:
-        """What preprocessing is filed under; models that are given the same pixels share it."""
+        """Key of its preprocessing times; models with the same input share it."""
         return prepared_as(self.size, self.preprocessor.fit)
 
     def pixels(self, images: Image.Image | Sequence[Image.Image]) -> Inputs:
-        """What it is given: squares of S x S also of whole images, which is the most that they cost."""
+        """Its input: squares of S x S also for whole images, which is the most that they cost."""
         return self.preprocessor(images, square=True)
 
     @torch.inference_mode()
-    def see(self, inputs: Tensor | Inputs, compiled: bool = False) -> Tensor:
+    def encode(self, inputs: Tensor | Inputs, compiled: bool = False) -> Tensor:
         """(B, 3, S, S), alone or with sizes, to (B, M, d), of a pruner (B, N, d)."""
-        look = self._compiled() if compiled else self.look
+        encoder = self._compiled() if compiled else self.encoder
         pixels, sizes = (inputs, None) if isinstance(inputs, Tensor) else inputs
-        return look(pixels) if sizes is None else look(pixels, sizes)
+        return encoder(pixels) if sizes is None else encoder(pixels, sizes)
 
     def optimize(self) -> None:
-        """Fold the model for inference where it is a tower of ours; for good."""
+        """Optimize a tower of ours for inference, in place."""
         if isinstance(self.module, SparseFormer):
             self.module.optimize_for_inference()
 
     def _compiled(self) -> Callable[..., Tensor]:
-        if "look" not in self.compiled:
-            self.compiled["look"] = torch.compile(self.look, fullgraph=True, dynamic=False)
-        return self.compiled["look"]
+        if "encoder" not in self.compiled:
+            self.compiled["encoder"] = torch.compile(self.encoder, fullgraph=True, dynamic=False)
+        return self.compiled["encoder"]
 
     def projector(self, llm_width: int) -> nn.Module:
-        """From what `see` returns to (B, N, D); new weights.
+        """From what `encode` returns to (B, N, D); new weights.
 
         Raises:
             UserError: numbers of tokens that this kind cannot serve.
@@ -167,7 +166,7 @@ class Vision:
         return made.requires_grad_(False).eval()
 
     def described(self) -> dict[str, object]:
-        """Plain data."""
+        """Its entry in the document."""
         return {
             "name": self.name,
             "model": self.model,
@@ -185,21 +184,6 @@ class Vision:
         }
 
 
-@dataclass
-class _Tower:
-    """A tower without what comes after it; several models share one."""
-
-    name: str
-    summary: str
-    weights: str
-    module: nn.Module
-    look: Callable[..., Tensor]
-    tokens: int
-    width: int
-    preprocessor: Preprocessor
-    work: Work
-
-
 def load_visions(names: Sequence[str], tokens: Sequence[int] = ()) -> list[Vision]:
     """Models by name, each in eval mode and float32.
 
@@ -210,7 +194,7 @@ def load_visions(names: Sequence[str], tokens: Sequence[int] = ()) -> list[Visio
     Raises:
         UserError: an unknown name, or a number of tokens that a model cannot serve.
     """
-    towers: dict[tuple[str, int | None], _Tower] = {}
+    towers: dict[tuple[str, int | None], Vision] = {}
     visions = []
     for name in names:
         tower_name, kind = _split(name)
@@ -237,73 +221,59 @@ def _serves_budgets(name: str) -> bool:
     return name not in BASELINES and not is_teacher(name) and serves_budgets(name)
 
 
-def _load_tower(name: str, tokens: int | None) -> _Tower:
+def _load_tower(name: str, tokens: int | None) -> Vision:
+    """A tower with all its tokens."""
     if is_teacher(name):
         teacher = load_teacher(name).float()
-        spec = teacher.spec
-        counts = spec.grid**2, spec.width, Preprocessor.of(spec), vit_work(spec)
-        return _Tower(name, "a ViT by its own library", "trained", teacher, lambda pixels, sizes=None: teacher(pixels).patches, *counts)
-    rival = BASELINES.get(name)
-    if rival is None:
-        _known(name)
+        spec, count = teacher.spec, teacher.spec.grid**2
+        return Vision(
+            *(name, name, name, "a ViT by its own library", "trained"),
+            teacher,
+            lambda pixels, sizes=None: teacher(pixels).patches,
+            *(MLP, count, count, spec.width, Preprocessor.of(spec), vit_work(spec)),
+        )
+    baseline = BASELINES.get(name)
+    if baseline is None:
+        _check_name(name)
         tower = SparseFormer.from_pretrained(name, num_tokens=tokens)
     else:
-        tower = SparseFormer(rival.config).eval()
+        tower = SparseFormer(baseline.config).eval()
     config = tower.requires_grad_(False).config
-    work = count_work(config)
-    own = sum((taken for part, taken in work.items() if part != "head"), Work())
-    plain = rival is not None and rival.vit is not None
+    if baseline is not None and baseline.vit is not None:
+        work = vit_work(baseline.vit)
+    else:
+        work = sum((taken for part, taken in count_work(config).items() if part != "head"), Work())
 
-    def look(pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+    def encode(pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         for x, _ in tower.run_units(pixels, image_sizes=image_sizes):
             tokens = x
         return tower.norm(tokens)[:, -config.visual_tokens :]
 
-    return _Tower(
-        name if tokens is None else f"{name}, {tokens} tokens",
-        rival.summary if rival else "a tower",
-        "random" if rival else "trained",
-        tower,
-        look,
-        config.visual_tokens,
-        config.width,
-        Preprocessor.of(config),
-        vit_work(rival.vit) if plain else own,
-    )
+    title = name if tokens is None else f"{name}, {tokens} tokens"
+    about = (baseline.summary, "random") if baseline else ("a tower", "trained")
+    counts = config.visual_tokens, config.visual_tokens, config.width, Preprocessor.of(config), work
+    return Vision(title, name, title, *about, tower, encode, MLP, *counts)
 
 
-def _known(name: str) -> None:
+def _check_name(name: str) -> None:
     """Refuse a name that neither the zoo nor this benchmark knows."""
     try:
         locate(name, kind="tower")
     except UserError as error:
-        raise UserError(f"--model {error}; rivals are {', '.join(BASELINES)}") from error
+        raise UserError(f"--model {error}; baselines are {', '.join(BASELINES)}") from error
 
 
-def _vision(name: str, tower: _Tower, kind: str, count: int | None, chosen: bool) -> Vision:
+def _vision(name: str, tower: Vision, kind: str, count: int | None, chosen: bool) -> Vision:
+    """A model of a tower and what makes its tokens fewer."""
     title = f"{name}, {count} tokens" if chosen and count is not None else name
-    module, look, work = tower.module, tower.look, tower.work
-    tokens = tower.tokens if kind == MLP or count is None else count
+    vision = replace(tower, name=title, model=name, reduction=kind)
+    if kind != MLP and count is not None:
+        vision.tokens = count
     if kind in PRUNERS:
-        if not isinstance(module, SparseFormer):
-            raise UserError(f"--model {name}: only a rival or a tower can be pruned, because a teacher keeps its attention to itself")
-        pruner = PRUNERS[kind](module, tokens).eval()
-        look, work = pruner, work + pruner.work()
-    vision = Vision(
-        title,
-        name,
-        title if kind in PRUNERS else tower.name,
-        tower.summary,
-        tower.weights,
-        module,
-        look,
-        kind,
-        tower.tokens,
-        tokens,
-        tower.width,
-        tower.preprocessor,
-        work,
-    )
+        if not isinstance(tower.module, SparseFormer):
+            raise UserError(f"--model {name}: only a baseline or a tower can be pruned, because a teacher keeps its attention to itself")
+        pruner = PRUNERS[kind](tower.module, vision.tokens).eval()
+        vision = replace(vision, tower=title, encoder=pruner, work=tower.work + pruner.work(), compiled={})
     with torch.device("meta"):
         vision.projector(64)  # says now what it cannot serve
     return vision

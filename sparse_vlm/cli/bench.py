@@ -24,13 +24,11 @@ def bench(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A tower (folder, zoo name, a rival such as clip-l14, or a teacher's name), or TOWER+KIND with what makes its tokens "
+            help="A tower (folder, zoo name, a baseline such as clip-l14, or a teacher's name), or TOWER+KIND with what makes its tokens "
             "fewer: pool, stride, random, shuffle, resampler, abstractor, prune; repeat it."
         ),
     ] = None,
-    rivals: Annotated[
-        bool, typer.Option("--rivals", help="All rivals in the box, and all that makes the tokens of clip-l14 fewer.")
-    ] = False,
+    rivals: Annotated[bool, typer.Option("--rivals", help="All baselines, and all that makes the tokens of clip-l14 fewer.")] = False,
     llm: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,28 +37,26 @@ def bench(
     ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens an image, where they can be chosen; repeat it. 49, or a tower's own, unless given.", min=1),
+        typer.Option(help="Token budget, where it can be chosen; repeatable. By default 49, or the tower's own.", min=1),
     ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="An image; repeat it. One is made unless given.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Requests at once; repeat it. 1 and 16 unless given.", min=1)] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="float32 or bfloat16; repeat it. What the machine multiplies in unless given.")
-    ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Measure towers compiled, too.")] = False,
-    optimized: Annotated[bool, typer.Option("--optimized", help="Measure towers folded for a CPU, ours and ViTs alike.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one unless given.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; repeatable. A synthetic image by default.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable. 1 and 16 by default.", min=1)] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeatable. The machine's native dtype by default.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Also measure towers with torch.compile.")] = False,
+    optimized: Annotated[bool, typer.Option("--optimized", help="Measure towers optimized for CPU inference, baselines too.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.", min=1)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of text beside an image.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Turns of each piece after the warm-up, of which the median counts.")] = 10,
-    seconds: Annotated[float, typer.Option(help="A piece that took so long takes no more turns than three.", min=0)] = 20.0,
+    rounds: Annotated[int, typer.Option(help="Timed calls of each part after the warm-up; the median is reported.")] = 10,
+    seconds: Annotated[float, typer.Option(help="Time limit of a part; beyond it, three calls are enough.", min=0)] = 20.0,
     serving: Annotated[bool, typer.Option("--serving", help="Estimate requests a second and memory of a server.")] = False,
     answer_tokens: Annotated[
-        list[int] | None, typer.Option(help="Lengths of answers for --serving; repeat it. 16, 128, 512 unless given.", min=1)
+        list[int] | None, typer.Option(help="Answer lengths for --serving; repeatable. 16, 128, 512 by default.", min=1)
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
-            help="GB of the machine that --serving is for, and that a language model must fit into here; the machine's own unless given.",
+            help="Memory in GB for --serving, and limit for language models here; the machine's own by default.",
             min=0.1,
         ),
     ] = None,
@@ -81,56 +77,54 @@ def bench(
     with progress.status("starting") if progress.is_terminal else nullcontext():
         import torch
 
-        from sparse_vlm.bench.run import Bench, Settings
+        from sparse_vlm.bench.run import BenchConfig, measure
         from sparse_vlm.bench.vision import BOX
         from sparse_vlm.cli.progress import counting, for_people
         from sparse_vlm.report.tables import as_tables, notes, save
         from sparse_vlm.utils.devices import native_dtype, own_device
         from sparse_vlm.utils.files import locked, write_json
 
-        if threads:
-            torch.set_num_threads(threads)
-        where = device or str(own_device())
-        settings = Settings(
-            models=(*(model or ()), *(BOX if rivals else ())),
-            llms=tuple(llm or ("135m",)),
-            tokens=tuple(tokens or ()),
-            images=tuple(str(path) for path in image or ()),
-            batches=tuple(dict.fromkeys(batch or (1, 16))),
-            dtypes=tuple(dict.fromkeys(dtype or [str(native_dtype(where)).removeprefix("torch.")])),
-            device=where,
-            compile=compile,
-            optimized=optimized,
-            prompt_tokens=prompt_tokens,
-            rounds=rounds,
-            limit_s=seconds,
-            memory_bytes=None if memory is None else int(memory * GB),
-            answers=tuple(answer_tokens or ANSWERS) if serving else (),
-        )
-        files = [*([out / "bench.json"] if out else []), *([Path(json_file)] if json_file not in (None, "-") else [])]
+    if threads:
+        torch.set_num_threads(threads)
+    where = device or str(own_device())
+    config = BenchConfig(
+        models=(*(model or ()), *(BOX if rivals else ())),
+        llms=tuple(llm or ("135m",)),
+        tokens=tuple(tokens or ()),
+        images=tuple(str(path) for path in image or ()),
+        batches=tuple(dict.fromkeys(batch or (1, 16))),
+        dtypes=tuple(dict.fromkeys(dtype or [str(native_dtype(where)).removeprefix("torch.")])),
+        device=where,
+        compile=compile,
+        optimized=optimized,
+        prompt_tokens=prompt_tokens,
+        rounds=rounds,
+        limit_s=seconds,
+        memory_bytes=None if memory is None else int(memory * GB),
+        answers=tuple(answer_tokens or ANSWERS) if serving else (),
+    )
+    files = [*([out / "bench.json"] if out else []), *([Path(json_file)] if json_file not in (None, "-") else [])]
+    document: dict[str, Any] = {}
 
-        def write(document: dict[str, Any]) -> None:
-            for file in files:
-                write_json(str(file), document)
+    def keep(latest: dict[str, Any]) -> None:
+        document.update(latest)
+        for file in files:
+            write_json(str(file), document)
 
-        run = Bench(settings, write)
-    try:
-        with nullcontext() if out is None else locked(out):
-            try:
-                with counting(progress, "measuring", "‰", 1000) as advance:
-                    run.run(advance)
-            finally:
-                if out is not None:
-                    save(run.document, out)
-    finally:
-        document = run.document
-        if json_file == "-":
-            write_json("-", document)
-        elif document["measurements"]:
-            # a narrow terminal wraps lines, which is better than numbers that are cut
-            console = for_people()
-            console.width = max(NARROWEST, console.width)
-            for table in as_tables(document):
-                console.print(table)
-            lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
-            console.print("\n".join(f"* {line}" for line in lines), soft_wrap=True)
+    with nullcontext() if out is None else locked(out):
+        try:
+            with counting(progress, "measuring", "‰", 1000) as advance:
+                measure(config, advance, keep)
+        finally:
+            if document and out is not None:
+                save(document, out)
+            if document and json_file == "-":
+                write_json("-", document)
+            elif document.get("measurements"):
+                # a narrow terminal wraps lines, which is better than numbers that are cut
+                console = for_people()
+                console.width = max(NARROWEST, console.width)
+                for table in as_tables(document):
+                    console.print(table)
+                lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
+                console.print("\n".join(f"* {line}" for line in lines), soft_wrap=True)

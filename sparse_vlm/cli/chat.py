@@ -30,7 +30,7 @@ from sparse_vlm.hub.store import locate
 from sparse_vlm.images.photos import photo_of
 
 if TYPE_CHECKING:
-    from sparse_vlm.vlm.chat import Answer, Conversation, Picture
+    from sparse_vlm.vlm.chat import Answer, ChatImage, Conversation
 
 LONGEST_WORD = 24  # characters held back until a word is whole; scripts without spaces must flow, too
 HELP = """\
@@ -70,7 +70,7 @@ def chat(
         raise typer.Exit(Session(conversation, screen).run())
     if as_json:
         answer = conversation.ask(question)
-        shown = [str(picture.path) for picture in conversation.pictures]
+        shown = [str(image.path) for image in conversation.images]
         print(json.dumps({"model": model, "images": shown, **asdict(answer)}, ensure_ascii=False))
     else:
         answer = screen.answer(conversation, question)
@@ -83,13 +83,13 @@ def _load(model: str, images: Sequence[Path], tokens: int | None, max_new_tokens
 
     from sparse_vlm.images.preprocess import Preprocessor
     from sparse_vlm.vlm import VLM
-    from sparse_vlm.vlm.chat import Conversation, Picture
+    from sparse_vlm.vlm.chat import ChatImage, Conversation
 
     if threads:
         torch.set_num_threads(threads)
     vlm = VLM.from_pretrained(model, num_tokens=tokens)
     prepare = Preprocessor.of(vlm.tower.config)
-    return Conversation(vlm, model, [Picture.read(path, prepare) for path in images], max_new_tokens)
+    return Conversation(vlm, model, [ChatImage.read(path, prepare) for path in images], max_new_tokens)
 
 
 def _silence_libraries() -> None:
@@ -238,7 +238,7 @@ class Session:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - line editing and history for input()
             self.screen.note(f"{self.conversation.model_name}. /help lists the commands, Ctrl-D ends.")
-            self._describe_pictures(self.conversation.pictures)
+            self._describe_images(self.conversation.images)
         while (line := self._read()) is not None and line != "/quit":
             try:
                 self._do(line)
@@ -282,18 +282,18 @@ class Session:
 
     def _image(self, rest: str) -> None:
         from sparse_vlm.images.preprocess import Preprocessor
-        from sparse_vlm.vlm.chat import Picture
+        from sparse_vlm.vlm.chat import ChatImage
 
         if not rest:
             raise UserError("/image needs a path: /image photo.jpg")
-        picture = Picture.read(_path(rest), Preprocessor.of(self.conversation.vlm.tower.config))
-        self.conversation.add_picture(picture)
-        self._describe_pictures([picture])
+        image = ChatImage.read(_path(rest), Preprocessor.of(self.conversation.vlm.tower.config))
+        self.conversation.add_image(image)
+        self._describe_images([image])
 
     def _reset(self, rest: str) -> None:
         self.conversation.reset()
         self.screen.note("a new conversation")
-        self._describe_pictures(self.conversation.pictures)
+        self._describe_images(self.conversation.images)
 
     def _save(self, rest: str) -> None:
         if not rest:
@@ -305,11 +305,11 @@ class Session:
     def _help(self, rest: str) -> None:
         print(HELP)
 
-    def _describe_pictures(self, pictures: list[Picture]) -> None:
-        for picture in pictures:
-            width, height = picture.size or picture.image.size
-            self.screen.note(f"{picture.path.name}: {width} x {height}, {self.conversation.vlm.tokens_per_image} tokens")
-        if not self.conversation.pictures:
+    def _describe_images(self, images: list[ChatImage]) -> None:
+        for image in images:
+            width, height = image.size or image.image.size
+            self.screen.note(f"{image.path.name}: {width} x {height}, {self.conversation.vlm.tokens_per_image} tokens")
+        if not self.conversation.images:
             self.screen.note("no image yet; /image PATH shows one")
 
 

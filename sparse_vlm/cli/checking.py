@@ -6,8 +6,6 @@ Notable: stdout holds the report alone; progress goes to stderr.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_vlm.errors import printable
@@ -16,25 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparse_vlm.data.check import Problem, Report
+    from sparse_vlm.train.finetuning import SFTConfig
 
 SHOWN = 5  # cases of each kind
 BAR = 40  # characters
 
 
-def check_data(
-    data: list[str],
-    images: Path | None,
-    stage: str,
-    tower: str | None,
-    llm: str,
-    init: str | None,
-    tokens: int | None,
-    projector: str,
-    threads: int | None,
-    as_json: bool,
-    allow_outside: bool = False,
-) -> int:
-    """Check a data set and print the report; arguments as `sparse-vlm train` takes them.
+def print_check(config: SFTConfig, as_json: bool) -> int:
+    """Check the data of a run and print the report.
 
     Returns:
         The exit code: 0 where nothing is wrong, 1 where something is.
@@ -44,44 +31,25 @@ def check_data(
     """
     from rich.console import Console
 
-    from sparse_vlm.cli.progress import counting, fetching, reading
-    from sparse_vlm.data.check import Checker
-    from sparse_vlm.data.conversations import MIXTURES
-    from sparse_vlm.data.dataset import files_of, photos_of
-    from sparse_vlm.vlm.reader import parts_of, renderer_of
+    from sparse_vlm.cli.progress import ConsoleReporter
+    from sparse_vlm.train.finetuning import check_data
 
-    progress = Console(stderr=True, highlight=False, soft_wrap=True)
-    if init:
-        own_tower, llm, own_tokens, own_projector = parts_of(init)
-        tokens, projector = tokens or (None if tower else own_tokens), projector if tower else own_projector
-        tower = tower or own_tower
-    renderer, context = renderer_of(tower or "tiny", llm, tokens, projector)
-    with fetching(progress) as on_fetched:
-        photos = [photo for some in photos_of(data, on_fetched).values() for photo in some]
-    files = [path for path, _ in files_of(data)]
-    checker = Checker(files, photos, images, MIXTURES[stage], allow_outside)
-    with reading(progress, files) as on_bytes:
-        checker.read(on_bytes)
-    with counting(progress, "decoding", "pictures", checker.report.pictures) as advance:
-        checker.look(advance, threads or os.cpu_count() or 1)
-    with counting(progress, "rendering", "samples", len(checker.examples)) as advance:
-        checker.render(renderer, context, advance)
-    report = checker.report
+    report = check_data(config, ConsoleReporter(stderr=True))
     if as_json:
         print("\n".join(map(printable, json.dumps(report.document(), ensure_ascii=False, indent=1).split("\n"))))
     else:
-        _print(Console(highlight=False, soft_wrap=True), report, context)
+        _print(Console(highlight=False, soft_wrap=True), report)
     return int(bool(report.problems))
 
 
-def _print(console: Console, report: Report, context: int | None) -> None:
+def _print(console: Console, report: Report) -> None:
     from rich.table import Table
 
     from sparse_vlm.data.check import KINDS, NOTES, PERCENTILES, histogram_of, summary
 
     console.print(
-        f"data: {report.samples:,} samples ({report.text_only:,} of text alone, {report.several_pictures:,} of several images), "
-        f"{report.conversations:,} conversations, {report.pictures:,} images"
+        f"data: {report.samples:,} samples ({report.text_only:,} of text alone, {report.several_images:,} of several images), "
+        f"{report.conversations:,} conversations, {report.images:,} images"
     )
     if report.problems:
         samples = len({problem.sample for problem in report.problems})
@@ -106,7 +74,7 @@ def _print(console: Console, report: Report, context: int | None) -> None:
         table.add_row(name, *(f"{row[column]:,.{int(column == 'mean')}f}" for column in columns))
     console.print()
     console.print(table)
-    reads = "" if context is None else f"; the LLM reads {context:,}"
+    reads = "" if report.context is None else f"; the LLM reads {report.context:,}"
     console.print(f"\nsamples by their tokens{reads}:")
     bins = histogram_of(lengths["all"])
     most = max(count for *_, count in bins)

@@ -25,15 +25,15 @@ FORMAT_NAMES = "transformers (towers and VLMs), onnx, torch-export (towers)"
 def export(
     model: Annotated[str, typer.Option(help="A tower or a VLM: a folder or a name of the model zoo.")],
     name: Annotated[str, typer.Option("--format", help=f"What to write: {FORMAT_NAMES}.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="Output folder.")],
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the weights: float32 or bfloat16, which is the default for transformers; onnx has float32 alone."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Latent tokens an image, for a model that serves several budgets.", min=1)] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A photo to compare on; repeat it. Made-up images unless given.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Token budget, for a model that serves several.", min=1)] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to compare on; repeatable. Synthetic images by default.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in --out.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores unless given.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and compared as one JSON object.")] = False,
 ) -> None:
     """Write a model in a format that others load.
@@ -66,7 +66,7 @@ def export(
 
 
 def _silence_libraries() -> None:
-    """Bars and notes of the libraries below us say nothing of an export: what goes wrong is raised."""
+    """Progress bars and logs of libraries add nothing to an export: errors are raised."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")

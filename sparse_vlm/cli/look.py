@@ -18,13 +18,13 @@ from sparse_vlm.images.decode import load_image
 
 
 def look(
-    photo: Annotated[Path, typer.Argument(help="The photo.")],
+    photo: Annotated[Path, typer.Argument(help="The image file.")],
     model: Annotated[str, typer.Option(help="A tower: a folder or a name of the model zoo.")] = "tiny",
     out: Annotated[
         Path | None, typer.Option("--output", "--out", help="The figure to write; its suffix decides the format. [default: look.png]")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Latent tokens, for a tower that serves several budgets.", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the RoIs of every look as one JSON object.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Token budget, for a tower that serves several.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the RoIs of every sampling step as one JSON object.")] = False,
 ) -> None:
     """Draw what the tokens look at over a photo."""
     picture = load_image(photo)

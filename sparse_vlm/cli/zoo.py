@@ -1,4 +1,4 @@
-"""`sparse-vlm zoo list|show NAME|pull NAME`: what models there are, what is known of one, and fetching it."""
+"""`sparse-vlm zoo list|show NAME|pull NAME`: list, describe and download models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @zoo.command("list", epilog="Example: sparse-vlm zoo list")
 def list_models(as_json: AsJson = False) -> None:
-    """Every model, a line each."""
+    """List all models, one line each."""
     described = [models.describe(model) for model in store.entries().values()]
     if as_json:
         print(json.dumps(described, indent=2))
@@ -35,7 +35,7 @@ def list_models(as_json: AsJson = False) -> None:
 
 @zoo.command(epilog="Example: sparse-vlm zoo show tiny")
 def show(name: NameOrFolder, as_json: AsJson = False) -> None:
-    """What is known of a model: its card, its files and where they come from; of a folder, what it holds of each part."""
+    """Show a model's card, files and sources; of a VLM's folder, how each part is stored."""
     if Path(name).is_dir():
         _show_folder(Path(name), as_json)
         return
@@ -67,7 +67,7 @@ def _show_folder(folder: Path, as_json: bool) -> None:
 
 @zoo.command(epilog="Example: sparse-vlm zoo pull tiny-chat")
 def pull(name: Name, as_json: AsJson = False) -> None:
-    """Fetch a model and those it needs; every file is verified by its sha256."""
+    """Download a model and those it depends on; all files are verified by sha256."""
     folders = models.pull(name)
     if as_json:
         print(json.dumps({key: str(folder) for key, folder in folders.items()}, indent=2))

@@ -1,4 +1,4 @@
-"""Images that cannot be used: finding them before the first step, and what a run does about them, now and when it goes on."""
+"""Images that cannot be read: found before the first step, and skipped, replaced or refused; a resumed run decides alike."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sparse_vlm.utils.files import write_text
 
 ON_BAD_IMAGE = {
     "raise": "stop and name the sample",
-    "skip": "leave the samples out that show it",
-    "blank": "show a grey picture in its place",
+    "skip": "leave out its samples",
+    "blank": "show a grey image instead",
 }
 DECISIONS = "bad-images.json"
 OnBad = Callable[[int, ImageError], None]
@@ -38,7 +38,7 @@ def blank(size: int, mean: tuple[float, float, float]) -> Image.Image:
 
 
 def absent(photos: Sequence[Photo], wanted: Sequence[int]) -> dict[int, str]:
-    """Those of the photos that have no file, and the line that says so; nothing is read."""
+    """Photos without a file, each with a message; nothing is read."""
     sizes = ((index, photos[index]) for index in wanted)
     return {index: f"{photo.source}: no such image" for index, photo in sizes if photo.size < 0}
 
@@ -46,7 +46,7 @@ def absent(photos: Sequence[Photo], wanted: Sequence[int]) -> dict[int, str]:
 def broken(
     photos: Sequence[Photo], wanted: Sequence[int], on_bad: OnBad, on_photos: OnPhotos = lambda photos: None, threads: int = 1
 ) -> None:
-    """Read photos to their end, decoding of each as little as that takes.
+    """Read photos to the end, decoding as little of each as possible.
 
     Args:
         on_bad: called with each photo that cannot be used, and why.
@@ -78,13 +78,13 @@ def resolve_bad_images(
     decides: bool = True,
     look: Callable[[Sequence[int], OnBad], None] = lambda wanted, on_bad: None,
 ) -> dict[int, str]:
-    """Find the images that a run cannot use; where it goes on, those that it could not use when it began.
+    """Find the images that a run cannot read; a resumed run uses the decision of its start.
 
     Args:
         policy: a key of `ON_BAD_IMAGE`.
         out: the run's folder, where the decision is kept.
-        decides: whether this process finds them; others wait for what it finds.
-        look: reads photos and tells of those that cannot be used.
+        decides: whether this process decides; the others wait for its decision.
+        look: reads photos and reports those that cannot be read.
 
     Returns:
         Numbers of the photos that cannot be used, with the line that says why; empty where `policy` is `raise`.
@@ -109,7 +109,7 @@ def resolve_bad_images(
         return bad
 
     def on_bad(number: int, why: ImageError | str, others: int = 0) -> None:
-        name = examples.naming(number)
+        name = examples.example_showing(number)
         line = f"{name}: {str(why).removeprefix(f'{name}: ')}" + (f" (and {others:,} more)" if others else "")
         if policy == "raise":
             raise UserError(f"{line}; --check finds all that are bad, --on-bad-image skip or blank goes on without them")
@@ -117,7 +117,7 @@ def resolve_bad_images(
             raise UserError(f"{line}; this run began with it: restore it, or choose another --out")
         bad[number] = str(why)
 
-    wanted = [photo for photo in examples.wanted() if photo not in bad]
+    wanted = [photo for photo in examples.used_photos() if photo not in bad]
     missing = absent(examples.photos, wanted)
     for number, why in missing.items():
         on_bad(number, why, len(missing) - 1)

@@ -29,8 +29,8 @@ from sparse_vlm.vlm.prompts import Renderer
 _BAD_IMAGE = "or train with --on-bad-image skip or blank"
 # kinds of problems, and what to do about each
 KINDS = MISTAKES | {
-    "missing image": f"put the picture there, correct its path or --images, {_BAD_IMAGE}",
-    "broken image": f"replace the picture, {_BAD_IMAGE}",
+    "missing image": f"put the image there, correct its path or --images, {_BAD_IMAGE}",
+    "broken image": f"replace the image, {_BAD_IMAGE}",
     "repeated sample": "take all but one out; to learn from a file more often, write --data FILE=2",
     "label mask": "change the text that the message names; what carries loss must be the answers and nothing else",
     "too long": "shorten the conversation or split it",
@@ -56,27 +56,32 @@ class Report:
 
     Attributes:
         samples: all that were read, those with problems too.
-        text_only, several_pictures: of those without mistakes in their text.
-        pictures: different ones, that samples without mistakes name.
+        text_only, several_images: of those without mistakes in their text.
+        images: different ones, named by samples without mistakes.
         conversations: of the same samples.
         lengths: for each of the samples that could be rendered its tokens: `all`, `image`, `text` and `with loss`, each (samples,).
+        context: tokens that the LLM reads at most.
     """
 
     samples: int = 0
     text_only: int = 0
-    several_pictures: int = 0
-    pictures: int = 0
+    several_images: int = 0
+    images: int = 0
     conversations: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
+    context: int | None = None
 
     def document(self) -> dict[str, Any]:
         """All of it for programs."""
-        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         histogram = histogram_of(self.lengths["all"])
         return {
-            **counts,
+            "samples": self.samples,
+            "text_only": self.text_only,
+            "several_pictures": self.several_images,
+            "pictures": self.images,
+            "conversations": self.conversations,
             "problems": _grouped(self.problems, KINDS),
             "notes": _grouped(self.notes, NOTES),
             "tokens": {name: summary(values) for name, values in self.lengths.items()},
@@ -153,9 +158,9 @@ class Checker:
         if not len(self.examples) and not report.problems:
             raise UserError(f"{', '.join(map(str, self.files))}: no samples")
         report.samples += len(self.examples)
-        shown = np.array([len(self.examples.shown(index)) for index in range(len(self.examples))], dtype=np.int64)
-        report.text_only, report.several_pictures = int((shown == 0).sum()), int((shown > 1).sum())
-        report.pictures = len(self.examples.wanted())
+        shown = np.array([len(self.examples.photo_numbers(index)) for index in range(len(self.examples))], dtype=np.int64)
+        report.text_only, report.several_images = int((shown == 0).sum()), int((shown > 1).sum())
+        report.images = len(self.examples.used_photos())
 
     def _record(self, name: str, record: Record, mistakes: list[Mistake]) -> None:
         self.report.problems += [Problem(mistake.kind, name, mistake.text) for mistake in mistakes]
@@ -180,7 +185,7 @@ class Checker:
         Args:
             threads: that decode.
         """
-        photos, wanted = self.examples.photos, self.examples.wanted()
+        photos, wanted = self.examples.photos, self.examples.used_photos()
         users: dict[int, list[int]] = {}
         missing = absent(photos, wanted)
         bad: dict[int, tuple[str, str]] = {number: ("missing image", why) for number, why in missing.items()}
@@ -190,7 +195,7 @@ class Checker:
 
         broken(photos, [number for number in wanted if number not in missing], on_bad, on_photos, threads)
         for index in range(len(self.examples)) if bad else ():
-            for number in bad.keys() & set(self.examples.shown(index)):
+            for number in bad.keys() & set(self.examples.photo_numbers(index)):
                 users.setdefault(number, []).append(index)
         for number, (kind, why) in sorted(bad.items()):
             first, *others = users[number]
@@ -204,13 +209,14 @@ class Checker:
         Args:
             context: tokens that the LLM reads at most.
         """
+        self.report.context = context
         lengths: dict[str, list[int]] = {"all": [], "image": [], "text": [], "with loss": []}
         for index in range(len(self.examples)):
             example = self.examples[index]
             self.report.conversations += len(example.conversations)
             on_samples(1)
             try:
-                tree = render(example, self.examples.shown(index), renderer).tree
+                tree = render(example, self.examples.photo_numbers(index), renderer).tree
             except UserError as error:
                 self.report.problems.append(Problem("label mask", example.name, str(error).removeprefix(f"{example.name}: ")))
                 continue

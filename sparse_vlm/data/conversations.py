@@ -159,7 +159,7 @@ def examples_of_photos(photos: Sequence[Photo], mix: Mixture, visits: int = 1, s
     """Conversations about every photo that something is known about, `visits` times with other captions and questions each time.
 
     Returns:
-        Talks in the order of visits, then photos.
+        Examples in the order of visits, then photos.
 
     Raises:
         UserError: nothing is known about any photo, or a photo's json holds something of another type.

@@ -1,7 +1,7 @@
-"""All that a run learns from: examples of several sources, mixed by weight, and the photos that they are about, numbered once.
+"""The dataset of a run: examples of several sources, mixed by weight, and their photos by number.
 
-Notable: examples about the photos of tars are few and kept; those of LLaVA's files may be many and are read when they are asked for
-(`data.llava`). Either way a dataset is a sequence of examples, and an order of them costs eight bytes an example.
+Notable: examples about photos of tars are in memory; those of LLaVA's files may be many and are read when they are asked for
+(`data.llava`). An order of examples costs eight bytes an example.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from sparse_vlm.data import records
 from sparse_vlm.data.conversations import Example, Mixture, examples_of_photos
-from sparse_vlm.data.llava import TURN_CHARACTERS, LlavaFile, picture
+from sparse_vlm.data.llava import TURN_CHARACTERS, LlavaFile, image_in
+from sparse_vlm.data.source import Source
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.photos import Photo, PhotoSet
 from sparse_vlm.vlm.prompts import text_of
@@ -26,82 +26,50 @@ from sparse_vlm.vlm.prompts import text_of
 CHARACTERS_PER_TOKEN = 4  # of English, about
 
 
-class Source(Protocol):
-    """Talks of one entry of `--data`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
-
-    def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of an example's photos."""
-
-    def characters(self, index: int) -> int:
-        """Length of an example's text with its markup, about."""
-
-    def digest(self) -> str:
-        """Of all that is said, and of the photos' names."""
-
-
 class Photos(Sequence[Photo]):
     """Photos of tars, then images of the image folder, which are made when they are asked for.
 
     Args:
-        known: photos of tars.
-        folder: where the named images lie.
+        photos: of tars.
+        folder: of the named images.
         names: their paths in it.
     """
 
-    def __init__(self, known: Sequence[Photo], folder: Path | None = None, names: Sequence[str] = ()) -> None:
-        self._known, self._folder, self._names = known, folder, names
+    def __init__(self, photos: Sequence[Photo], folder: Path | None = None, names: Sequence[str] = ()) -> None:
+        self._photos, self._folder, self._names = photos, folder, names
 
     def __len__(self) -> int:
-        return len(self._known) + len(self._names)
+        return len(self._photos) + len(self._names)
 
     def __getitem__(self, index: int) -> Photo:  # type: ignore[override]
-        if index < len(self._known):
-            return self._known[index]
-        return picture(self._folder or Path(), self._names[index - len(self._known)])
+        if index < len(self._photos):
+            return self._photos[index]
+        return image_in(self._folder or Path(), self._names[index - len(self._photos)])
 
 
-class _Kept:
-    """A `Source` in memory."""
+class ExampleList(Source):
+    """Examples in memory."""
 
     def __init__(self, examples: Sequence[Example], numbers: dict[Photo, int]) -> None:
-        self._talks = examples
-        self._shown = [tuple(numbers.setdefault(photo, len(numbers)) for photo in example.photos) for example in examples]
+        super().__init__()
+        self._examples = examples
+        for example in examples:
+            messages = [message for conversation in example.conversations for message in conversation]
+            texts = [text for message in messages for text in (message["role"], text_of(message))]
+            characters = sum(map(len, texts[1::2])) + TURN_CHARACTERS * len(messages)
+            photos = [numbers.setdefault(photo, len(numbers)) for photo in example.photos]
+            self.add(photos, characters, [*(photo.key for photo in example.photos), "", *texts])
 
-    def __len__(self) -> int:
-        return len(self._talks)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._talks[index]
-
-    def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of an example's photos."""
-        return self._shown[index]
-
-    def characters(self, index: int) -> int:
-        """Of all conversations together, which share the photo alone."""
-        messages = [message for conversation in self._talks[index].conversations for message in conversation]
-        return sum(len(text_of(message)) + TURN_CHARACTERS for message in messages)
-
-    def digest(self) -> str:
-        """Of all that is said, and of the photos' names."""
-        digest = hashlib.sha256()
-        for example in self._talks:
-            said = [(message["role"], text_of(message)) for conversation in example.conversations for message in conversation]
-            for text in (*(photo.key for photo in example.photos), "", *(part for turn in said for part in turn)):
-                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self._examples[index]
 
 
 class ConversationDataset(Sequence[Example]):
-    """Talks in the order in which they were drawn.
+    """Examples of several sources in the order of training.
 
     Args:
-        sources: what they are drawn from.
-        photos: what the sources' numbers mean.
+        sources: of one entry of `--data` each.
+        photos: by the numbers that the sources use.
         order: (examples, 2) int32: source, and example in it.
     """
 
@@ -113,10 +81,10 @@ class ConversationDataset(Sequence[Example]):
         """A dataset of examples in memory.
 
         Args:
-            known: photos to number first, whether talked about or not, so that runs over the same data share the tower's cached tokens.
+            known: photos to number first, whether used or not, so that runs over the same data share cached features.
         """
         numbers = {photo: number for number, photo in enumerate(known)}
-        source = _Kept(examples, numbers)
+        source = ExampleList(examples, numbers)
         return cls([source], Photos(list(numbers)), _order([(0, np.arange(len(examples)))]))
 
     def __len__(self) -> int:
@@ -126,31 +94,31 @@ class ConversationDataset(Sequence[Example]):
         source, place = self.order[index].tolist()
         return self.sources[source][place]
 
-    def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of an example's photos, without reading it."""
+    def photo_numbers(self, index: int) -> tuple[int, ...]:
+        """Numbers of an example's photos; the example is not read."""
         source, place = self.order[index].tolist()
-        return self.sources[source].shown(place)
+        return self.sources[source].photo_numbers(place)
 
     def length(self, index: int, tokens_per_image: int) -> int:
-        """Length of an example in tokens, about, without reading it, as LLaVA's grouping by length does."""
+        """Approximate length of an example in tokens, as LLaVA's grouping by length takes it; the example is not read."""
         source, place = self.order[index].tolist()
         text = self.sources[source].characters(place) // CHARACTERS_PER_TOKEN
-        return text + len(self.sources[source].shown(place)) * tokens_per_image
+        return text + len(self.sources[source].photo_numbers(place)) * tokens_per_image
 
     def select(self, indices: Sequence[int]) -> ConversationDataset:
         """Some of the examples, in this order."""
         return ConversationDataset(self.sources, self.photos, self.order[np.asarray(indices, dtype=np.int64)])
 
-    def naming(self, photo: int) -> str:
-        """The name of the first example that shows a photo."""
-        return self[next(index for index in range(len(self)) if photo in self.shown(index))].name
+    def example_showing(self, photo: int) -> str:
+        """Name of the first example with a photo."""
+        return self[next(index for index in range(len(self)) if photo in self.photo_numbers(index))].name
 
-    def wanted(self) -> list[int]:
-        """Numbers of all photos that are talked about, each once."""
-        return sorted({photo for index in range(len(self)) for photo in self.shown(index)})
+    def used_photos(self) -> list[int]:
+        """Numbers of the photos of all examples, each once."""
+        return sorted({photo for index in range(len(self)) for photo in self.photo_numbers(index)})
 
     def fingerprint(self) -> str:
-        """Changes when examples come, go, say something else, show other photos or change their place; not when their files are moved."""
+        """Changes with the examples, their text, photos and order; not with the place of their files."""
         digest = hashlib.sha256(self.order.tobytes())
         for source in self.sources:
             digest.update(source.digest().encode())
@@ -165,7 +133,7 @@ def weighted(entry: str) -> tuple[str, float]:
     """An entry of `--data` and its weight, `a.json=0.5`; 1 where none is given.
 
     Raises:
-        UserError: a weight that is none.
+        UserError: not a positive number.
     """
     name, mark, number = entry.rpartition("=")
     # an address may hold = as a part of its own
@@ -181,7 +149,7 @@ def weighted(entry: str) -> tuple[str, float]:
 
 
 def drawn(count: int, times: float, seed: int) -> np.ndarray:
-    """Which of so many examples are learnt from: all, as often as `times` is whole; of the rest that part, without replacement."""
+    """Indices of `count` examples repeated `times` times; the fractional part is drawn without replacement."""
     if not count:
         return np.arange(0)
     total = max(1, round(count * times))
@@ -232,12 +200,12 @@ def read_conversations(
         files: from `files_of`.
         photos: from `photos_of`.
         images: folder of the images that LLaVA's files name.
-        mix: what is said about the photos of tars.
-        epochs: visits to each photo; how often LLaVA's files are gone through.
+        mix: what to take from photos of tars.
+        epochs: visits to each photo; passes over LLaVA's files.
         open_file: makes a `LlavaFile`.
 
     Raises:
-        UserError: a file that cannot be used, or a sample that is not as it must be.
+        UserError: a file or sample that is not valid.
     """
     known = list(dict.fromkeys(photo for some in photos.values() for photo in some))
     # over all photos together, as yes and no are balanced word by word
@@ -247,7 +215,7 @@ def read_conversations(
     parts = []
     for weight, some in photos.items():
         own = set(some)
-        sources.append(_Kept([example for example in examples if example.photos[0] in own], numbers))
+        sources.append(ExampleList([example for example in examples if example.photos[0] in own], numbers))
         parts.append((len(parts), drawn(len(sources[-1]), weight, seed)))
     names: dict[str, int] = {}
     for path, weight in files:

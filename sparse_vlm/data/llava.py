@@ -9,7 +9,6 @@ Notable: a file is gone through once and kept as offsets; a sample is read when 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from sparse_vlm.data.conversations import Example
 from sparse_vlm.data.records import Record, read_at, scan
+from sparse_vlm.data.source import Source
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.photos import Photo, file_size
 from sparse_vlm.utils.documents import is_encodable
@@ -39,10 +39,10 @@ MISTAKES = {
     "wrong role": "say who speaks as human or gpt (user and assistant will do); system may come first",
     "turns that do not alternate": "human and gpt must take turns: human first, gpt last",
     "image marks": f"write {IMAGE_TOKEN} in a human's turn once for each image of the sample, and nowhere else",
-    "mark in an answer": f"take {IMAGE_TOKEN} out of the gpt's or the system's turn; pictures stand in human turns",
-    "other media": f"name one picture, or a list of them, under 'image', each with its {IMAGE_TOKEN}; take videos and sound out",
+    "mark in an answer": f"take {IMAGE_TOKEN} out of the gpt's or the system's turn; images stand in human turns",
+    "other media": f"name one image, or a list of them, under 'image', each with its {IMAGE_TOKEN}; take videos and sound out",
     "broken text": "write the whole character; what cut the text counted in UTF-16",
-    "outside the image folder": "put the picture under --images, or allow it with --allow-outside",
+    "outside the image folder": "put the image under --images, or allow it with --allow-outside",
     "empty answer": "write the answer, or take the question and its answer out",
 }
 
@@ -62,14 +62,14 @@ def mistakes_of(sample: Any) -> list[Mistake]:
     turns = sample.get("conversations")
     if not isinstance(turns, list) or not turns:
         return [Mistake("not a sample", "'conversations' is missing" if turns is None else "'conversations' is not a list of turns")]
-    pictures = sample.get("image")
-    if not (pictures is None or isinstance(pictures, str) or (isinstance(pictures, list) and all(isinstance(p, str) for p in pictures))):
+    images = sample.get("image")
+    if not (images is None or isinstance(images, str) or (isinstance(images, list) and all(isinstance(p, str) for p in images))):
         return [Mistake("not a sample", "'image' is neither a path nor a list of paths")]
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
             return [Mistake("not a sample", f"turn {number} is not {{'from': ..., 'value': ...}} with two texts")]
     texts = [f"turn {number}" for number, turn in enumerate(turns) if not is_encodable(turn["value"])]
-    if broken := texts + [f"the picture {name!r}" for name in pictures_of(sample) if not is_encodable(name)]:
+    if broken := texts + [f"the image {name!r}" for name in images_named(sample) if not is_encodable(name)]:
         return [Mistake("broken text", f"{broken[0]} holds half of a character (a surrogate alone)")]
     speakers = [turn["from"] for turn in turns]
     unknown = [(number, speaker) for number, speaker in enumerate(speakers) if speaker not in ROLES]
@@ -87,7 +87,7 @@ def mistakes_of(sample: Any) -> list[Mistake]:
             found.append(Mistake("empty answer", f"turn {number}, from {turn['from']!r}, is empty"))
     found += [Mistake("other media", f"holds {key!r}, which is not read") for key in OTHER_MEDIA if sample.get(key)]
     marks = sum(turn["value"].count(IMAGE_TOKEN) for role, turn in zip(roles, turns, strict=True) if role == "user")
-    shown = len(pictures_of(sample))
+    shown = len(images_named(sample))
     if marks != shown:
         found.append(Mistake("image marks", f"{marks} {IMAGE_TOKEN} marks for {shown} images"))
     return found
@@ -104,10 +104,10 @@ def _order(speakers: Sequence[str]) -> list[Mistake]:
     return []
 
 
-def pictures_of(sample: dict[str, Any]) -> list[str]:
+def images_named(sample: dict[str, Any]) -> list[str]:
     """Paths of a sample's images in the order of their marks."""
-    pictures = sample.get("image")
-    return [] if pictures is None else [pictures] if isinstance(pictures, str) else pictures
+    images = sample.get("image")
+    return [] if images is None else [images] if isinstance(images, str) else images
 
 
 def messages_of(sample: dict[str, Any]) -> tuple[Message, ...]:
@@ -124,7 +124,7 @@ def _content(text: str) -> list[dict[str, str]]:
     return [part for part in content if part["type"] == "image" or part["text"]] or content
 
 
-def picture(folder: Path, name: str) -> Photo:
+def image_in(folder: Path, name: str) -> Photo:
     """An image of the image folder; its size is -1 where there is no such file."""
     file = folder / name
     return Photo(name, file, 0, file_size(file))
@@ -154,8 +154,8 @@ class Fence:
             return False
 
 
-class LlavaFile(Sequence[Example]):
-    """Talks of one file, each read when it is asked for.
+class LlavaFile(Source):
+    """Examples of one LLaVA file, each read when it is asked for.
 
     Args:
         path: json or jsonl.
@@ -163,7 +163,7 @@ class LlavaFile(Sequence[Example]):
         numbers: image to its number in the run; those that are new are added.
         first: the number of the first image of all.
         on_bytes: called with the number of bytes just read.
-        on_record: called with each record and the mistakes in it; without it, a mistake that shows at a first look is an error.
+        on_record: called with each record and the mistakes in it; without it, the first mistake is an error.
         allow_outside: whether images may lie outside `folder`.
 
     Raises:
@@ -180,59 +180,42 @@ class LlavaFile(Sequence[Example]):
         on_record: Callable[[str, Record, list[Mistake]], None] | None = None,
         allow_outside: bool = False,
     ) -> None:
+        super().__init__()
         self.path, self.folder = path, folder
         fence = None if allow_outside or folder is None else Fence(folder)
-        digest = hashlib.sha256()
-        self._number, self._offset, self._size, self._characters = array("q"), array("q"), array("l"), array("l")
-        self._shown, self._end = array("l"), array("q")  # numbers of all images, and where each example's end in it
+        self._number, self._offset, self._size = array("q"), array("q"), array("l")
         for record in scan(path, on_bytes):
             mistakes = [Mistake("unreadable line", record.error)] if record.error else mistakes_of(record.value)
             name = self._name(record.number, record.value)
-            pictures = [] if mistakes else pictures_of(record.value)
+            images = [] if mistakes else images_named(record.value)
             if fence:
-                outside = [picture for picture in pictures if picture not in numbers and fence.left_by(picture)]
-                mistakes += [Mistake("outside the image folder", f"{picture!r} leads out of {folder}") for picture in outside]
+                outside = [image for image in images if image not in numbers and fence.left_by(image)]
+                mistakes += [Mistake("outside the image folder", f"{image!r} leads out of {folder}") for image in outside]
             if on_record:
                 on_record(name, record, mistakes)
             elif mistakes:
                 raise UserError(f"{name}: {mistakes[0].text}; {MISTAKES[mistakes[0].kind]}")
             if mistakes:
                 continue
-            if pictures and folder is None:
-                raise UserError(f"{name}: names the image {pictures[0]}; say where images lie with --images")
+            if images and folder is None:
+                raise UserError(f"{name}: names the image {images[0]}; say where images lie with --images")
             self._number.append(record.number)
             self._offset.append(record.offset)
             self._size.append(record.size)
             turns = record.value["conversations"]
-            for text in (*pictures, "", *(part for turn in turns for part in (turn["from"], turn["value"]))):
-                digest.update(text.encode() + b"\0")
-            self._characters.append(sum(len(turn["value"]) + TURN_CHARACTERS for turn in turns))
-            self._shown.extend(numbers.setdefault(picture, first + len(numbers)) for picture in pictures)
-            self._end.append(len(self._shown))
-        self._digest = digest.hexdigest()
+            self.add(
+                [numbers.setdefault(image, first + len(numbers)) for image in images],
+                sum(len(turn["value"]) + TURN_CHARACTERS for turn in turns),
+                (*images, "", *(part for turn in turns for part in (turn["from"], turn["value"]))),
+            )
         if not self._offset and not on_record:
             raise UserError(f"{path}: holds no samples")
-
-    def __len__(self) -> int:
-        return len(self._offset)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         sample = read_at(self.path, self._offset[index], self._size[index])
         name = self._name(self._number[index], sample)
-        photos = tuple(picture(self.folder, name) for name in pictures_of(sample)) if self.folder else ()
+        photos = tuple(image_in(self.folder, name) for name in images_named(sample)) if self.folder else ()
         return Example(name, photos, (messages_of(sample),))
-
-    def shown(self, index: int) -> tuple[int, ...]:
-        """Numbers of an example's images, without reading it."""
-        return tuple(self._shown[self._end[index - 1] if index else 0 : self._end[index]])
-
-    def characters(self, index: int) -> int:
-        """Length of an example's text with its markup, about, without reading it."""
-        return self._characters[index]
-
-    def digest(self) -> str:
-        """Of all that is said, and of the images' names."""
-        return self._digest
 
     def _name(self, number: int, sample: Any) -> str:
         known = isinstance(sample, dict) and "id" in sample

@@ -1,10 +1,10 @@
-"""Talks to what a training step eats: token trees with checked label masks, batches of like length, the tower's tokens.
+"""Examples to samples: token trees with checked label masks, in batches of similar length, and cached image features.
 
 Shape legend: N tokens an image, d width of the tower.
 
-Notable: a sample is rendered when it is asked for, and its label mask is checked each time, so that a set of any size starts at once; of a
-small set all are rendered ahead, so that a mistake shows before the first step. The tower is frozen and sees every photo as it is, so its
-tokens are computed once a photo and kept on disk, whatever the number of visits, stages and runs.
+Notable: a sample is rendered when it is asked for, and its label mask is checked each time, so that a dataset of any size starts at once;
+all samples of a small one are rendered ahead, so that a mistake shows before the first step. A frozen tower encodes each photo once; the
+features stay on disk for all visits, stages and runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset
 
 from sparse_vlm.data.bad_images import blank
 from sparse_vlm.data.conversations import Example
@@ -44,27 +46,38 @@ ALL_AHEAD = 20_000  # samples that are all rendered before the first step; of mo
 SOME_AHEAD = 2_000
 
 
+class ImageSource(Protocol):
+    """What a VLM is shown of each photo, by the photo's number: a `FeatureCache`, or `train`'s `LiveImages` and `WordImages`."""
+
+    def __getitem__(self, photo: int) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Sample:
-    """An example's conversations as one tree.
+    """An example's conversations as one token tree, and its images.
 
     Attributes:
         name: what to call it in messages to people.
-        photos: indices into the run's photos, in the order of their placeholders; none for text alone.
+        photos: indices into the dataset's photos, in the order of their placeholders; none for text alone.
         tree: its placeholders are N for each of the photos.
+        images: each (N, d) features, (3, h, w) pixels where the tower is trained, or (N, D) embeddings; none unless asked for.
     """
 
     name: str
     photos: tuple[int, ...]
     tree: TokenTree
+    images: tuple[Tensor, ...] = ()
 
 
-def render(example: Example, photos: tuple[int, ...], renderer: Renderer, context: int | None = None) -> Sample:
-    """Render and merge an example's conversations.
+def render(
+    example: Example, photos: tuple[int, ...], renderer: Renderer, context: int | None = None, images: ImageSource | None = None
+) -> Sample:
+    """Tokenize an example: render its conversations and merge them.
 
     Args:
         photos: the numbers of its photos.
         context: tokens that the LLM reads at most.
+        images: by photo, what `Sample.images` is to hold.
 
     Raises:
         UserError: naming the example, whose mask or placeholders are not as they must be, or which is too long.
@@ -78,7 +91,7 @@ def render(example: Example, photos: tuple[int, ...], renderer: Renderer, contex
     if context is not None and longest_of(tree) > context:
         raise UserError(f"{example.name}: {longest_of(tree)} tokens, but the LLM reads {context}; shorten it or leave it out")
     renderer.check_count(tree.ids, len(photos), example.name)
-    return Sample(example.name, photos, tree)
+    return Sample(example.name, photos, tree, tuple(images[photo] for photo in photos) if images is not None else ())
 
 
 def longest_of(tree: TokenTree) -> int:
@@ -91,7 +104,7 @@ def longest_of(tree: TokenTree) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in some examples and their samples."""
+    """Numbers of some examples and their samples."""
 
     examples: int = 0
     conversations: int = 0
@@ -102,7 +115,7 @@ class Counts:
     targets: int = 0
 
     def plus(self, example: Example, sample: Sample) -> Counts:
-        """The same with one example more."""
+        """With one more example."""
         messages = [message for conversation in example.conversations for message in conversation]
         answers = [text_of(message) for message in messages if message["role"] == "assistant"]
         more = (
@@ -117,37 +130,49 @@ class Counts:
         return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), more, strict=True)))
 
 
-class SampleSet(Sequence[Sample]):
-    """Samples of a dataset, each rendered when it is asked for.
+class TokenizedDataset(Dataset):
+    """The samples of a dataset, each rendered when it is asked for: what the Trainer iterates over.
 
     Args:
         examples: what they are made of.
         renderer: makes them.
-        lengths: (samples,) of their trees in tokens, at least about.
+        lengths: (samples,) of their trees in tokens; approximate where not all were rendered ahead.
         counts: of those that were rendered ahead.
         context: tokens that the LLM reads at most.
+        images: by photo, what `Sample.images` holds; samples come without unless given.
     """
 
     def __init__(
-        self, examples: ConversationDataset, renderer: Renderer, lengths: np.ndarray, counts: Counts, context: int | None = None
+        self,
+        examples: ConversationDataset,
+        renderer: Renderer,
+        lengths: np.ndarray,
+        counts: Counts,
+        context: int | None = None,
+        images: ImageSource | None = None,
     ) -> None:
         self.examples, self.renderer, self.lengths, self.counts, self.context = examples, renderer, lengths, counts, context
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        return render(self.examples[index], self.examples.shown(index), self.renderer, self.context)
+    def __getitem__(self, index: int) -> Sample:
+        return render(self.examples[index], self.examples.photo_numbers(index), self.renderer, self.context, self.images)
 
-    def select(self, indices: Sequence[int]) -> SampleSet:
+    def with_images(self, images: ImageSource) -> TokenizedDataset:
+        """The same samples with their images."""
+        return TokenizedDataset(self.examples, self.renderer, self.lengths, self.counts, self.context, images)
+
+    def select(self, indices: Sequence[int]) -> TokenizedDataset:
         """Some of the samples, in this order."""
-        examples = self.examples.select(indices)
-        return SampleSet(examples, self.renderer, self.lengths[np.asarray(indices, dtype=np.int64)], self.counts, self.context)
+        examples, lengths = self.examples.select(indices), self.lengths[np.asarray(indices, dtype=np.int64)]
+        return TokenizedDataset(examples, self.renderer, lengths, self.counts, self.context, self.images)
 
-    def without(self, photos: Collection[int]) -> SampleSet:
+    def without(self, photos: Collection[int]) -> TokenizedDataset:
         """The samples that show none of some photos."""
         bad = set(photos)
-        return self.select([index for index in range(len(self)) if bad.isdisjoint(self.examples.shown(index))])
+        return self.select([index for index in range(len(self)) if bad.isdisjoint(self.examples.photo_numbers(index))])
 
 
 def build_samples(
@@ -156,7 +181,7 @@ def build_samples(
     context: int | None = None,
     seed: int = 0,
     on_samples: Callable[[int], None] = lambda samples: None,
-) -> SampleSet:
+) -> TokenizedDataset:
     """Samples of examples; the label masks of all are verified, or of a large set those of some, and the others' when they are rendered.
 
     Args:
@@ -175,18 +200,18 @@ def build_samples(
     counts = Counts()
     for index in ahead:
         example = examples[index]
-        sample = render(example, examples.shown(index), renderer, context)
+        sample = render(example, examples.photo_numbers(index), renderer, context)
         # what is known of all is exact, and what is known of some is about right for all
         lengths[index] = len(sample.tree) if len(ahead) == len(examples) else lengths[index]
         counts = counts.plus(example, sample)
         on_samples(1)
-    return SampleSet(examples, renderer, lengths, counts, context)
+    return TokenizedDataset(examples, renderer, lengths, counts, context)
 
 
-def arrange(samples: SampleSet, batch_size: int, seed: int = 0) -> SampleSet:
-    """Shuffle, then bring samples of like length together, batch by batch; batches themselves come in random order.
+def arrange(samples: TokenizedDataset, batch_size: int, seed: int = 0) -> TokenizedDataset:
+    """Shuffle, then sort by length within pools of eight batches; the batches come in random order.
 
-    A remainder smaller than a batch is left out, unless it is all there is.
+    A last batch that is not full is left out, unless it is the only one.
     """
     rng = random.Random(seed)
     order = list(range(len(samples)))
@@ -201,12 +226,12 @@ def arrange(samples: SampleSet, batch_size: int, seed: int = 0) -> SampleSet:
     return samples.select([index for batch in whole for index in batch])
 
 
-def report(samples: SampleSet) -> dict[str, int | float]:
-    """What a run will learn from, in numbers; those of text are extrapolated where not all samples were rendered ahead."""
+def summarize(samples: TokenizedDataset) -> dict[str, int | float]:
+    """Numbers of the training data; those of text are extrapolated where not all samples were rendered ahead."""
     counts = samples.counts
     share = len(samples) / max(1, counts.examples)
     return {
-        "photos": len(samples.examples.wanted()),
+        "photos": len(samples.examples.used_photos()),
         "samples": len(samples),
         "conversations": round(counts.conversations * share),
         "answers": round(counts.answers * share),
@@ -219,7 +244,7 @@ def report(samples: SampleSet) -> dict[str, int | float]:
 
 
 def _stamp(path: Path) -> str:
-    """What tells a file from others, and from what it was before it was replaced, without reading it."""
+    """Identifies a file and its version without reading it."""
     try:
         return f"{os.path.realpath(path)} {path.stat().st_mtime_ns}"
     except (OSError, ValueError):  # not there
@@ -227,9 +252,9 @@ def _stamp(path: Path) -> str:
 
 
 class FeatureCache:
-    """The tower's tokens of each photo, on disk; photos are known by the path, size and time of change of their files.
+    """Image features on disk: the tower's tokens of each photo, which is identified by path, size and time of change of its file.
 
-    Where several commands want the same ones, one looks and the others wait for it.
+    Where several processes want the same ones, one computes and the rest wait.
 
     Args:
         folder: holds a sub-folder for each (tower, photos).
@@ -288,7 +313,7 @@ class FeatureCache:
         with FileLock(self.folder / "lock"):
             missing = self.missing(wanted)
             if len(missing) < count:
-                on_photos(count - len(missing))  # another command looked
+                on_photos(count - len(missing))  # another process has computed them
             for start in range(0, len(missing), BATCH):
                 part = missing[start : start + BATCH]
                 named = on_bad and (lambda place, error, part=part: on_bad(part[place], error))
@@ -296,7 +321,7 @@ class FeatureCache:
                 images = {index: image for index, image in zip(part, loaded, strict=True) if image is not None}
                 if images:
                     chosen = list(images)
-                    self._tokens[chosen] = self._look(list(images.values())).view(torch.int16).numpy()
+                    self._tokens[chosen] = self._encode(list(images.values())).view(torch.int16).numpy()
                     self._tokens.flush()
                     self._done[chosen] = 1
                 on_photos(len(part))
@@ -304,11 +329,11 @@ class FeatureCache:
     def stand_in(self, photos: Collection[int]) -> None:
         """Give some photos the tokens of a blank image, in this process alone."""
         config = self.tower.config
-        tokens = self._look([blank(config.image_size, config.image_mean)])[0] if photos else None
+        tokens = self._encode([blank(config.image_size, config.image_mean)])[0] if photos else None
         self._blank = dict.fromkeys(photos, tokens)
 
     @torch.no_grad()
-    def _look(self, images: Sequence[Image.Image]) -> Tensor:
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
         """(images, N, d) bfloat16."""
         inputs = self.preprocessor(images).to(next(self.tower.parameters()).device)
         # at 49 tokens plain attention is faster than the fused kernel

@@ -22,7 +22,7 @@ def words_by_photo(examples: ConversationDataset) -> dict[int, list[set[str]]]:
     """The words of each sentence about each photo, by the photo's number; what is said about several photos counts for each of them."""
     sentences: dict[int, list[set[str]]] = {}
     for index in range(len(examples)):
-        if photos := examples.shown(index):
+        if photos := examples.photo_numbers(index):
             said = words_about(examples[index])
             for photo in photos:
                 sentences.setdefault(photo, []).extend(said)

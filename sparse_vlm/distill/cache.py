@@ -1,15 +1,14 @@
 """The teacher's outputs for a fixed set of views of each photo, computed once and replayed in every run.
 
 Shape legend: P photos, V views of each, N student tokens, d width, E embedding.
-The teacher costs more than the student; with the views cached, an epoch over them costs the student alone.
+The teacher costs more than the student; over cached views an epoch costs only the student.
 
-Notable: each view of all photos is two float16 arrays that are filled in order, a checksum a row, and a counter that is moved forward only
-after the rows before it reached the disk: an interrupted fill resumes, and a run that asks for more views a photo keeps those that are
-there. The arrays take their room before the first row, so that a full disk is told at once; one that is not as long as it says is asked
-for again, and a row that is not what was written is never learnt from. Where another run has kept all patches of these views, averages over
-cells are taken from them and the teacher is not asked again. A json ties them to teacher, photos and cells; a cache of another teacher, or
-of other photos under the same names, is never mistaken for this one. Photos that cannot be read are noted beside the rows and left out of
-training. Where two runs want the same cache, one fills it and the other waits.
+Notable: each view of all photos is two float16 arrays, filled in order, with a checksum for each row and a counter that advances only after
+the rows before it are on disk. So an interrupted fill resumes, and a run with more views a photo keeps the existing ones. Disk space is
+allocated before the first row, so that a full disk fails at once. A file of the wrong length is computed again, and a damaged row is never
+trained on. If another run has cached all patches of these views, averages over cells are computed from them without the teacher. The
+folder's name is a digest of teacher, photos (names and bytes) and cells. Photos that cannot be read are recorded and left out of training.
+If two runs need the same cache, one fills it and the other waits.
 """
 
 from __future__ import annotations
@@ -39,21 +38,21 @@ from sparse_vlm.teachers import Teacher
 from sparse_vlm.tower.config import Fit
 from sparse_vlm.utils.files import atomic_path, locked, reserve, write_text
 
-DTYPES: dict[str, type] = {"embeds": np.float16, "patches": np.float16, "sums": np.uint32}  # of the arrays of a view
+DTYPES: dict[str, type] = {"embeds": np.float16, "patches": np.float16, "sums": np.uint32}  # arrays of a view
 
 
 class TeacherCache(ViewSet):
-    """Views with cached teacher answers.
+    """Views with cached teacher outputs.
 
     Args:
-        folder: where the arrays lie; one sub-folder a (teacher, photos, rois).
-        teacher: asked for what is missing.
+        folder: of all caches; each (teacher, photos, rois) has a sub-folder.
+        teacher: whose outputs are cached.
         photos: in a fixed order.
-        views: views of each photo that this run wants.
-        rois: (N, 4), the cells over which the teacher's patch tokens are averaged; None keeps all of them, as a student of several
-            budgets needs (N = G * G then).
+        views: number of views of each photo.
+        rois: (N, 4), cells over which the teacher's patch tokens are averaged; None keeps all patches (N = G * G), for a student of
+            several token budgets.
         fit: whether view 0 is the centre square or the whole photo.
-        owner: whether this process fills the cache; others wait until the owner has filled it.
+        owner: whether this process fills the cache; the others wait for it.
     """
 
     def __init__(
@@ -71,11 +70,10 @@ class TeacherCache(ViewSet):
         self.rois = rois
         cells = "patches" if rois is None else hashlib.sha256(rois.numpy().tobytes()).hexdigest()[:16]
         count = teacher.spec.grid**2 if rois is None else rois.shape[0]
-        known = super().describe()
-        # the folder is named after it
+        identity = super().describe()
         order = ("teacher", "photos", "contents", "seed", "crop", "rois", "size", "fit")
-        known = {"teacher": teacher.fingerprint(), "rois": cells} | known
-        self.meta = {key: known[key] for key in order if key in known}
+        identity = {"teacher": teacher.fingerprint(), "rois": cells} | identity
+        self.meta = {key: identity[key] for key in order if key in identity}  # in this order its digest names the folder
         self.folder = folder / _name(self.meta)
         self._all_patches = folder / _name({**self.meta, "rois": "patches"})
         self._shapes = {
@@ -91,20 +89,20 @@ class TeacherCache(ViewSet):
                         self._make_room(view)
             while not owner and (self.done < len(self) or any(map(self._broken, range(views)))):
                 time.sleep(0.5)
-            self.unreadable |= self._noted(self.folder)
+            self.unreadable |= self._recorded_unreadable(self.folder)
             self._embeds, self._patches, self._sums = ([self._open(view, name) for view in range(views)] for name in DTYPES)
 
     def _broken(self, view: int) -> list[str]:
-        """The arrays of a view that are not there as they must be."""
+        """Names of a view's arrays that are missing or of the wrong size."""
         return [name for name, dtype in DTYPES.items() if not _is_whole(self._path(view, name), dtype, self._shapes[name])]
 
     def _make_room(self, view: int) -> None:
-        """Make the arrays of a view that are not there as they must be; all rows of the view are missing from then on."""
+        """Create the missing or wrong arrays of a view, after which none of its rows counts as filled."""
         broken = self._broken(view)
         if not broken:
             return
         if self._done(view):
-            print(f"{self._path(view, broken[0])} is not as it was written; the teacher is asked again for view {view}", file=sys.stderr)
+            print(f"{self._path(view, broken[0])} is damaged; view {view} is computed again", file=sys.stderr)
         self._progress(view).unlink(missing_ok=True)
         for name in broken:
             shape, dtype = self._shapes[name], DTYPES[name]
@@ -118,7 +116,7 @@ class TeacherCache(ViewSet):
         return self.folder / f"{name}-{view}.npy"
 
     def _open(self, view: int, name: str) -> np.memmap:
-        """An array of a view; it is only read where all its rows are there."""
+        """An array of a view, read-only if it is complete."""
         return np.load(self._path(view, name), mmap_mode="r" if self._done(view) == len(self.photos) else "r+")
 
     def _progress(self, view: int) -> Path:
@@ -128,51 +126,50 @@ class TeacherCache(ViewSet):
         return _rows_done(self._progress(view), len(self.photos))
 
     @staticmethod
-    def _noted(folder: Path) -> dict[int, str]:
-        """Photos that a fill could not read, each with the reason."""
+    def _recorded_unreadable(folder: Path) -> dict[int, str]:
+        """Photos that could not be read, with the reason."""
         path = folder / "unreadable.json"
         with about(path, ValueError, AttributeError):
             return {int(i): str(why) for i, why in json.loads(path.read_text()).items()} if path.exists() else {}
 
     @property
     def done(self) -> int:
-        """Rows of the wanted views that are filled and on disk."""
+        """Number of rows that are filled and on disk."""
         return sum(self._done(view) for view in range(self.views))
 
     def describe(self) -> dict[str, Any]:
-        """The teacher and its cells as well."""
+        """What identifies these views, with the teacher and its cells."""
         return self.meta
 
     def outputs(self, row: int) -> tuple[Tensor, Tensor]:
-        """The teacher's embedding (E,) and patch tokens averaged over each cell (N, d) of a row, float32.
+        """Teacher outputs of a row, float32: the embedding (E,), and patch tokens averaged over cells (N, d).
 
         Raises:
-            UserError: the row is not what was written.
+            UserError: the row is damaged.
         """
         both = self._row(*divmod(row, len(self.photos)))
         return torch.from_numpy(both[0].astype(np.float32)), torch.from_numpy(both[1].astype(np.float32))
 
     def _row(self, view: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the arrays hold of a photo, float16."""
+        """The stored outputs of a view of a photo, float16."""
         both = np.array(self._embeds[view][index]), np.array(self._patches[view][index])
         if _checksums(*both) != tuple(self._sums[view][index]):
             raise UserError(
-                f"{self.folder}: row {index} of view {view} is not what was written (a damaged disk, or a copy); remove the folder, and "
-                "the teacher is asked again"
+                f"{self.folder}: row {index} of view {view} is damaged (checksum); remove the folder to compute the cache again"
             )
         return both
 
-    def _put(self, view: int, start: int, embeds: np.ndarray, patches: np.ndarray) -> None:
-        """Take rows in, from `start` on."""
+    def _write(self, view: int, start: int, embeds: np.ndarray, patches: np.ndarray) -> None:
+        """Write rows from `start` on."""
         for index, (embed, patch) in enumerate(zip(embeds.astype(np.float16), patches.astype(np.float16), strict=True), start):
             self._embeds[view][index], self._patches[view][index] = embed, patch
             self._sums[view][index] = _checksums(embed, patch)
 
     def _average_kept_patches(self, on_rows: Callable[[int], None] = lambda rows: None, batch_size: int = 64) -> None:
-        """Fill what is missing of views whose patches are all on disk, kept by a run whose student has no cells of its own.
+        """Fill missing rows from the patches that another run has cached, of views that are complete there.
 
         Args:
-            on_rows: called with the number of rows just finished.
+            on_rows: called with the number of rows just filled.
         """
         count, folder = len(self.photos), self._all_patches
         for view in range(self.views if self.rois is not None else 0):
@@ -183,13 +180,13 @@ class TeacherCache(ViewSet):
             kept = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
             grid = math.isqrt(kept["patches"].shape[1])
             weights = roi_average_weights(self.rois, grid, grid)
-            self.unreadable |= self._noted(folder)
+            self.unreadable |= self._recorded_unreadable(folder)
             while start < count:
                 stop = min(start + batch_size, count)
                 embeds, patches = np.array(kept["embeds"][start:stop]), np.array(kept["patches"][start:stop])
                 if any(_checksums(*both) != tuple(sums) for *both, sums in zip(embeds, patches, kept["sums"][start:stop], strict=True)):
-                    break  # the teacher is asked for the rest
-                self._put(view, start, embeds, (weights @ torch.from_numpy(patches.astype(np.float32))).numpy())
+                    break  # the teacher computes the rest
+                self._write(view, start, embeds, (weights @ torch.from_numpy(patches.astype(np.float32))).numpy())
                 on_rows(stop - start)
                 start = stop
             self._commit(view, start)
@@ -201,38 +198,38 @@ class TeacherCache(ViewSet):
         on_rows: Callable[[int], None] = lambda rows: None,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Ask the teacher for every row that is missing, in the dtype that the device multiplies in.
+        """Compute all missing rows, in the device's native dtype.
 
         Args:
-            batch_size: small on a CPU, where in bfloat16 a ViT of 257 tokens takes a quarter less a view on two cores at 8 than at 32.
-            on_rows: called with the number of rows just finished.
+            batch_size: 8 is fastest on a CPU: a view of a ViT with 257 tokens takes a quarter less time than at 32.
+            on_rows: called with the number of rows just filled.
         """
         if self.done == len(self):
             return
         before = self.done
         with about(self.folder), locked(self.folder, wait=True):
-            if self.done > before:  # another run has asked while this one waited
-                self.unreadable |= self._noted(self.folder)
+            if self.done > before:  # another run has filled it meanwhile
+                self.unreadable |= self._recorded_unreadable(self.folder)
                 on_rows(self.done - before)
             self._average_kept_patches(on_rows)
             if self.done < len(self):
-                self._ask(LiveTeacher(teacher, self.rois, device), batch_size, on_rows)
+                self._compute(LiveTeacher(teacher, self.rois, device), batch_size, on_rows)
 
-    def _ask(self, ask: LiveTeacher, batch_size: int, on_rows: Callable[[int], None]) -> None:
+    def _compute(self, teacher: LiveTeacher, batch_size: int, on_rows: Callable[[int], None]) -> None:
         count = len(self.photos)
         for view in range(self.views):
             start = self._done(view)
             while start < count:
                 stop = min(start + batch_size, count)
-                embeds, patches = ask(torch.stack([self._pixels_or_note(view * count + index) for index in range(start, stop)]))
-                self._put(view, start, embeds.cpu().numpy(), patches.cpu().numpy())
+                embeds, patches = teacher(torch.stack([self._pixels_or_black(view * count + index) for index in range(start, stop)]))
+                self._write(view, start, embeds.cpu().numpy(), patches.cpu().numpy())
                 on_rows(stop - start)
                 start = stop
                 if start == count or (start // batch_size) % 80 == 0:
                     self._commit(view, start)
 
-    def _pixels_or_note(self, row: int) -> Tensor:
-        """The view of a row; black, and noted, where the photo cannot be read."""
+    def _pixels_or_black(self, row: int) -> Tensor:
+        """The view of a row; black if the photo cannot be read, which is recorded."""
         try:
             return self.pixels(row)
         except ImageError as error:
@@ -247,7 +244,7 @@ class TeacherCache(ViewSet):
         write_text(self._progress(view), str(rows))
 
     def statistics(self) -> Statistics:
-        """Over a spread of at most 4,096 photos as evaluation sees them.
+        """Statistics of at most 4,096 photos, evenly spread, in the evaluation view.
 
         Raises:
             ImageError: no photo can be read.
@@ -261,12 +258,12 @@ class TeacherCache(ViewSet):
 
 
 def _checksums(embed: np.ndarray, patch: np.ndarray) -> tuple[int, int]:
-    """CRC-32 of a row's float16 numbers."""
+    """CRC-32 of a row's two float16 arrays."""
     return zlib.crc32(embed.tobytes()), zlib.crc32(patch.tobytes())
 
 
 def _rows_done(path: Path, count: int) -> int:
-    """What a counter of at most `count` rows says; 0 where it says nothing that could be."""
+    """The value of a counter file; 0 if it is missing or not in [0, count]."""
     try:
         done = int(path.read_text())
     except (OSError, ValueError):
@@ -275,16 +272,16 @@ def _rows_done(path: Path, count: int) -> int:
 
 
 def _is_whole(path: Path, dtype: type, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether a file is an array of a type, and of a shape where it is given, and as long as its header says."""
+    """Whether a file is a complete array of this dtype (and shape)."""
     try:
         with open(path, "rb") as stream:
             np.lib.format.read_magic(stream)
             found, fortran, kind = np.lib.format.read_array_header_1_0(stream)
             start = stream.tell()
-    except Exception:  # numpy reads a header as Python, and what is none may raise anything
+    except Exception:  # numpy evaluates a header as Python, so that a damaged one may raise anything
         return False
-    as_wanted = kind == np.dtype(dtype) and not fortran and shape in (None, found)
-    return as_wanted and path.stat().st_size == start + math.prod(found) * kind.itemsize
+    matches = kind == np.dtype(dtype) and not fortran and shape in (None, found)
+    return matches and path.stat().st_size == start + math.prod(found) * kind.itemsize
 
 
 def _name(meta: dict[str, Any]) -> str:

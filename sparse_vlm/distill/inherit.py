@@ -1,8 +1,8 @@
-"""What a student takes over from its teacher, tensor by tensor, and what it begins with where there is nothing to take over.
+"""Weight inheritance: which of the teacher's tensors the student starts from, and how its new tensors are initialized.
 
-Shape legend: d width, p patch size, G x G patch grid, C channels of the map, P sampling points, O points after mixing.
-Every teacher tensor is inherited, or left out with a reason; every student tensor is inherited, or new. `plan` says so as data, `inherit`
-does it, and the command line prints it.
+Shape legend: d width, p patch size, G x G patch grid.
+Every teacher tensor is inherited, or left out with a reason; every student tensor is inherited, or new. `plan` returns this mapping as
+data, `inherit` carries it out, and the command line prints it.
 Source: Bootstrapping SparseFormers (arXiv 2312.01987), section 3; the warm start is ours.
 """
 
@@ -31,7 +31,7 @@ Fate = Literal["tuned", "frozen", "left out", "new"]
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One line of the mapping. `source` is empty for new tensors, `target` for those left out."""
+    """A teacher tensor (`source`; empty for new tensors) and its student tensor (`target`; empty if left out)."""
 
     source: str
     target: str
@@ -40,10 +40,10 @@ class TensorMapping:
 
 
 def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMapping]:
-    """The mapping, with every tensor of both sides in it.
+    """The mapping, with every tensor of teacher and student.
 
     Raises:
-        TeacherError: a tensor that neither is inherited nor has a reason to be left out, or shapes that do not fit.
+        TeacherError: a tensor that is neither inherited nor known to be superfluous, or a recipe that does not fit the teacher.
     """
     spec, mapping = teacher.spec, recipe.mapping(teacher.spec)
     units = [index for index, layer in enumerate(tower.layers) if layer in tower.units()]
@@ -69,11 +69,11 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMa
         if glance.norm_pre:
             rows += [TensorMapping(f"norm_pre.{kind}", f"glance.norm_pre.{kind}", "tuned") for kind in ("weight", "bias")]
     reasons = {
-        "patch_embed.weight": "the student looks at its own map instead of patches",
-        "pos_embed": "the student knows its RoIs instead of patch positions",
-        "cls_token": "the student's CLS token enters later and learns anew",
-        "norm_pre.weight": "normalises patch tokens, which the student does not have",
-        "norm_pre.bias": "normalises patch tokens, which the student does not have",
+        "patch_embed.weight": "the student samples its own feature map instead of patches",
+        "pos_embed": "the student has RoIs instead of patch positions",
+        "cls_token": "the student's CLS token enters later and is new",
+        "norm_pre.weight": "normalizes patch tokens, which the student does not have",
+        "norm_pre.bias": "normalizes patch tokens, which the student does not have",
     }
     taken = {row.source for row in rows}
     for name in teacher.tensors:
@@ -92,7 +92,7 @@ def plan(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMa
     filled = {row.target for row in rows if row.target}
     if strange := sorted(filled - set(tower.state_dict())):
         raise TeacherError(f"teacher {spec.name}: the recipe's student has no {strange[0]}; the recipe does not fit this teacher's head")
-    rows += [TensorMapping("", name, "new", _beginning(name, teacher)) for name in tower.state_dict() if name not in filled]
+    rows += [TensorMapping("", name, "new", _init_note(name, teacher)) for name in tower.state_dict() if name not in filled]
     rows = [replace(row, reason="; ".join(filter(None, (teacher.inventory.notes.get(row.source), row.reason)))) for row in rows]
     return rows + [TensorMapping(source, "", "left out", reason) for source, reason in teacher.inventory.left_out.items()]
 
@@ -113,17 +113,21 @@ def _pattern(name: str) -> str:
     return ".".join([*parts[:2], "*"]) if parts[0] in ("blocks", "layers") else name
 
 
-def _beginning(name: str, teacher: Teacher) -> str:
-    """What a new tensor begins with where that is worth a word."""
-    return "the teacher has no projection: begins as the identity" if name == "proj.weight" and "head.weight" not in teacher.tensors else ""
+def _init_note(name: str, teacher: Teacher) -> str:
+    """A note on the initialization of a new tensor; usually empty."""
+    return (
+        "the teacher has no projection: initialized as the identity"
+        if name == "proj.weight" and "head.weight" not in teacher.tensors
+        else ""
+    )
 
 
 @torch.no_grad()
 def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[TensorMapping]:
-    """Fill a fresh student with what it inherits, prepare its new parts for a warm start, and freeze what the recipe freezes.
+    """Copy the inherited tensors to a new student, initialize its new ones for a warm start, and freeze what the recipe freezes.
 
     Returns:
-        The mapping that was carried out.
+        The mapping.
     """
     rows = plan(tower, teacher, recipe)
     targets = dict(tower.named_parameters())
@@ -145,42 +149,42 @@ def inherit(tower: SparseFormer, teacher: Teacher, recipe: Recipe) -> list[Tenso
     if "head.weight" not in teacher.tensors:
         torch.nn.init.eye_(tower.proj.weight)
     if tower.glance is not None:
-        _add_looks_as_zero_branches(tower)
+        _zero_init_sampling(tower)
     return rows
 
 
 @torch.no_grad()
 def load_init(tower: SparseFormer, rows: list[TensorMapping], other: SparseFormer, name: str) -> list[TensorMapping]:
-    """Give a student that was inherited the weights of another tower, to learn on from there; what that one lacks stays as it is.
+    """Copy the weights of another tower to a student after `inherit`; tensors that the other lacks stay as they are.
 
     Args:
-        rows: the mapping that `inherit` carried out.
-        other: with no tensor that the student lacks.
-        name: of the other tower, for messages and the mapping.
+        rows: the mapping of `inherit`.
+        other: its tensors must all exist in the student.
+        name: of the other tower, for the mapping and messages.
 
     Returns:
-        The mapping, in which what the student has from the other tower is not new any more.
+        The new mapping.
 
     Raises:
-        UserError: the other tower has a tensor that the student lacks, or one of another shape.
+        UserError: a tensor of the other tower does not exist in the student, or has another shape.
     """
-    own, given = tower.state_dict(), other.state_dict()
-    for tensor, value in given.items():
+    own, state = tower.state_dict(), other.state_dict()
+    for tensor, value in state.items():
         if tensor not in own:
             raise UserError(
-                f"--init {name}: its tensor {tensor} has no place in this recipe's student; take the recipe that it was made by"
+                f"--init {name}: its tensor {tensor} does not exist in this recipe's student; take the recipe that it was made with"
             )
         if own[tensor].shape != value.shape:
             shapes = f"{tuple(value.shape)}, and the student's {tuple(own[tensor].shape)}"
-            raise UserError(f"--init {name}: its tensor {tensor} is {shapes}; take the recipe and the numbers that it was made by")
+            raise UserError(f"--init {name}: its tensor {tensor} is {shapes}; take the recipe and numbers that it was made with")
         own[tensor].copy_(value)
     trained = {target for target, parameter in tower.named_parameters() if parameter.requires_grad}
-    begun = [TensorMapping(tensor, tensor, "tuned" if tensor in trained else "frozen", f"from {name}") for tensor in given]
-    return begun + [row for row in rows if row.fate == "new" and row.target not in given]
+    copied = [TensorMapping(tensor, tensor, "tuned" if tensor in trained else "frozen", f"from {name}") for tensor in state]
+    return copied + [row for row in rows if row.fate == "new" and row.target not in state]
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """Position embeddings of a square grid (G * G, d) to another grid, bicubic with antialiasing."""
+    """Resize position embeddings of a square grid (G * G, d) to another grid, bicubic with antialiasing."""
     side = math.isqrt(positions.shape[0])
     if side == grid:
         return positions
@@ -189,7 +193,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
-    """A patch embedding (d, 3, p, p) for patches of another size that answers as the old one does to the patch scaled to its size.
+    """Resize a patch embedding (d, 3, p, p), so that it embeds a patch as the old one embeds the patch scaled to its size.
 
     Scaling is linear, x -> A x A^T, so the new kernel is A^T W A (compare FlexiViT, arXiv 2212.08013, section 3.4).
     """
@@ -201,8 +205,8 @@ def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
     return scale.T @ weight @ scale
 
 
-def _add_looks_as_zero_branches(tower: SparseFormer) -> None:
-    """Looking adds nothing at first: its output is zero, and its mixing starts as the identity over channels and points."""
+def _zero_init_sampling(tower: SparseFormer) -> None:
+    """Sampling adds nothing at first: its output projection is zero, and its mixing is the identity over channels and points."""
     for unit in tower.units():
         if "SAMPLING_M" not in unit.ops:
             continue

@@ -1,6 +1,6 @@
-"""The teacher asked as it is needed: to fill a cache, or at every step of a run that never shows a view twice.
+"""Compute teacher outputs: to fill a cache, or at every step of a run that never shows a view twice.
 
-Shape legend: B views, N student tokens, G x G the teacher's patches, d width, E embedding, S side in pixels.
+Shape legend: B views, N student tokens, G x G the teacher's patch grid, d width, E embedding, S side in pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparse_vlm.utils.devices import native_dtype
 
 
 class PatchLinear(nn.Module):
-    """A convolution whose stride is its kernel's size, as the one matrix product that it is, in a tenth of cuDNN's time on an H100.
+    """A convolution with stride equal to kernel size as one matrix product: a tenth of cuDNN's time on an H100.
 
     Args:
         convolution: without padding.
@@ -33,7 +33,7 @@ class PatchLinear(nn.Module):
 
 
 def replace_patch_convolutions(model: nn.Module) -> None:
-    """Put a `PatchLinear` in the place of each convolution of a model that cuts images into patches."""
+    """Replace each patch-embedding convolution of a model by a `PatchLinear`."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d) and child.stride == child.kernel_size == child.kernel_size[::-1] and child.padding == (0, 0):
@@ -41,12 +41,12 @@ def replace_patch_convolutions(model: nn.Module) -> None:
 
 
 class LiveTeacher:
-    """A copy of a teacher in what a device multiplies in, with its answers as the objective wants them.
+    """A copy of a teacher on a device, in its native dtype, whose outputs are as the loss takes them.
 
     Args:
-        teacher: is left as it is.
-        rois: (N, 4), the cells over which patch tokens are averaged; None keeps all of them (N = G * G then).
-        device: that answers.
+        teacher: not changed.
+        rois: (N, 4), cells over which patch tokens are averaged; None keeps all patches (N = G * G).
+        device: that computes.
     """
 
     def __init__(self, teacher: Teacher, rois: Tensor | None, device: str | torch.device = "cpu") -> None:
@@ -58,13 +58,13 @@ class LiveTeacher:
         self._weights = None if rois is None else roi_average_weights(rois, grid, grid).to(self.device)
 
     def compile(self) -> None:
-        """Compile the copy, for batches of the next one's size."""
+        """Compile the copy."""
         self._teacher.compile()
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, E) and patch tokens (B, N, d) of views (B, 3, S, S) uint8 at the teacher's size; float32, on its device."""
-        shown = normalize(pixels.to(self.device), self.spec.image_mean, self.spec.image_std).to(self.dtype)
-        out = self._teacher(shown)
+        images = normalize(pixels.to(self.device), self.spec.image_mean, self.spec.image_std).to(self.dtype)
+        out = self._teacher(images)
         patches = out.patches.float()
         return out.embeds.float(), patches if self._weights is None else self._weights @ patches

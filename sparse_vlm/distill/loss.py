@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from sparse_vlm.distill.shrink import clip_to_boxes, place_patches
 from sparse_vlm.images.preprocess import normalize
-from sparse_vlm.roi import grid_rois_for, roi_average_weights
+from sparse_vlm.roi import grid_rois_for, image_aspects, image_extent, roi_average_weights
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.focus import plain_grid, variation
-from sparse_vlm.tower.model import image_aspects, image_extent
 
 FOCUS_WEIGHT = 0.1  # of the focus' error: a small part of the gradient's norm, which is clipped; Adam rescales it
 INIT_RMS = 0.02  # root mean square of a new linear layer

@@ -1,8 +1,8 @@
 """Recipes: how a tower is bootstrapped from a teacher. A new one is one more entry in `RECIPES`.
 
-A recipe says what the student is made of, which of the teacher's blocks it inherits, which of those are tuned and which stay frozen,
-and how long and how fast it learns. Rates are relative to the size of the tensor they change (see `distill.loss.parameter_groups`);
-those of RoIs are absolute, and at 5e-4 the RoIs run away.
+A recipe defines the student's architecture, which of the teacher's blocks it inherits, which of those are tuned and which frozen, and the
+training schedule. Learning rates are relative to the size of the tensor that they change (see `distill.loss.parameter_groups`); those of
+RoIs are absolute, and at 5e-4 the RoIs diverge.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.teachers import TeacherSpec
 from sparse_vlm.tower import FocusConfig, RoIPatchConfig, SparseFormerConfig, UnitConfig
 
-FINER = 2  # sides of a canvas for whole images, in sides of the teacher's: the smallest cells are an eighth of the coarse ones
+FINER = 2  # side of the canvas for whole images, in sides of the teacher's images; the smallest cells are an eighth of the coarse ones
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a student of a teacher. Numbers can be changed from the command line; what they change, `config` and `mapping` say.
+    """How to make a student from a teacher. Its numbers can be changed (`--set`, `changed`).
 
     Attributes:
-        summary: one line for people.
-        student: the tower's configuration for a given teacher and the recipe's numbers.
-        blocks: for each unit of the student, the teacher block that its ATTN and MLP inherit, or None.
-        looks: how often tokens look; where each look stands before a block, as often as there are blocks at most.
-        points: that a token samples in a look.
-        tokens: latent tokens of a student that is trained at this number alone; 0 is what the recipe says.
-        dropped: of the teacher's first blocks, that the student does without.
-        frozen: of the teacher's last blocks, that are inherited and not trained.
+        summary: one line.
+        student: the tower's configuration, from the teacher's spec and this recipe.
+        blocks: for each unit of the student the teacher block whose attention and MLP it inherits, or None.
+        looks: number of sampling and mixing steps; at most one before each block, if they are before blocks.
+        points: sampling points of a token in such a step.
+        tokens: a single token budget to train for; 0 is the recipe's own.
+        dropped: number of the teacher's first blocks that are left out.
+        frozen: number of the teacher's last blocks that are inherited and not trained.
         resolution: side of the student's images in pixels; 0 is the teacher's.
-        views: views of photos to learn from; 0 leaves the student as it begins.
-        views_per_photo: distinct views of a photo, cached with the teacher's outputs; 0 shows a new view every time, and the teacher
-            answers at every step.
-        lr: peak learning rate, as a share of a tensor's root mean square a step.
-        new_boost: how many times faster new tensors learn than inherited ones.
-        lr_rois: absolute peak rate of all that moves points and RoIs.
+        views: number of views to train on; 0 trains nothing.
+        views_per_photo: distinct views of a photo, whose teacher outputs are cached; 0 makes a new view every time and computes teacher
+            outputs at every step.
+        lr: peak learning rate, relative to a tensor's root mean square.
+        new_boost: factor on the learning rate of new tensors.
+        lr_rois: absolute peak rate of what moves sampling points and RoIs.
         lr_focus: absolute peak rate of the network that places cells.
-        dense_weight: weight of the token-by-token term of the objective.
-        whitened: share of the embedding's term that is measured after whitening by the teacher's embeddings.
-        mixed: share of the views that are each mixed with another of its batch; for a teacher that answers at every step.
-        small: share of the views that are shown small, somewhere on a plain background (`distill.shrink`); for students of several budgets.
-        ema: decay of the averaged weights that become the student.
+        dense_weight: weight of the loss' token term.
+        whitened: share of the embedding's term that is computed after whitening.
+        mixed: share of views that are mixed with another of the batch (mixup); needs `views_per_photo` 0.
+        small: share of views that are shrunk on a plain background (`distill.shrink`); for students of several token budgets.
+        ema: decay of the moving average of weights, which becomes the student.
     """
 
     summary: str
@@ -74,7 +74,7 @@ class Recipe:
         """The student of this teacher.
 
         Raises:
-            UserError: numbers that do not fit the teacher.
+            UserError: numbers or an architecture that do not fit the teacher.
         """
         if not 0 <= self.dropped < spec.num_blocks or not 0 <= self.frozen <= spec.num_blocks - self.dropped:
             raise UserError(f"dropped={self.dropped}, frozen={self.frozen}: the teacher has {spec.num_blocks} blocks")
@@ -85,9 +85,9 @@ class Recipe:
             except ValueError as error:
                 raise UserError(f"tokens={self.tokens}: {error}") from error
         if student.fit == "whole" and self.mixed:
-            raise UserError("--set mixed: views at their own aspects cannot be mixed; leave it at 0 for a recipe of whole images")
+            raise UserError("--set mixed: views of different aspect ratios cannot be mixed; leave it at 0 for a recipe of whole images")
         if self.small and student.budgets is None:
-            raise UserError("--set small: a student of one budget has no cells for what is small; take a recipe of several budgets")
+            raise UserError("--set small: needs a student of several token budgets; take another recipe")
         if (student.cls_before_unit is None) == spec.has_cls:
             raise UserError(f"teacher {spec.name} has no CLS token, and this recipe's student reads its embedding from one")
         if student.num_heads is None and spec.width != 64 * spec.num_heads:
@@ -104,17 +104,16 @@ class Recipe:
         )
 
     def mapping(self, spec: TeacherSpec) -> list[tuple[int | None, bool]]:
-        """For each unit of the student the teacher block that it inherits, and whether that is trained."""
+        """For each unit of the student the teacher block that it inherits (or None), and whether that is trained."""
         return [(block, block is not None and block < spec.num_blocks - self.frozen) for block in self.blocks(spec, self)]
 
 
 def _warm_start(pooled: bool) -> Callable[[TeacherSpec, Recipe], SparseFormerConfig]:
-    """49 tokens that begin as the teacher's patch embedding of their cell of a 7 x 7 grid, then its blocks; before the first few of them
-    tokens also look.
+    """49 tokens initialized by the teacher's patch embedding of their cell in a 7 x 7 grid, then the teacher's blocks, with sampling and
+    mixing before the first of them.
 
     Args:
-        pooled: embed patches of the teacher's size and average them over the cell; else scale the cell down to one patch and embed that,
-            which is a patch embedding resized to the cell's size.
+        pooled: average the embeddings of the cell's patches; otherwise embed the cell as one patch, with a patch embedding resized to it.
     """
 
     def student(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
@@ -144,8 +143,8 @@ def _warm_start(pooled: bool) -> Callable[[TeacherSpec, Recipe], SparseFormerCon
 
 
 def _elastic(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
-    """The warm start for any number of tokens: each begins as the teacher's embedding of its cell, scaled to one patch of a 49th of the
-    image, and the mean of the teacher's positions there."""
+    """The warm start for token budgets from 9 to 64: each token is initialized by the embedding of its cell, scaled to the patch of a 7 x 7
+    grid, and the mean of the teacher's position embeddings there."""
     config = _warm_start(pooled=False)(spec, recipe)
     return replace(config, budgets=(9, 64), glance=RoIPatchConfig(spec.image_size // 7, spec.grid, 4, spec.norm_pre, kind="crop"))
 
@@ -161,7 +160,7 @@ def _adaptive(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
 
 
 def _whole(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
-    """The teacher itself as a tower: a token a patch, which is where it begins."""
+    """The teacher itself as a tower: one token a patch."""
     config = _warm_start(pooled=True)(spec, recipe)
     return replace(config, num_latent_tokens=spec.grid**2, glance=RoIPatchConfig(spec.patch_size, spec.grid, 1, spec.norm_pre))
 
@@ -179,7 +178,7 @@ def _as_published(name: str) -> Callable[[TeacherSpec, Recipe], SparseFormerConf
 
 
 def _focusing(rois: Literal["grid", "released"]) -> Callable[[TeacherSpec, Recipe], SparseFormerConfig]:
-    """The paper's form at the size of a small teacher: a focusing unit of width 256 from random weights, one more look, then blocks."""
+    """The paper's architecture at a small teacher's size: a new focusing unit of width 256, one more sampling unit, then blocks."""
 
     def student(spec: TeacherSpec, recipe: Recipe) -> SparseFormerConfig:
         cortex = [UnitConfig(spec.width, ("ATTN", "MLP"), activation=spec.activation)] * (spec.num_blocks - recipe.dropped)
@@ -206,13 +205,13 @@ def _each_block(spec: TeacherSpec, recipe: Recipe) -> tuple[int | None, ...]:
 
 
 def _after_focusing(spec: TeacherSpec, recipe: Recipe) -> tuple[int | None, ...]:
-    """A focusing unit and one more look stand before the teacher's blocks."""
+    """A focusing unit and one more sampling unit precede the teacher's blocks."""
     return (None, None, *_each_block(spec, recipe))
 
 
 def _paper(name: str, summary: str, blocks: int) -> Recipe:
-    """The paper's bootstrapping of a teacher of so many blocks: the first third dropped, the second tuned, the last frozen, and the final
-    representation alone aligned (figure 2). How long and how fast is ours, for an ImageNet-1k and several GPUs."""
+    """The paper's recipe for a teacher of `blocks` blocks: the first third dropped, the second tuned, the last frozen, and only the final
+    representation aligned (figure 2). The schedule is ours, for ImageNet-1k and several GPUs."""
     return Recipe(
         summary=summary,
         student=_as_published(name),
@@ -227,7 +226,7 @@ def _paper(name: str, summary: str, blocks: int) -> Recipe:
 
 
 _ELASTIC = Recipe(
-    summary="as tiny, for any number of tokens from 9 to 64 with the same weights",
+    summary="as tiny, for any token budget from 9 to 64 with the same weights",
     student=_elastic,
     blocks=_each_block,
     lr=1.4e-3,
@@ -243,7 +242,7 @@ _ADAPTIVE = replace(
 
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
-        summary="49 tokens that begin as the teacher's patch embedding of their cell and look four times; all blocks inherited",
+        summary="49 tokens from the teacher's patch embedding of their cell, four sampling and mixing steps; all blocks inherited",
         student=_warm_start(pooled=False),
         blocks=_each_block,
     ),
@@ -251,12 +250,12 @@ RECIPES: dict[str, Recipe] = {
     "adaptive": _ADAPTIVE,
     "control-grid": replace(_ADAPTIVE, summary="control: as adaptive, on a regular grid of each image's aspect", student=_regular),
     "tiny-pool": Recipe(
-        summary="as tiny, but tokens begin as the teacher's patch embeddings averaged over their cell",
+        summary="as tiny, but tokens are initialized by patch embeddings averaged over their cell",
         student=_warm_start(pooled=True),
         blocks=_each_block,
     ),
     "tiny-focus": Recipe(
-        summary="as in the paper, at tiny's size: a focusing part from random weights and the last two thirds of a small teacher",
+        summary="as in the paper, at tiny's size: a new focusing part and the last two thirds of a small teacher",
         student=_focusing("grid"),
         blocks=_after_focusing,
         dropped=4,
@@ -268,19 +267,19 @@ RECIPES: dict[str, Recipe] = {
         dropped=4,
     ),
     "control-pool": Recipe(
-        summary="control: the teacher's blocks fed with 7 x 7 average-pooled patch embeddings; no looking",
+        summary="control: the teacher's blocks fed with 7 x 7 average-pooled patch embeddings; no sampling",
         student=_warm_start(pooled=True),
         blocks=_each_block,
         looks=0,
     ),
     "control-stride32": Recipe(
-        summary="control: the teacher's blocks fed with a stride-32 patch embedding (its own, resized); no looking",
+        summary="control: the teacher's blocks fed with a stride-32 patch embedding (its own, resized); no sampling",
         student=_warm_start(pooled=False),
         blocks=_each_block,
         looks=0,
     ),
     "vit": Recipe(
-        summary="the teacher itself as a tower, a token a patch: what others reduce to fewer; nothing is trained",
+        summary="the teacher itself as a tower, one token a patch, for token reduction methods; nothing is trained",
         student=_whole,
         blocks=_each_block,
         looks=0,
@@ -294,10 +293,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by its exact name.
+    """A recipe by name.
 
     Raises:
-        UserError: no such recipe; the message lists them.
+        UserError: no such recipe; the message lists all.
     """
     if name not in RECIPES:
         raise UserError(f"no recipe is called {name!r}; known are {', '.join(RECIPES)}")
@@ -308,10 +307,10 @@ def changed(recipe: Recipe, changes: Mapping[str, float] | Sequence[str]) -> Rec
     """A recipe with some of its numbers changed.
 
     Args:
-        changes: number by name, or `name=number` each.
+        changes: number by name, or texts `name=number`.
 
     Raises:
-        UserError: no such number in a recipe, or no number.
+        UserError: no such field, or not a number.
     """
     numbers = {field.name: int if field.type == "int" else float for field in fields(Recipe) if field.type in ("int", "float")}
     for change in [f"{name}={value}" for name, value in changes.items()] if isinstance(changes, Mapping) else changes:

@@ -1,9 +1,9 @@
-"""Views that are shown small: a view scaled down and put somewhere on a plain background, taught with what the teacher says of it in full.
+"""Small-object augmentation: a view is scaled down and pasted on a plain background; its target is the teacher's output for the full view.
 
-A teacher sees little of a small thing; a tower with a focus has as many cells for it as for a large one. So the target is the teacher's
-answer to the view alone, as if the teacher looked closer, and it is there already: nothing more is asked of the teacher.
+A teacher resolves little of a small object, while a tower with a focus can spend as many cells on it as on a large one. So the target is
+the output for the view alone, as if the teacher had zoomed in. It exists already: the augmentation costs no teacher pass.
 
-Shape legend: B views, H x W a canvas, N cells, d width, G x G the teacher's patches.
+Shape legend: B views, H x W a canvas, N cells, d width, G x G the teacher's patch grid.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from sparse_vlm.roi import grid_rois, roi_average_weights
 
-LONGER_SIDE = (36, 176)  # of a view that is shown small, in pixels
-BLURRED = 14  # pixels a side to which another view is scaled before it is a background: no thing can be told in it
+LONGER_SIDE = (36, 176)  # of a shrunk view, in pixels
+BLURRED = 14  # pixels a side that another view is reduced to before it is a background, so that no object is recognizable
 
 
 def shrink(pixels: Tensor, image_sizes: Tensor, share: float, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Show a share of a batch's views small, on canvases of `side` pixels: plain and graded, some with noise, some a blurred other view.
+    """Shrink a share of a batch's views, on canvases of `side` pixels: a colour gradient, with noise on some and a blurred view in others.
 
     Args:
         pixels: (B, 3, H, W) uint8.
         image_sizes: (B, 2), height and width of each view.
-        generator: on the CPU; decides all that is random.
+        generator: on the CPU, for all random choices.
 
     Returns:
-        The batch, on canvases of at least `side` pixels; its sizes; and the box (B, 4) in which each view lies, relative to its image.
+        The batch, on canvases of at least `side` pixels; image sizes (B, 2); and the box (B, 4) of each view, relative to its image.
     """
     count, _, height, width = pixels.shape
     shown = F.pad(pixels, (0, max(0, side - width), 0, max(0, side - height)))
@@ -67,7 +67,7 @@ def shrink(pixels: Tensor, image_sizes: Tensor, share: float, side: int, generat
 
 
 def clip_to_boxes(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Cells (B, N, 4) relative to each view's box (B, 4): the part of each that lies in it, (B, N, 4), and how much that is, (B, N)."""
+    """Clip cells (B, N, 4) to each view's box (B, 4): cells relative to the box, and the share of their area that is left (B, N)."""
     corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
     moved = torch.cat([(cells[..., :2] - corner) / size, (cells[..., 2:] - corner) / size], dim=-1)
     part = moved.clamp(0, 1)
@@ -76,8 +76,8 @@ def clip_to_boxes(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def place_patches(patches: Tensor, boxes: Tensor, background: Tensor) -> Tensor:
-    """The teacher's patches (B, G * G, d) as they would lie if each view stood in its box (B, 4) before a background (d,)."""
+    """The teacher's patches (B, G * G, d) of views, resampled as if each view were in its box (B, 4) on a background (d,)."""
     grid = math.isqrt(patches.shape[1])
     part, inside = clip_to_boxes(grid_rois(grid * grid).to(boxes.device).expand(len(boxes), -1, -1), boxes)
-    averages = (roi_average_weights(part, grid, grid) @ patches).to(patches.dtype)  # under autocast a product is bfloat16
+    averages = (roi_average_weights(part, grid, grid) @ patches).to(patches.dtype)  # under autocast a product is in bfloat16
     return torch.lerp(background.expand_as(patches), averages, inside.unsqueeze(-1))

@@ -1,10 +1,9 @@
-"""Views of a photo that can be replayed: the same (seed, photo, number) always gives the same pixels.
+"""Augmented views of photos that are reproducible: the same (seed, photo, number) gives the same pixels.
 
 Shape legend: B views, S side of the square view in pixels.
-View 0 is the evaluation transform, so that the student also sees images as it will meet them; the others are random crops, flipped
-half of the time. Teacher and student are shown the same part of a photo, which lets the teacher's outputs be computed once and replayed;
-a student that takes whole images sees it at its own aspect, the teacher scaled to its square.
-A view of a set has a number, its row: `view * P + photo`, with P photos.
+View 0 is the evaluation transform; the others are random crops, flipped half of the time. Teacher and student get the same crop of a photo,
+so that the teacher's outputs can be cached. A student of whole images gets it at its own aspect ratio, the teacher scaled to a square.
+A view in a set is identified by its row: `view * P + photo`, with P photos.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from sparse_vlm.utils.devices import world_size
 
 CROP_AREA = (0.4, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
-READ_AT_ONCE = 256  # photos, of whose bytes a digest is made
+READ_AT_ONCE = 256  # photos whose bytes are hashed at a time
 
 
 def choose_crop(width: int, height: int, key: str, view: int, seed: int) -> tuple[Box, bool]:
-    """What view number `view` >= 1 shows of the photo `key`: (left, top, right, bottom) in its pixels, and whether it is flipped."""
+    """The crop of view `view` >= 1 of the photo `key`: (left, top, right, bottom) in its pixels, and whether it is flipped."""
     rng = np.random.default_rng([seed, view, zlib.crc32(key.encode())])
     for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -50,40 +49,40 @@ def choose_crop(width: int, height: int, key: str, view: int, seed: int) -> tupl
 
 
 def make_view(image: Image.Image, size: int, key: str, view: int, seed: int, fit: Fit = "crop") -> Image.Image:
-    """View number `view` of the photo `key`, S x S.
+    """View `view` of the photo `key`, S x S.
 
     Args:
         image: the decoded photo, RGB.
-        key: the photo's name in its set; part of the seed, so that a view does not depend on the order of the photos.
+        key: part of the seed, so that views do not depend on the order of the photos.
         fit: whether view 0 is the centre square or the whole photo.
     """
     if view == 0 and fit == "crop":
         return resize_and_crop(image, size)
-    return _part(image, key, view, seed, (size, size))
+    return _crop(image, key, view, seed, (size, size))
 
 
 def make_whole_view(image: Image.Image, longest: int, key: str, view: int, seed: int) -> Image.Image:
-    """The same part of the photo as `make_view` with fit `whole`, at its own aspect and resolution, its longer side at most `longest`."""
+    """The crop of `make_view` with fit `whole`, at its own aspect ratio and resolution, its longer side at most `longest` pixels."""
     left, top, right, bottom = (0, 0, *image.size) if view == 0 else choose_crop(*image.size, key, view, seed)[0]
     scale = min(1.0, longest / max(right - left, bottom - top))
-    return _part(image, key, view, seed, (max(1, round(scale * (right - left))), max(1, round(scale * (bottom - top)))))
+    return _crop(image, key, view, seed, (max(1, round(scale * (right - left))), max(1, round(scale * (bottom - top)))))
 
 
-def _part(image: Image.Image, key: str, view: int, seed: int, size: tuple[int, int]) -> Image.Image:
-    """What a view shows of a photo, at a size (width, height)."""
+def _crop(image: Image.Image, key: str, view: int, seed: int, size: tuple[int, int]) -> Image.Image:
+    """A view of a photo at a size (width, height)."""
     box, flipped = ((0, 0, *image.size), False) if view == 0 else choose_crop(*image.size, key, view, seed)
     out = image.resize(size, Image.Resampling.BICUBIC, box=box)
     return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else out
 
 
 def mix(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Mix a share of a batch's views with the view before each (mixup, arXiv 1710.09412): more images than there are photos.
+    """Mix a share of a batch's views, each with the view before it (mixup, arXiv 1710.09412).
 
-    A teacher answers to a mixed image as to any other, so no labels have to be mixed (compare arXiv 2106.05237, section 3).
+    The teacher encodes mixed images as any others, so no labels have to be mixed (compare arXiv 2106.05237, section 3).
 
     Args:
         pixels: (B, 3, S, S) uint8.
-        generator: on the CPU; decides which views are mixed, and at which weight, evenly between 0 and 1.
+        generator: on the CPU; draws which views are mixed, and their weights, uniform in [0, 1].
 
     Returns:
         (B, 3, S, S) uint8.
@@ -91,21 +90,21 @@ def mix(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     count = len(pixels)
     chosen, weights = torch.rand(2, count, generator=generator)
     weights = torch.where(chosen < share, weights, 1.0).to(pixels.device).view(-1, 1, 1, 1)
-    shown = pixels.float()
-    return torch.lerp(shown.roll(1, 0), shown, weights).round_().to(torch.uint8)
+    values = pixels.float()
+    return torch.lerp(values.roll(1, 0), values, weights).round_().to(torch.uint8)
 
 
 class ViewSet:
-    """Views of photos, by row.
+    """Views of a photo set, by row.
 
     Args:
         photos: in a fixed order.
-        views: of each photo.
-        size: of the teacher's images, in pixels.
+        views: number of views of each photo.
+        size: side of the teacher's images in pixels.
         fit: whether view 0 is the centre square or the whole photo.
 
     Attributes:
-        unreadable: photos that cannot be read, as far as that is known, each with the reason.
+        unreadable: index and reason of photos that could not be read so far.
     """
 
     def __init__(self, photos: Sequence[Photo], views: int, size: int, seed: int = 0, fit: Fit = "crop") -> None:
@@ -116,7 +115,7 @@ class ViewSet:
         return len(self.photos) * self.views
 
     def pixels(self, row: int) -> Tensor:
-        """The view of a row as the teacher takes it, (3, S, S) uint8.
+        """The teacher's input for a row, (3, S, S) uint8.
 
         Raises:
             ImageError: the photo cannot be read.
@@ -124,7 +123,7 @@ class ViewSet:
         return self._square(row, self.size, self._photo(row).load())
 
     def for_student(self, row: int, size: int) -> Tensor:
-        """The same view as a student takes it: whole (3, h, w), its longer side at most `size` pixels, or a square of that size.
+        """The student's input for a row, uint8: (3, h, w) with its longer side at most `size` pixels, or a square of that size.
 
         Raises:
             ImageError: the photo cannot be read.
@@ -132,14 +131,14 @@ class ViewSet:
         return self._as_student(row, size, self._photo(row).load())
 
     def for_both(self, row: int, size: int) -> dict[str, Tensor]:
-        """`pixels` as the student takes the view, and `seen` as the teacher does where that is something else; decoded once.
+        """`pixels`, the student's input, and `teacher_pixels` if the teacher's is different; the photo is decoded once.
 
         Raises:
             ImageError: the photo cannot be read.
         """
         image = self._photo(row).load()
-        shown = {"pixels": self._as_student(row, size, image)}
-        return shown if (self.fit, size) == ("crop", self.size) else shown | {"seen": self._square(row, self.size, image)}
+        batch = {"pixels": self._as_student(row, size, image)}
+        return batch if (self.fit, size) == ("crop", self.size) else batch | {"teacher_pixels": self._square(row, self.size, image)}
 
     def _photo(self, row: int) -> Photo:
         return self.photos[row % len(self.photos)]
@@ -153,16 +152,16 @@ class ViewSet:
         return to_uint8(make_whole_view(image, size, self._photo(row).key, row // len(self.photos), self.seed))
 
     def describe(self) -> dict[str, Any]:
-        """What makes these views these views, for settings and caches."""
+        """What identifies these views, for run settings and caches."""
         crop = [*CROP_AREA, *CROP_ASPECT]
-        known = {"photos": len(self.photos), "contents": self._contents, "seed": self.seed, "crop": crop, "size": self.size}
-        return known if self.fit == "crop" else known | {"fit": self.fit}
+        identity = {"photos": len(self.photos), "contents": self._contents, "seed": self.seed, "crop": crop, "size": self.size}
+        return identity if self.fit == "crop" else identity | {"fit": self.fit}
 
     @functools.cached_property
     def _contents(self) -> str:
-        """Of the photos' names and bytes, in their order: other photos under the same names and of the same sizes are told from these.
+        """Digest of the photos' names and bytes, in order.
 
-        All bytes are read, once: times of change would not do, which a copy may keep and another loses.
+        All bytes are read once: modification times are not reliable, since copies may keep or lose them.
         """
         digest = hashlib.sha256()
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world_size())) as pool:
@@ -174,7 +173,7 @@ class ViewSet:
 
 
 def _digest(photo: Photo) -> bytes:
-    """Of a photo's bytes; of nothing, where they cannot be read: such a photo is left out of training, and named."""
+    """Digest of a photo's bytes, or of nothing if they cannot be read (training then leaves the photo out)."""
     try:
         return hashlib.sha256(photo.read()).digest()
     except (OSError, ValueError):

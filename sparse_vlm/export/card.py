@@ -1,4 +1,4 @@
-"""What an export says of itself: README.md with the hub's metadata, and LICENSE.md with what is said of every part's licence."""
+"""README.md of an export, with the hub's metadata, and LICENSE.md with the licences of its parts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sparse_vlm.export.exporter import Comparison, Exporter
 from sparse_vlm.export.formats import KINDS
 from sparse_vlm.export.source import Part, Source
 
-# Licences of the zoo that the hub knows by a name; every other one is its `other`, with our words and LICENSE.md.
+# the hub's names of licences; all others are `other`, with LICENSE.md
 HUB_LICENSES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 
 
-def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Sequence[Comparison]) -> str:
-    """The card of an export.
+def readme(source: Source, name: str, dtype: str, exporter: Exporter, comparisons: Sequence[Comparison]) -> str:
+    """README.md of an export.
 
     Args:
         name: of the format.
@@ -24,11 +24,7 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
     own = source.parts[0]
     config = exporter.config
     side = config.image_size
-    size = (
-        f"an image of {side} x {side} pixels"
-        if config.fit == "crop"
-        else f"a picture, which is seen whole, at {side} pixels at most a side"
-    )
+    size = f"an image of {side} x {side} pixels" if config.fit == "crop" else f"an image of any aspect, at most {side} pixels a side"
     what = own.entry.summary if own.entry else f"{KINDS[source.kind].capitalize()} made with sparse-vlm"
     lines = [
         "---",
@@ -39,7 +35,7 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
         f"{what}.",
         "",
         f"This folder holds {exporter.holds}: {config.visual_tokens} tokens {size}, weights in {dtype}. "
-        f"`sparse-vlm export --format {name}` made it of `{source.name}`.",
+        f"`sparse-vlm export --format {name}` created it from `{source.name}`.",
         "",
         "```python",
         exporter.example(),
@@ -47,26 +43,26 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, found: Seq
         "",
         "## Compared",
         "",
-        "Before it was kept it was loaded again and compared with the model that it was made from:",
+        "The export was loaded again and compared with its model:",
         "",
         "| output | images at a time | largest difference | largest value |",
         "|---|---:|---:|---:|",
-        *[f"| {one.what} | {one.pictures or ''} | {one.difference:.2g} | {one.largest:.3g} |" for one in found],
+        *[f"| {one.what} | {one.pictures or ''} | {one.difference:.2g} | {one.largest:.3g} |" for one in comparisons],
         "",
         "## Licence",
         "",
-        "The parts whose weights are in it ([LICENSE.md](LICENSE.md) has what their cards say):",
+        "Licences of the parts ([LICENSE.md](LICENSE.md) quotes their cards):",
         "",
         *[f"* `{part.name}`: {_licence(part)}" for part in source.parts],
     ]
     for part in source.parts:
         if part.card:
-            lines += ["", f"## The card of {part.name}", "", _below(part.card)]
+            lines += ["", f"## The card of {part.name}", "", _nested(part.card)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def licence(source: Source) -> str:
-    """What is known of the licence of every part, with the words of its card."""
+    """LICENSE.md: the licence of every part, with the sections of its card."""
     lines = ["# Licence", ""]
     for part in source.parts:
         lines += [f"## {part.name}", "", f"{_licence(part)[:1].upper()}{_licence(part)[1:]}.", ""]
@@ -94,16 +90,16 @@ def _metadata(source: Source, name: str, exporter: Exporter) -> ModelCardData:
 def _licence(part: Part) -> str:
     if part.entry:
         return part.entry.license
-    return "as its card says" if part.card else "not stated; say what it is before you publish this"
+    return "as its card says" if part.card else "not stated; add it before you publish this"
 
 
 def _section(card: str, title: str) -> str:
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
-    return found[1].strip() if found else ""
+    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
+    return match[1].strip() if match else ""
 
 
-def _below(card: str) -> str:
-    """A card as a section: without its title, and its headings one step down; a comment in a block of code is no heading."""
+def _nested(card: str) -> str:
+    """A card as a section: without its title, its headings one level down; comments in code blocks are not headings."""
     lines, code = [], False
     for line in card.strip().splitlines():
         code ^= line.startswith("```")

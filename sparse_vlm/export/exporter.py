@@ -1,4 +1,4 @@
-"""What an exporter is, what those of towers share, and how two answers are compared.
+"""The base classes of exporters, and the comparison of an export with its model.
 
 Shape legend: B images, S side of the input, N tokens, d width, E embedding.
 """
@@ -19,22 +19,22 @@ from torch import Tensor
 from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 
-# Of an element, absolute and relative; bfloat16 has 8 bits, and another kernel may sum in another order.
+# of an element, absolute and relative; bfloat16 has 8 bits, and other kernels sum in another order
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 OUTPUTS = ("visual_tokens", "image_embeds")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the model said beside what its export says, once loaded again.
+    """An output of the model compared with that of the export, loaded again.
 
     Attributes:
-        what: the name of the output.
-        pictures: how many it was computed for, all at once; 0 for what images have no part in.
-        difference: the largest, absolute; infinite where shapes differ.
-        largest: the largest value of the model's own, absolute.
-        tolerance: how far an element may be off: tolerance * (1 + its absolute value).
-        agrees: whether every element is within it.
+        what: name of the output.
+        pictures: batch size; 0 where no image is involved.
+        difference: the largest absolute difference; infinite where shapes differ.
+        largest: the largest absolute value of the model's output.
+        tolerance: an element may differ by tolerance * (1 + its absolute value).
+        agrees: whether every element is within the tolerance.
     """
 
     what: str
@@ -45,26 +45,26 @@ class Comparison:
     agrees: bool
 
 
-def compared(what: str, pictures: int, expected: Tensor, found: Tensor, tolerance: float) -> Comparison:
-    """Compare two tensors, element by element; a value that is no number agrees with none."""
-    expected, found = expected.detach().double(), found.detach().double()
+def compare_tensors(what: str, images: int, expected: Tensor, actual: Tensor, tolerance: float) -> Comparison:
+    """Compare two tensors element by element; NaN equals nothing."""
+    expected, actual = expected.detach().double(), actual.detach().double()
     largest = expected.abs().max().item()
-    if expected.shape != found.shape:
-        return Comparison(what, pictures, float("inf"), largest, tolerance, False)
-    agrees = torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
-    return Comparison(what, pictures, (found - expected).abs().max().item(), largest, tolerance, agrees)
+    if expected.shape != actual.shape:
+        return Comparison(what, images, float("inf"), largest, tolerance, False)
+    agrees = torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    return Comparison(what, images, (actual - expected).abs().max().item(), largest, tolerance, agrees)
 
 
 class Exporter(ABC):
-    """One model on its way into one format.
+    """Exports one model to one format.
 
-    An exporter has loaded its model and asked it about the images when it has been made; `write` may change the model.
+    The constructor loads the model and computes its outputs for the images; `write` may change the model.
 
     Attributes:
         config: of the tower.
-        holds: what the export is, in words that follow "This folder holds".
-        task: the hub's name for what the export is used for.
-        library: the hub's name for what loads it, where it has one.
+        holds: description of the export, after "This folder holds".
+        task: the hub's name of its task.
+        library: the hub's name of the library that loads it, where it has one.
     """
 
     config: SparseFormerConfig
@@ -73,17 +73,17 @@ class Exporter(ABC):
     library: ClassVar[str | None] = None
 
     @abstractmethod
-    def __init__(self, model: str, dtype: str, tokens: int | None, pictures: Sequence[Image.Image]) -> None:
+    def __init__(self, model: str, dtype: str, tokens: int | None, images: Sequence[Image.Image]) -> None:
         """Load a model.
 
         Args:
-            model: its folder, or its name in the zoo.
+            model: a folder, or a name of the zoo.
             dtype: of the weights, a key of `TOLERANCE`.
-            tokens: latent tokens an image, for a model of several budgets; its own number by default.
-            pictures: at least two, to compare on.
+            tokens: token budget, for a model of several; its own by default.
+            images: at least two, to compare on.
 
         Raises:
-            UserError: what loading the model raises.
+            UserError: the model cannot be loaded.
         """
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def compare(self, folder: Path) -> list[Comparison]:
-        """Load the folder as its users will, and compare."""
+        """Load the folder as its users do, and compare."""
 
     @abstractmethod
     def example(self) -> str:
@@ -100,30 +100,30 @@ class Exporter(ABC):
 
 
 class TowerExporter(Exporter):
-    """A tower that is asked about one image, and about all of them at once.
+    """Exports a tower; it is compared on one image and on all of them as a batch.
 
     Attributes:
         tower: in eval mode.
-        dtype: its weights', a key of `TOLERANCE`.
-        inputs: the pixels of the images (B, 3, S, S), and of whole ones their sizes (B, 2).
+        dtype: of the weights, a key of `TOLERANCE`.
+        inputs: pixels (B, 3, S, S), and for whole images their sizes (B, 2).
     """
 
     task = "image-feature-extraction"
 
     @torch.inference_mode()
-    def __init__(self, model: str, dtype: str, tokens: int | None, pictures: Sequence[Image.Image]) -> None:
+    def __init__(self, model: str, dtype: str, tokens: int | None, images: Sequence[Image.Image]) -> None:
         self.tower = SparseFormer.from_pretrained(model, getattr(torch, dtype), tokens)
         self.config = self.tower.config
-        self.pictures, self.dtype = list(pictures), dtype
-        self.inputs = [given for given in Preprocessor.of(self.config)(self.pictures, square=True) if given is not None]
+        self.images, self.dtype = list(images), dtype
+        self.inputs = [each for each in Preprocessor.of(self.config)(self.images, square=True) if each is not None]
         self.expected = {}
-        for count in sorted({1, len(self.pictures)}):
+        for count in sorted({1, len(self.images)}):
             out = self.tower(**dict(zip(("pixels", "image_sizes"), self.first(count), strict=False)))
             self.expected[count] = (out.last_hidden_state[:, -self.config.visual_tokens :], out.image_embeds)
 
     def first(self, count: int) -> list[Tensor]:
-        """The inputs of so many images."""
-        return [given[:count] for given in self.inputs]
+        """The inputs of the first `count` images."""
+        return [each[:count] for each in self.inputs]
 
     @abstractmethod
     def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
@@ -132,23 +132,23 @@ class TowerExporter(Exporter):
     @torch.inference_mode()
     def compare(self, folder: Path) -> list[Comparison]:
         run = self.load(folder)
-        found = []
+        comparisons = []
         for count, expected in self.expected.items():
             for name, one, other in zip(OUTPUTS, expected, run(*self.first(count)), strict=True):
-                found.append(compared(name, count, one, other, TOLERANCE[self.dtype]))
-        return found
+                comparisons.append(compare_tensors(name, count, one, other, TOLERANCE[self.dtype]))
+        return comparisons
 
 
-def made_up_pictures(count: int, seed: int = 0) -> list[Image.Image]:
-    """Images to compare on where no photos were given: coloured noise with the spectrum of photos (amplitude one by frequency)."""
+def synthetic_images(count: int, seed: int = 0) -> list[Image.Image]:
+    """Images to compare on without photos: coloured noise with the spectrum of photos (amplitude 1 / frequency)."""
     height, width = 240, 320
     generator = np.random.default_rng(seed)
     down, across = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
     amplitude = 1 / np.maximum(np.hypot(down, across), 1 / width)
-    made = []
+    images = []
     for _ in range(count):
         noise = np.fft.fft2(generator.standard_normal((3, height, width)))
         field = np.fft.ifft2(noise * amplitude).real
         field = (field - field.mean()) / field.std()
-        made.append(Image.fromarray((127.5 + 55 * field).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)))
-    return made
+        images.append(Image.fromarray((127.5 + 55 * field).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)))
+    return images

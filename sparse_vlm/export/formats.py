@@ -1,7 +1,7 @@
-"""The formats of `sparse-vlm export`, a table: which models each holds, in which dtypes, what it needs, and who writes it.
+"""The table of formats of `sparse-vlm export`: kinds of models, dtypes, requirements, exporters.
 
-Notable: standard library alone, so that a mistake is found before anything heavy is imported; a writer is imported when it is used. One
-more format is one more entry, and an `Exporter` (`sparse_vlm.export.exporter`) for each kind of model that it can hold.
+Notable: standard library alone, so that arguments are checked before heavy imports; exporters are imported when used. A new format is
+one more entry, and an `Exporter` (`sparse_vlm.export.exporter`) for each kind of model that it supports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Format:
     Attributes:
         writers: kind of model, a key of `KINDS`, to `module:class` of its `Exporter`.
         dtypes: of the weights; the first is the default.
-        needs: what is imported for it beyond sparse-vlm's own requirements; the extra `export` installs it.
+        needs: packages beyond sparse-vlm's own requirements; the extra `export` installs them.
     """
 
     writers: Mapping[str, str]
@@ -36,7 +36,7 @@ class Format:
     needs: tuple[str, ...] = ()
 
     def exporter(self, kind: str) -> type[Exporter]:
-        """The class that writes this kind of model."""
+        """The exporter of a kind of model."""
         module, _, name = self.writers[kind].partition(":")
         return getattr(import_module(module), name)
 
@@ -59,15 +59,15 @@ FORMATS: dict[str, Format] = {
 
 
 def choose(name: str, kind: str, model: str, tower: str, dtype: str | None) -> tuple[Format, str]:
-    """The format of that name and its dtype, when it can hold the model and can be written here.
+    """Check and return the format and its dtype.
 
     Args:
         kind: of the model, a key of `KINDS`.
-        tower: what the model's tower is called; the model itself where it is one.
+        tower: name of the model's tower; the model itself where it is one.
         dtype: None for the format's default.
 
     Raises:
-        UserError: no such format, one that cannot hold such a model or such a dtype, or one whose packages are not installed.
+        UserError: an unknown format, an unsupported kind of model or dtype, or packages that are not installed.
     """
     if name not in FORMATS:
         close = difflib.get_close_matches(name, FORMATS, n=1)
@@ -75,15 +75,15 @@ def choose(name: str, kind: str, model: str, tower: str, dtype: str | None) -> t
         raise UserError(f"--format {name}: no such format; there are {', '.join(FORMATS)}{hint}")
     chosen = FORMATS[name]
     if kind not in chosen.writers:
-        held = " or ".join(KINDS[each] for each in chosen.writers)
+        supported = " or ".join(KINDS[each] for each in chosen.writers)
         fitting = [other for other, each in FORMATS.items() if kind in each.writers]
         raise UserError(
-            f"{model}: is {KINDS[kind]}, and --format {name} holds {held} alone; export its tower (--model {tower}), "
+            f"{model}: is {KINDS[kind]}, and --format {name} supports {supported} only; export its tower (--model {tower}), "
             f"or all of it with --format {' or '.join(fitting)}"
         )
     dtype = dtype or chosen.dtypes[0]
     if dtype not in chosen.dtypes:
-        raise UserError(f"--dtype {dtype}: --format {name} is written in {' or '.join(chosen.dtypes)}")
+        raise UserError(f"--dtype {dtype}: --format {name} supports {' or '.join(chosen.dtypes)}")
     if absent := [package for package in chosen.needs if find_spec(package) is None]:
         raise UserError(f"--format {name} needs {' and '.join(absent)}: pip install 'sparse-vlm[export]'")
     return chosen, dtype

@@ -2,9 +2,8 @@
 
 Shape legend: B images, S side of the input, N tokens, d width, E embedding.
 
-Notable: a graph has one number of tokens and one size of images, and takes any number of images. One of whole
-images takes their sizes as a second input, `image_sizes`. Tracers note for every node in which file of this machine it was written; those
-notes are taken out.
+Notable: a graph has a fixed number of tokens and size of images, and any batch size. For whole images their sizes are a second input,
+`image_sizes`. Tracers record source files of this machine for every node; these records are removed.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from torch import Tensor, nn
 from sparse_vlm.export.exporter import OUTPUTS, TowerExporter
 from sparse_vlm.tower import SparseFormer
 
-# protobuf, which ONNX is, holds 2 GB; above it the weights lie beside the graph
+# protobuf is limited to 2 GB; above that the weights are stored beside the graph
 ONNX_BYTES = 1_900_000_000
-OPSET = 20  # what torch's exporter writes itself; onnxruntime reads it from 1.17 on
+OPSET = 20  # torch's default; onnxruntime supports it from 1.17 on
 
 
 class TowerGraph(nn.Module):
-    """What is traced: (B, 3, S, S) normalised pixels, and of whole images their sizes (B, 2) as `SparseFormer.forward` takes them, to
-    `visual_tokens` (B, N, d) and `image_embeds` (B, E).
+    """The traced function: (B, 3, S, S) normalised pixels, and for whole images their sizes (B, 2), to `visual_tokens` (B, N, d) and
+    `image_embeds` (B, E).
 
     Args:
-        tower: not copied, and serves this size of images alone from then on.
+        tower: not copied.
     """
 
     def __init__(self, tower: SparseFormer) -> None:
@@ -37,12 +36,12 @@ class TowerGraph(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `SparseFormer.visual_tokens` and `image_embeds` say."""
+        """`SparseFormer.visual_tokens` and `image_embeds`."""
         out = self.tower(pixel_values, image_sizes=image_sizes)
         return out.last_hidden_state[:, -self.tower.config.visual_tokens :], out.image_embeds
 
     def example_inputs(self) -> dict[str, Tensor]:
-        """Two images, by the names of the inputs; torch takes an example of one for a graph of one."""
+        """Two images, by input names; torch would specialise the graph on a batch of one."""
         side = self.tower.config.image_size
         pixels = torch.zeros(2, 3, side, side)
         if self.tower.config.fit == "crop":
@@ -50,15 +49,15 @@ class TowerGraph(nn.Module):
         return {"pixel_values": pixels, "image_sizes": torch.full((2, 2), side)}
 
     def trace_arguments(self) -> dict[str, object]:
-        """Of `torch.export.export` and `torch.onnx.export`: any number of images from one on."""
+        """Arguments of `torch.export.export` and `torch.onnx.export`, for any batch size."""
         inputs, batch = self.example_inputs(), torch.export.Dim("batch", min=1)
         return {"args": tuple(inputs.values()), "dynamic_shapes": {name: {0: batch} for name in inputs}}
 
 
 class TorchExportTower(TowerExporter):
-    """`model.pt2`."""
+    """Exports a tower to `model.pt2`."""
 
-    holds = "the tower as a graph of torch.export, for any number of images at a time"
+    holds = "the tower as a graph of torch.export, for any batch size"
 
     def write(self, folder: Path) -> None:
         graph = TowerGraph(self.tower)
@@ -87,9 +86,9 @@ print(visual_tokens.shape, image_embeds.shape)"""
 
 
 class OnnxTower(TowerExporter):
-    """`model.onnx`."""
+    """Exports a tower to `model.onnx`."""
 
-    holds = "the tower as an ONNX graph, for any number of images at a time"
+    holds = "the tower as an ONNX graph, for any batch size"
 
     def write(self, folder: Path) -> None:
         graph = TowerGraph(self.tower)
@@ -107,11 +106,11 @@ class OnnxTower(TowerExporter):
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        names = [given.name for given in session.get_inputs()]
+        names = [each.name for each in session.get_inputs()]
 
-        def run(*given: Tensor) -> list[Tensor]:
-            found = session.run(list(OUTPUTS), {name: one.numpy() for name, one in zip(names, given, strict=True)})
-            return [torch.from_numpy(output) for output in found]
+        def run(*inputs: Tensor) -> list[Tensor]:
+            outputs = session.run(list(OUTPUTS), {name: one.numpy() for name, one in zip(names, inputs, strict=True)})
+            return [torch.from_numpy(output) for output in outputs]
 
         return run
 

@@ -1,9 +1,9 @@
-"""Towers and VLMs as folders of transformers' own classes.
+"""Exports of towers and VLMs for transformers.
 
 Shape legend: B images, N tokens, d width, E embedding, T tokens of a prompt, V words of the LLM.
 
-Notable: what is written is what `AutoModel`, `AutoModelForImageTextToText` and the Auto CPUs load; nothing of peft or of our own VLM
-folder remains. The name that a part was loaded by on this machine is no business of the one who loads the export, and is taken out.
+Notable: the folders load with `AutoModel`, `AutoModelForImageTextToText` and the Auto processors, without peft and without our VLM folder
+format. Paths of this machine are removed from configurations.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.export.exporter import TOLERANCE, Comparison, Exporter, TowerExporter, compared
+from sparse_vlm.export.exporter import TOLERANCE, Comparison, Exporter, TowerExporter, compare_tensors
 from sparse_vlm.hf.model import SparseFormerHostModel, SparseFormerImageProcessor
 from sparse_vlm.utils.files import write_text
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.projectors import MLP
 
 QUESTION = "What is in this picture?"
-NEW_TOKENS = 24  # of an answer that is compared
+NEW_TOKENS = 24  # of a compared answer
 
 
 class HostedTower(TowerExporter):
-    """A tower for `AutoModel` and `AutoImageProcessor`."""
+    """Exports a tower for `AutoModel` and `AutoImageProcessor`."""
 
     library = "transformers"
     holds = "the tower as a model of transformers"
@@ -38,22 +38,22 @@ class HostedTower(TowerExporter):
     def write(self, folder: Path) -> None:
         SparseFormerHostModel.wrap(self.tower).save_pretrained(folder)
         SparseFormerImageProcessor.of(self.config).save_pretrained(folder)
-        _state_dtype(folder, self.dtype)
+        _write_dtype(folder, self.dtype)
 
     def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
-        model = _loaded(AutoModel, folder)
+        model = _load(AutoModel, folder)
 
         def run(pixels: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-            out = model(pixels)  # with sizes it would pack the tokens of all images; it tells them from the canvas
+            out = model(pixels)  # without sizes, with which tokens would be packed; they are recovered from the canvas
             return out.hidden_states[-1], out.pooler_output
 
         return run
 
     def compare(self, folder: Path) -> list[Comparison]:
-        pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)(self.pictures, return_tensors="pt")["pixel_values"]
+        pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)(self.images, return_tensors="pt")["pixel_values"]
         return [
-            _weights(SparseFormerHostModel.wrap(self.tower), _loaded(AutoModel, folder)),
-            compared("pixel_values", len(self.pictures), self.inputs[0], pixels, 0.0),
+            _compare_weights(SparseFormerHostModel.wrap(self.tower), _load(AutoModel, folder)),
+            compare_tensors("pixel_values", len(self.images), self.inputs[0], pixels, 0.0),
             *super().compare(folder),
         ]
 
@@ -70,46 +70,46 @@ print(output.hidden_states[-1].shape, output.pooler_output.shape)  # the visual 
 
 
 class HostedVLM(Exporter):
-    """A stock `LlavaForConditionalGeneration` with its `LlavaProcessor`."""
+    """Exports a VLM as a stock `LlavaForConditionalGeneration` with its `LlavaProcessor`."""
 
     task, library = "image-text-to-text", "transformers"
     holds = "the whole model as transformers' own LlavaForConditionalGeneration, its adapters merged"
 
     @torch.inference_mode()
-    def __init__(self, model: str, dtype: str, tokens: int | None, pictures: Sequence[Image.Image]) -> None:
+    def __init__(self, model: str, dtype: str, tokens: int | None, images: Sequence[Image.Image]) -> None:
         self.vlm = VLM.from_pretrained(model, dtype=getattr(torch, dtype), num_tokens=tokens)
         if self.vlm.projector_kind != MLP:
-            raise UserError(f"{model}: its projector ({self.vlm.projector_kind}) is none that transformers' LLaVA knows; only mlp is")
+            raise UserError(f"{model}: its projector ({self.vlm.projector_kind}) is not supported by transformers' LLaVA; only mlp is")
         self.config = self.vlm.tower.config
-        self.dtype, self.pictures = dtype, list(pictures)
-        # asked as `sparse-vlm chat` asks
+        self.dtype, self.images = dtype, list(images)
+        # prompted as `sparse-vlm chat` prompts
         self.logits, self.answers = [], []
-        for picture in self.pictures:
-            text = self.vlm.renderer.text([_question(picture)], answer_next=True)
-            inputs = self.vlm.processor(text=[text], images=[picture], add_special_tokens=False, return_tensors="pt")
+        for image in self.images:
+            text = self.vlm.renderer.text([_question(image)], answer_next=True)
+            inputs = self.vlm.processor(text=[text], images=[image], add_special_tokens=False, return_tensors="pt")
             self.logits.append(self.vlm.model(**inputs).logits)
-            self.answers += self.vlm.generate([[_question(picture)]], NEW_TOKENS)
+            self.answers += self.vlm.generate([[_question(image)]], NEW_TOKENS)
 
     def write(self, folder: Path) -> None:
         vlm = self.vlm
         vlm.model.config.text_config._name_or_path = vlm.model.config._name_or_path = ""
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)
-        _state_dtype(folder, self.dtype)
+        _write_dtype(folder, self.dtype)
 
     @torch.inference_mode()
     def compare(self, folder: Path) -> list[Comparison]:
-        model, processor = _loaded(AutoModelForImageTextToText, folder), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        found, wrong = [_weights(self.vlm.model, model)], 0
-        for number, (picture, logits, answer) in enumerate(zip(self.pictures, self.logits, self.answers, strict=True), 1):
+        model, processor = _load(AutoModelForImageTextToText, folder), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        comparisons, different = [_compare_weights(self.vlm.model, model)], 0
+        for number, (image, logits, answer) in enumerate(zip(self.images, self.logits, self.answers, strict=True), 1):
             inputs = processor.apply_chat_template(
-                [_question(picture)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                [_question(image)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-            found.append(compared(f"logits, image {number}", 1, logits, model(**inputs).logits, TOLERANCE[self.dtype]))
-            said = model.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
-            wrong += processor.decode(said, skip_special_tokens=True).strip() != answer
-        found.append(Comparison("answers that differ", 1, wrong, len(self.answers), 0.0, wrong == 0))
-        return found
+            comparisons.append(compare_tensors(f"logits, image {number}", 1, logits, model(**inputs).logits, TOLERANCE[self.dtype]))
+            tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
+            different += processor.decode(tokens, skip_special_tokens=True).strip() != answer
+        comparisons.append(Comparison("answers that differ", 1, different, len(self.answers), 0.0, different == 0))
+        return comparisons
 
     def example(self) -> str:
         return f"""\
@@ -127,12 +127,12 @@ answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True).strip())"""
 
 
-def _question(picture: Image.Image) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]}
+def _question(image: Image.Image) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}
 
 
-def _state_dtype(folder: Path, dtype: str) -> None:
-    """Write into `config.json` what dtype to load in: transformers wrote the first tensor's, which may be that of the RoIs."""
+def _write_dtype(folder: Path, dtype: str) -> None:
+    """Set the dtype in `config.json`: transformers writes that of the first tensor, which may be the RoIs."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, config.get("vision_config", {})):
@@ -140,25 +140,27 @@ def _state_dtype(folder: Path, dtype: str) -> None:
     write_text(path, json.dumps(config, indent=2) + "\n")
 
 
-def _loaded(auto: Any, folder: Path) -> Any:
-    """The model of a folder as its users get it.
+def _load(auto: Any, folder: Path) -> Any:
+    """Load a model as its users do.
 
     Raises:
-        UserError: a tensor that is missing, unexpected or misshapen; transformers itself would fill it in and go on.
+        UserError: missing, unexpected or misshapen tensors, which transformers itself would initialise randomly or ignore.
     """
     model, report = auto.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
     if wrong := [f"{what} {', '.join(sorted(map(str, names)))}" for what, names in report.items() if names]:
-        raise UserError(f"what was written does not load whole ({'; '.join(wrong)}); nothing was kept")
+        raise UserError(f"the written model does not load completely ({'; '.join(wrong)}); nothing was kept")
     return model.eval()
 
 
-def _weights(expected: nn.Module, found: nn.Module) -> Comparison:
-    """Every tensor, bit by bit."""
-    ours, theirs = expected.state_dict(), found.state_dict()
-    largest = max(tensor.abs().max().item() for tensor in ours.values())
-    if {name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()} != {
-        name: (tensor.dtype, tensor.shape) for name, tensor in theirs.items()
+def _compare_weights(expected: nn.Module, actual: nn.Module) -> Comparison:
+    """Compare every tensor for equality."""
+    expected_state, actual_state = expected.state_dict(), actual.state_dict()
+    largest = max(tensor.abs().max().item() for tensor in expected_state.values())
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in expected_state.items()} != {
+        name: (tensor.dtype, tensor.shape) for name, tensor in actual_state.items()
     }:
         return Comparison("weights", 0, float("inf"), largest, 0.0, False)
-    difference = max((tensor.float() - theirs[name].float()).abs().max().item() for name, tensor in ours.items())
-    return Comparison("weights", 0, difference, largest, 0.0, all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()))
+    difference = max((tensor.float() - actual_state[name].float()).abs().max().item() for name, tensor in expected_state.items())
+    return Comparison(
+        "weights", 0, difference, largest, 0.0, all(torch.equal(tensor, actual_state[name]) for name, tensor in expected_state.items())
+    )

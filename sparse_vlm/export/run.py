@@ -1,4 +1,4 @@
-"""Exporting: write to a temporary folder, load again, compare, and only then let it take its name."""
+"""Exporting: write to a temporary folder, load it again, compare with the model, and only then rename it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_vlm.utils.files import sweep, temporary_prefix, write_text
 
 FORMAT = "sparse-vlm/export/1"
 DESCRIPTION = "export.json"
-FEWEST_PICTURES = 3  # compared at once
+MIN_IMAGES = 3  # of the compared batch
 
 
 def export(
@@ -38,49 +38,52 @@ def export(
     Args:
         model: a tower or a VLM: a folder or a zoo name.
         name: of the format, a key of `FORMATS`.
-        out: the folder to make.
+        out: the new folder.
         dtype: of the weights; the format's default for None.
-        tokens: latent tokens an image, for a model that serves several budgets.
-        images: photos to compare on; made-up images where there are none.
-        replace: whether `out` may be an earlier export, which is then replaced.
+        tokens: token budget, for a model of several.
+        images: photos to compare on; synthetic images by default.
+        replace: whether to replace an earlier export at `out`.
 
     Returns:
-        What `export.json` in the folder says: model, kind, format, dtype, tokens, versions, files with size and sha256, comparisons.
+        The contents of `export.json`: model, kind, format, dtype, tokens, versions, files with size and sha256, comparisons.
 
     Raises:
-        UserError: something is wrong with what was asked for, or the export does not say what the model says; nothing is left then, and an
-            earlier export stays as it was.
+        UserError: invalid arguments, or an export whose outputs differ from the model's. Nothing is left then, and an earlier export is
+            not changed.
     """
     source = find(model)
     chosen, dtype = choose(name, source.kind, model, source.tower, dtype)
     _check_out(out, replace)
-    pictures = [load_image(path) for path in images]
+    photos = [load_image(path) for path in images]
 
     from sparse_vlm.export.card import licence, readme
-    from sparse_vlm.export.exporter import made_up_pictures
+    from sparse_vlm.export.exporter import synthetic_images
 
-    if not pictures:
-        pictures = made_up_pictures(FEWEST_PICTURES)
-    while len(pictures) < FEWEST_PICTURES:
-        pictures.append(pictures[len(pictures) % len(images)])
-    exporter = chosen.exporter(source.kind)(source.given, dtype, tokens, pictures)
+    if not photos:
+        photos = synthetic_images(MIN_IMAGES)
+    while len(photos) < MIN_IMAGES:
+        photos.append(photos[len(photos) % len(images)])
+    exporter = chosen.exporter(source.kind)(source.given, dtype, tokens, photos)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {out.parent} cannot be made ({error.strerror}); name another folder") from None
     sweep(out.parent)
-    with about(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=temporary_prefix(out.name), ignore_cleanup_errors=True) as aside:
-        staging = Path(aside) / "export"
+    with (
+        about(out),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=temporary_prefix(out.name), ignore_cleanup_errors=True) as temporary,
+    ):
+        staging = Path(temporary) / "export"
         staging.mkdir()
         exporter.write(staging)
-        found = exporter.compare(staging)
-        if wrong := [one for one in found if not one.agrees]:
+        comparisons = exporter.compare(staging)
+        if wrong := [one for one in comparisons if not one.agrees]:
             worst = max(wrong, key=lambda one: one.difference)
             raise UserError(
-                f"--format {name}: loaded again, it does not say what {model} says: {worst.what} differ by up to {worst.difference:.2g} "
+                f"--format {name}: the export differs from {model}: {worst.what} differ by up to {worst.difference:.2g} "
                 f"({worst.tolerance:g} is allowed); nothing was kept; torch {version('torch')} may be at fault, try another version"
             )
-        write_text(staging / "README.md", readme(source, name, dtype, exporter, found))
+        write_text(staging / "README.md", readme(source, name, dtype, exporter, comparisons))
         write_text(staging / "LICENSE.md", licence(source))
         described = {
             "format": FORMAT,
@@ -91,7 +94,7 @@ def export(
             "tokens": exporter.config.visual_tokens,
             "image_size": exporter.config.image_size,
             "compared_on": "photos" if images else "made-up pictures",
-            "compared": [asdict(one) for one in found],
+            "compared": [asdict(one) for one in comparisons],
             "versions": {"sparse-vlm": __version__, **{each: version(each) for each in ("torch", "transformers")}},
             "files": {
                 path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": store.sha256(path)}
@@ -100,8 +103,8 @@ def export(
             },
         }
         write_text(staging / DESCRIPTION, json.dumps(described, indent=1) + "\n")
-        _check_out(out, replace)  # also what came there meanwhile
-        old = Path(aside) / "old"
+        _check_out(out, replace)  # again: it may have changed meanwhile
+        old = Path(temporary) / "old"
         if out.exists():
             os.replace(out, old)
         try:
@@ -114,10 +117,10 @@ def export(
 
 
 def _check_out(out: Path, replace: bool) -> None:
-    """Make sure that nothing but an earlier export stands where the new one will.
+    """Check that `out` is free, empty or an earlier export.
 
     Raises:
-        UserError: saying what to do.
+        UserError: it is something else, or an export without `replace`.
     """
     if out.is_symlink():
         raise UserError(f"--out {out}: is a link; name the folder itself")
@@ -127,12 +130,12 @@ def _check_out(out: Path, replace: bool) -> None:
         return
     try:
         described = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
-        ours = described.get("format") == FORMAT
+        is_export = described.get("format") == FORMAT
         written = {name: (spec["size"], spec["sha256"]) for name, spec in described["files"].items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise UserError(f"--out {out}: is there already and is no export of ours; name another folder")
+        is_export = False
+    if not is_export:
+        raise UserError(f"--out {out}: exists and is no export of sparse-vlm; name another folder")
     folders = {parent.as_posix() for name in written for parent in PurePosixPath(name).parents}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()

@@ -1,4 +1,4 @@
-"""What is exported: a tower or a VLM, of the zoo or in a folder, and the parts that go into its export."""
+"""The model to export, a tower or a VLM, and the parts that it consists of."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Part:
     """A model whose weights go into an export.
 
     Attributes:
-        name: of the zoo, else the last part of its folder's path: where it lies is no business of whoever loads the export.
-        entry: None for a folder.
-        card: the text of its card; None where a folder has none.
+        name: of the zoo, else the last component of its folder's path.
+        entry: of the zoo; None for a folder.
+        card: text of its card; None where a folder has none.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Source:
     """A model to export.
 
     Attributes:
-        given: what the user gave: a folder, or a name of the zoo.
+        given: the user's argument: a folder, or a name of the zoo.
         kind: a key of `KINDS`.
-        parts: the model itself first; the parts that a VLM names after it.
-        tower: what its tower is called; its own name where it is one.
+        parts: the model itself, then the parts that a VLM refers to.
+        tower: name of its tower; its own where it is one.
     """
 
     given: str
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the model."""
         return self.parts[0].name
 
 
@@ -68,7 +68,9 @@ def find(model: str) -> Source:
     described = _described(folder)
     kind = "vlm" if "vlm.json" in described else "tower"
     if kind == "tower" and not str(described.get("config.json", {}).get("format", "")).startswith(TOWER_FORMAT):
-        raise UserError(f"{model}: holds neither a tower nor a VLM of ours; give a folder of bootstrap's or train's, or a name of the zoo")
+        raise UserError(
+            f"{model}: holds neither a tower nor a VLM of sparse-vlm; give a folder that bootstrap or train wrote, or a name of the zoo"
+        )
     says = described.get("vlm.json", {})
     names = [store.locate_part(folder, says, part) for part in ("tower", "llm") if part in says]
     parts = (_part(model, folder), *(_part(name, Path(name)) for name in names))

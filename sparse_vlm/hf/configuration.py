@@ -1,7 +1,7 @@
-"""The tower's configuration as transformers knows configurations.
+"""The tower's configuration for transformers.
 
-Notable: the tower's own configuration is kept whole inside the host's, so a checkpoint of either kind can be rebuilt. This module is
-imported while transformers' Auto classes are, and imports only its configuration classes (see `sparse_vlm.integrations.after_import`).
+Notable: it contains the complete `SparseFormerConfig`, so either kind of checkpoint can be rebuilt. This module is imported while
+transformers' Auto classes are, so it imports only its configuration classes (see `sparse_vlm.integrations.after_import`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sparse_vlm.tower import SparseFormerConfig
 
 
 class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
-    """`SparseFormerConfig` in transformers' clothes.
+    """A `SparseFormerConfig` as a configuration of transformers.
 
     Args:
-        tower: `SparseFormerConfig.to_dict()`. The other attributes, which hosts read, follow from it.
-        out_features, out_indices: stages that a backbone returns; "stage1", "stage2" and so on, one a unit; the last by default.
+        tower: `SparseFormerConfig.to_dict()`, from which the attributes that hosts read are derived.
+        out_features, out_indices: stages that a backbone returns, "stage1", "stage2" and so on, one a unit; the last by default.
     """
 
     model_type = "sparseformer"
@@ -35,7 +35,7 @@ class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
     ) -> None:
         self.tower = tower
         self.stage_names = ["stage1"]
-        if tower is not None:  # transformers also builds empty configurations, to compare against
+        if tower is not None:  # transformers also builds empty configurations for comparison
             config = SparseFormerConfig.from_dict(tower)
             self.hidden_size = config.width
             self.image_size = config.image_size
@@ -49,38 +49,38 @@ class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
 
     @classmethod
     def wrap(cls, config: SparseFormerConfig) -> SparseFormerHostConfig:
-        """The host's configuration of a tower."""
+        """The transformers configuration of a tower."""
         return cls(tower=config.to_dict())
 
     def unwrap(self) -> SparseFormerConfig:
-        """The tower's own configuration."""
+        """The `SparseFormerConfig`."""
         if self.tower is None:
-            raise ValueError("this SparseFormerHostConfig describes no tower; make it with SparseFormerHostConfig.wrap(config)")
+            raise ValueError("this SparseFormerHostConfig has no tower; create it with SparseFormerHostConfig.wrap(config)")
         return SparseFormerConfig.from_dict(self.tower)
 
     def grid_side(self) -> int:
-        """Side of the square that the latent tokens begin as.
+        """Latent tokens a side of the initial square grid.
 
         Raises:
-            ValueError: they are no square of tokens.
+            ValueError: their number is no square.
         """
         tokens = self.unwrap().num_latent_tokens
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(
-                f"a backbone returns maps of h x w tokens, and the {tokens} of this tower are no square; take a tower of {side**2} or "
-                f"{(side + 1) ** 2}, or AutoModel, which returns them as a sequence"
+                f"a backbone returns square maps of tokens, and this tower has {tokens}; use a tower of {side**2} or {(side + 1) ** 2}, or "
+                "AutoModel, which returns a sequence"
             )
         return side
 
 
 def processor_counts(config: SparseFormerConfig, tokens: int | None = None) -> dict[str, Any]:
-    """What `LlavaProcessor` must be told so that it writes exactly N placeholders for every image.
+    """Arguments of `LlavaProcessor` for exactly N placeholders an image.
 
-    It counts (S // patch_size)**2 + num_additional_image_tokens; with patch_size = S the first term is 1 for every N.
+    It inserts (S // patch_size)**2 + num_additional_image_tokens; with patch_size = S the first term is 1.
 
     Args:
-        tokens: N, where a projector makes another number of the tower's tokens.
+        tokens: N, where the projector changes the number of tokens.
     """
     return {
         "patch_size": config.image_size,

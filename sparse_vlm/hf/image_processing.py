@@ -1,4 +1,4 @@
-"""The tower's image processor as transformers knows image processors; images go through `sparse_vlm.images.preprocess`, the one way in."""
+"""The tower's image processor for transformers; images are preprocessed by `sparse_vlm.images.preprocess`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sparse_vlm.tower import SparseFormerConfig
 
 
 class SparseFormerImageProcessor(BaseImageProcessor):
-    """Images to `pixel_values` (B, 3, S, S) as `sparse_vlm.images.preprocess` makes them; of whole images also `image_sizes` (B, 2).
+    """Images to `pixel_values` (B, 3, S, S) as `sparse_vlm.images.preprocess` makes them; for whole images also `image_sizes` (B, 2).
 
     Args:
         size: side of the square input in pixels, or transformers' dict form of it.
         image_mean, image_std: of each channel, for values in 0..1.
-        fit: `crop` for the centre square, `whole` for all of an image, at the top left of its square.
+        fit: `crop` for the centre square, `whole` for the whole image at the top left of a square canvas.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_sizes"]
@@ -51,16 +51,16 @@ class SparseFormerImageProcessor(BaseImageProcessor):
 
     @property
     def preprocessor(self) -> Preprocessor:
-        """What it does."""
+        """The equivalent `Preprocessor`."""
         return Preprocessor(self.size["height"], tuple(self.image_mean), tuple(self.image_std), self.fit)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """PIL images of any mode, arrays or tensors (uint8, channels first or last), one or many, nested or not.
 
         Raises:
-            UserError: an array that is no image, or an image that cannot be shown.
+            UserError: an array that is not an image, or an image that cannot be decoded.
         """
-        flat = [_as_picture(image) for image in make_flat_list_of_images(images)]
+        flat = [_to_image(image) for image in make_flat_list_of_images(images)]
         inputs = self.preprocessor(flat, square=True)
         data = {"pixel_values": inputs.pixels}
         if inputs.image_sizes is not None:
@@ -68,7 +68,7 @@ class SparseFormerImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
-def _as_picture(image: Any) -> Image.Image:
+def _to_image(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
@@ -89,5 +89,5 @@ if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).p
         image_processor_classes=dict.fromkeys(("pil", "torchvision"), SparseFormerImageProcessor),
         exist_ok=True,
     )
-else:  # transformers 5.3, where the other kind must derive from a class that needs torchvision
+else:  # transformers 5.3, whose fast image processors derive from a class that needs torchvision
     AutoImageProcessor.register(SparseFormerHostConfig, slow_image_processor_class=SparseFormerImageProcessor, exist_ok=True)

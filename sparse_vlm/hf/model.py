@@ -1,14 +1,14 @@
-"""The tower as transformers knows towers: a vision model and a backbone for its Auto classes.
+"""The tower as a vision model and as a backbone for transformers' Auto classes.
 
     import sparse_vlm
     LlavaForConditionalGeneration.from_pretrained(PATH)
 
-Shape legend: B batch, S side of the square input, N tokens, d width, E embedding, h x w latent tokens as the grid they begin as.
-Of whole images (`fit` of the tower's configuration) the size of each is `image_sizes` (B, 2); where a host leaves it out, it is read from
-the canvas, which is zero beyond its image.
+Shape legend: B batch, S side of the square input, N tokens, d width, E embedding, h x w the initial grid of latent
+tokens. For whole images (`fit` of the tower's configuration) `image_sizes` (B, 2) gives the size of each; where a host omits it, it is
+recovered from the canvas, which is zero beyond its image.
 
 Notable: `import sparse_vlm` registers the classes with transformers' Auto classes (`sparse_vlm.integrations.after_import`).
-`LlavaForConditionalGeneration` is the stock one, there is no fork and no remote code.
+`LlavaForConditionalGeneration` is transformers' own class: no fork, no remote code.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = ["SparseFormerBackbone", "SparseFormerHostConfig", "SparseFormerHostMo
 
 
 class SparseFormerPreTrainedModel(PreTrainedModel):
-    """What model and backbone share: the tower, which has initialised itself, as their attribute `tower`."""
+    """Base class of model and backbone; `tower` is the `SparseFormer`, which initialises its own weights."""
 
     config_class = SparseFormerHostConfig
     config: SparseFormerHostConfig
     base_model_prefix = "sparseformer"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    # The tower attends by SDPA whatever is asked for: that is meant for the LLM beside it, which transformers would refuse otherwise.
+    # The tower always uses SDPA. The flags let users choose an attention implementation for the LLM beside it.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = frozenset({"initial_roi"})  # bfloat16 resolves one pixel in 256
@@ -53,25 +53,25 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """The tower has initialised itself."""
+        """Nothing: the tower initialises its own weights."""
 
     @classmethod
     def wrap(cls, tower: SparseFormer) -> Any:
-        """A tower, not copied."""
+        """Wrap a tower, without a copy."""
         return cls(SparseFormerHostConfig.wrap(tower.config), tower)
 
     def _sizes(self, pixel_values: Tensor, image_sizes: Any) -> Tensor | None:
-        """Sizes of the images on their canvases, (B, 2); None where every image fills its own."""
+        """Sizes of the images on their canvases, (B, 2); None where images fill them."""
         if image_sizes is None:
             return sizes_on(pixel_values, self.tower.config.fit)
         return torch.as_tensor(image_sizes, device=pixel_values.device)
 
 
-class _TokensOfEach:
-    """What stock Llava is told as the tower's `patch_size`.
+class _ConstantTokens:
+    """The `patch_size` of the tower for stock Llava.
 
-    It splits what is packed by `image_sizes // patch_size`, which counts Pixtral's patches; the product over the last dimension has to be
-    the number of an image's tokens, which here depends on no size.
+    Llava splits packed tokens by the product of `image_sizes // patch_size`, the number of Pixtral's patches; here that product is the
+    number of tokens, whatever the size.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -84,15 +84,15 @@ class _TokensOfEach:
 class SparseFormerHostModel(SparseFormerPreTrainedModel):
     """The tower as a transformers vision model.
 
-    `hidden_states[-1]` is what a language model is given, (B, `config.num_tokens`, d), or, with `image_sizes`, all of it in one row,
-    (1, B * `config.num_tokens`, d), as stock Llava expects of every tower that takes sizes (Pixtral's); `last_hidden_state` has the CLS
-    token as well where the tower has one, and `pooler_output` is (B, E).
+    `hidden_states[-1]` are the visual tokens for a language model, (B, `config.num_tokens`, d); with `image_sizes` packed as
+    (1, B * `config.num_tokens`, d), as stock Llava expects of towers with sizes (Pixtral's). `last_hidden_state` includes the CLS token
+    of a tower that has one, and `pooler_output` is (B, E).
     """
 
     @property
-    def patch_size(self) -> _TokensOfEach:
-        """By which stock Llava splits packed tokens again."""
-        return _TokensOfEach(self.config.num_tokens)
+    def patch_size(self) -> _ConstantTokens:
+        """For stock Llava, which splits packed tokens by it."""
+        return _ConstantTokens(self.config.num_tokens)
 
     def forward(
         self, pixel_values: Tensor, return_dict: bool | None = None, image_sizes: Tensor | None = None, **kwargs: Any
@@ -109,13 +109,13 @@ class SparseFormerHostModel(SparseFormerPreTrainedModel):
 
 
 class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
-    """The tower as a transformers backbone: one stage a unit, its latent tokens as a map (B, d, h, w), in the grid that they begin as.
+    """The tower as a transformers backbone: one stage a unit, with its latent tokens as a map (B, d, h, w) by initial grid.
 
-    The last stage is normalised as the tower's output is; earlier ones are what the next unit is given. CLS is in no map. Whole images have
-    the same grid whatever their aspect, and tokens begin in no other cells.
+    The last stage is normalised like the tower's output; earlier ones are the inputs of the next unit. CLS is in no map. All images have
+    the same initial grid, whatever their aspect and content.
 
     Raises:
-        ValueError: the tokens are no square.
+        ValueError: the number of tokens is no square.
     """
 
     def __init__(self, config: SparseFormerHostConfig, tower: SparseFormer | None = None) -> None:
@@ -140,30 +140,30 @@ class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
         return (tuple(maps),) if return_dict is False else BackboneOutput(feature_maps=tuple(maps))
 
 
-def _let_folders_be_backbones() -> None:
-    """Folders of ours go to our class, everything else the stock way.
+def _patch_auto_backbone() -> None:
+    """Let `AutoBackbone.from_pretrained` load folders of SparseFormers; everything else is left to transformers.
 
-    `AutoBackbone.from_pretrained` asks the hub for a model of that name before it looks at the disk, and the hub's client refuses
-    a path (as of transformers 5.24), so that no folder of any model loads.
+    It queries the hub for the name before it looks at the disk, and the hub's client rejects paths (as of transformers 5.24), so
+    no folder of any model loads.
     """
     stock = AutoBackbone.from_pretrained
 
     def from_pretrained(cls: type[AutoBackbone], pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        if _is_ours(Path(pretrained_model_name_or_path)):
+        if _is_sparseformer(Path(pretrained_model_name_or_path)):
             return SparseFormerBackbone.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return stock(pretrained_model_name_or_path, *args, **kwargs)
 
     AutoBackbone.from_pretrained = classmethod(from_pretrained)
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_sparseformer(folder: Path) -> bool:
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return described.get("model_type") == SparseFormerHostConfig.model_type
+    return config.get("model_type") == SparseFormerHostConfig.model_type
 
 
 AutoModel.register(SparseFormerHostConfig, SparseFormerHostModel, exist_ok=True)
 AutoBackbone.register(SparseFormerHostConfig, SparseFormerBackbone, exist_ok=True)
-_let_folders_be_backbones()
+_patch_auto_backbone()

@@ -102,12 +102,30 @@ class Preprocessor:
     def load_all(
         self, photos: Sequence[Photo], threads: int | None = None, on_bad: Callable[[int, ImageError], None] | None = None
     ) -> list[Image.Image | None]:
-        """`load` of several photos, in parallel threads, in order; arguments as `load_crops`.
+        """`load` of several photos, in parallel threads, in order.
+
+        Args:
+            threads: torch's number by default.
+            on_bad: called, in order, with the index of each photo that cannot be read and the error; None stands in its place.
 
         Raises:
             ImageError: the first photo that cannot be read, without `on_bad`.
         """
-        return _load_all(self.load, photos, threads, on_bad)
+
+        def attempt(photo: Photo) -> Image.Image | ImageError:
+            try:
+                return self.load(photo)
+            except ImageError as error:
+                return error
+
+        with ThreadPoolExecutor(max(1, min(threads or torch.get_num_threads(), len(photos)))) as pool:
+            results = list(pool.map(attempt, photos))
+        for index, result in enumerate(results):
+            if isinstance(result, ImageError):
+                if on_bad is None:
+                    raise result
+                on_bad(index, result)
+        return [None if isinstance(result, ImageError) else result for result in results]
 
     def __call__(self, images: Image.Image | Photo | Sequence[Image.Image | Photo], square: bool = False) -> Inputs:
         """A batch of images of any sizes, or of photos.
@@ -201,47 +219,6 @@ def load_crop(photo: Photo, size: int) -> Image.Image:
         ImageError: the photo cannot be read.
     """
     return _square(photo.draft(OVERSAMPLING * size), size)
-
-
-def load_crops(
-    photos: Sequence[Photo], size: int, threads: int | None = None, on_bad: Callable[[int, ImageError], None] | None = None
-) -> list[Image.Image | None]:
-    """`load_crop` of several photos, in parallel threads, in order.
-
-    Args:
-        threads: torch's number by default.
-        on_bad: called, in order, with the index of each photo that cannot be read and the error; None stands in its place.
-
-    Raises:
-        ImageError: the first photo that cannot be read, without `on_bad`.
-    """
-    return _load_all(lambda photo: load_crop(photo, size), photos, threads, on_bad)
-
-
-def _load_all(
-    load: Callable[[Photo], Image.Image],
-    photos: Sequence[Photo],
-    threads: int | None,
-    on_bad: Callable[[int, ImageError], None] | None,
-) -> list[Image.Image | None]:
-    def attempt(photo: Photo) -> Image.Image | ImageError:
-        try:
-            return load(photo)
-        except ImageError as error:
-            return error
-
-    threads = min(threads or torch.get_num_threads(), len(photos))
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(attempt, photos))
-    else:
-        found = list(map(attempt, photos))
-    for place, one in enumerate(found):
-        if isinstance(one, ImageError):
-            if on_bad is None:
-                raise one
-            on_bad(place, one)
-    return [None if isinstance(one, ImageError) else one for one in found]
 
 
 def to_uint8(image: Image.Image) -> Tensor:

@@ -1,7 +1,7 @@
-"""Photos that lie elsewhere become webdataset tars on this disk, once: a tar's URL, and a data set of Hugging Face.
+"""Download photos once, as webdataset tars: from the URL of a tar, or from a data set of Hugging Face.
 
-Notable: bootstrapping asks for any view of any photo, many times, so photos are brought near and not streamed. A download that was cut off
-goes on where it stopped; nothing half-written is ever read as photos.
+Notable: bootstrapping reads photos many times in random order, so that they are downloaded and not streamed. An interrupted download
+continues where it stopped; partial files are never read as photos.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from filelock import FileLock
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub.store import home
 
-OnProgress = Callable[[str, int, int], None]  # what, done, total (0 where it is not known)
+OnProgress = Callable[[str, int, int], None]  # name, done, total (0 if unknown)
 TIMEOUT_S = 30.0
 _CHUNK = 1 << 20
 CAPTION_COLUMNS = ("captions", "caption", "text", "sentences")
 
 
 def is_remote(pattern: str) -> bool:
-    """Whether a pattern names photos that lie elsewhere."""
+    """Whether a pattern is a URL or a data set of Hugging Face."""
     return pattern.startswith(("https://", "http://", "hf:"))
 
 
 def fetch_photos(pattern: str, on_progress: OnProgress) -> Path:
-    """The tar on this disk of a URL or of `hf:NAME@REVISION:SPLIT`.
+    """Download a URL or `hf:NAME@REVISION:SPLIT` unless it is there; returns the path of the tar.
 
     Raises:
-        UserError: it cannot be had; what was fetched of a URL is kept, and fetched no more.
+        UserError: it cannot be downloaded; the part of a URL that was downloaded is kept.
     """
     folder = home() / "photos"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +47,8 @@ def fetch_photos(pattern: str, on_progress: OnProgress) -> Path:
     name = pattern.rstrip("/").rpartition("/")[2].partition("?")[0].removesuffix(".tar")
     path = folder / f"{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}-{mark}.tar"
     if int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
-        time.sleep(1)  # of several processes on a machine the first one fetches, because it shows how far it is
-    with FileLock(path.with_suffix(".lock")):  # and the others wait, of this command or of another
+        time.sleep(1)  # the first process on a machine downloads, because it shows the progress
+    with FileLock(path.with_suffix(".lock")):  # other processes and commands wait
         if not path.exists():
             (_hub if pattern.startswith("hf:") else _download)(pattern, path, on_progress)
     return path
@@ -60,7 +60,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-            if done and reply.status != 206:  # a server that starts over
+            if done and reply.status != 206:  # the server ignored the range
                 done = 0
             length = int(reply.headers.get("Content-Length") or 0)
             total = done + length if length else 0
@@ -83,7 +83,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> None:
 
 
 def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
-    """Write a data set's images, with what else its rows hold, into a tar."""
+    """Write the images of a data set, with the other columns as JSON, to a tar."""
     try:
         import datasets
     except ImportError:
@@ -102,15 +102,15 @@ def _hub(pattern: str, path: Path, on_progress: OnProgress) -> None:
         rows = rows.cast_column(columns[0], datasets.Image(decode=False))
         with tarfile.open(part, "w") as archive:
             for number, row in enumerate(rows):
-                picture = row.pop(columns[0])
-                data = picture["bytes"] or Path(picture["path"]).read_bytes()
+                image = row.pop(columns[0])
+                data = image["bytes"] or Path(image["path"]).read_bytes()
                 for suffix, content in ((suffix_of(data), data), ("json", json.dumps(_info(row, labels)).encode())):
                     add_member(archive, f"{number:09d}.{suffix}", content)
                 on_progress(pattern, number + 1, 0)
     except UserError:
         part.unlink(missing_ok=True)
         raise
-    except Exception as error:  # whatever a data set's own code and the network can raise
+    except Exception as error:  # a data set's reader and the network may raise anything
         part.unlink(missing_ok=True)
         raise UserError(
             f"{pattern}: datasets could not read it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
@@ -126,18 +126,18 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def suffix_of(data: bytes) -> str:
-    """By the image's first bytes; what is none of these is decoded, and named, when it is asked for."""
+    """File name suffix by the first bytes of an image; 'jpg' for unknown ones, which fail when they are decoded."""
     marks = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp", b"II*\x00": "tif", b"MM\x00*": "tif"}
     return next((suffix for mark, suffix in marks.items() if data.startswith(mark)), "jpg")
 
 
 def _info(row: dict[str, Any], labels: dict[str, list[str]]) -> dict[str, Any]:
-    """What our tars say of a photo: captions as a list, a label with its name, and other plain values as they are."""
+    """The JSON of a photo: captions as a list, a label with its name, and other plain values unchanged."""
     info = {key: value for key, value in row.items() if isinstance(value, (str, int, float, bool, list))}
     for column, names in labels.items():
         if isinstance(row.get(column), int) and 0 <= row[column] < len(names):
             info["label"], info["label_name"] = row[column], names[row[column]]
-    said = next((info[column] for column in CAPTION_COLUMNS if column in info), None)
-    if said is not None:
-        info["captions"] = [said] if isinstance(said, str) else said
+    captions = next((info[column] for column in CAPTION_COLUMNS if column in info), None)
+    if captions is not None:
+        info["captions"] = [captions] if isinstance(captions, str) else captions
     return info

@@ -1,9 +1,8 @@
-"""`python -m sparse_vlm.images.shards PHOTOS... --out FOLDER`: photos made small once, so that every later run decodes little.
+"""`python -m sparse_vlm.images.shards PHOTOS... --out FOLDER`: scale photos down once, so that later runs decode less.
 
-Notable: what comes out are webdataset tars that `--data` takes in place of the originals, with the same keys and json. A photo whose
-shortest side is no longer than asked for is copied as it is, byte for byte; a larger one is decoded no larger than needed and becomes a
-JPEG. Each tar is written aside and takes its name when it is whole, and `shards.json` beside them says what each holds, so that an
-interrupted run goes on at the tar where it stopped.
+Notable: writes webdataset tars that `--data` takes in place of the originals, with the same keys and JSON. A photo whose shortest side is
+small enough is copied byte for byte; a larger one becomes a JPEG. Each tar is written atomically and recorded in `shards.json`, so that an
+interrupted run continues at the tar where it stopped.
 """
 
 from __future__ import annotations
@@ -32,48 +31,48 @@ from sparse_vlm.utils.files import atomic_path, write_text
 
 FORMAT = "sparse-vlm/shards/1"
 INDEX = "shards.json"
-# A random crop has 0.55 of the shortest side at least (`distill.views`): at 512 that is no fewer than the 224 pixels of most towers.
+# A random crop has at least 0.55 of the shortest side (`distill.views`): at 512 that is more than the 224 pixels of most towers.
 SIDE = 512
 PER_SHARD = 5000
-JPEG_SIDE = 65_500  # pixels of the longest that libjpeg writes
-QUALITY = 95  # with colours at full resolution, which costs a quarter more bytes and is twice as near
-AT_ONCE = 16  # photos that each thread is given at a time
+JPEG_SIDE = 65_500  # largest side that libjpeg writes
+QUALITY = 95  # without chroma subsampling: a quarter more bytes, half the error
+AT_ONCE = 16  # photos a thread, at a time
 SHOWN = 10  # unreadable photos that are printed; the index names all
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar to be written.
+    """A tar to write.
 
     Attributes:
         name: of its file.
-        photos: by the key that each has in it.
+        photos: by key in the tar.
     """
 
     name: str
     photos: dict[str, Photo]
 
     def fingerprint(self) -> str:
-        """Of what it is made of, as far as that shows without reading photos."""
+        """Digest of its keys, photo sizes and JSON (photos are not read)."""
         lines = "\n".join(f"{key} {photo.size} {json.dumps(photo.info, sort_keys=True)}" for key, photo in self.photos.items())
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def plan(photos: Sequence[Photo], per_shard: int = PER_SHARD) -> list[Shard]:
-    """Which tars hold which photos: each source tar, and each folder of images, gives tars of its name.
+    """Assign photos to tars: each source tar and each folder of images gives tars of its name.
 
     Args:
-        per_shard: photos in a tar at most.
+        per_shard: most photos in a tar.
 
     Raises:
         UserError: photos, or sources, that would get the same name.
     """
     sources: dict[Path, dict[str, Photo]] = {}
     for photo in photos:
-        in_tar = photo.offset > 0  # members stand behind a header
+        in_tar = photo.offset > 0  # a tar member has a header before it
         source = photo.source if in_tar else Path(photo.source.as_posix().removesuffix(photo.key))
         plain = PurePosixPath(photo.key)
-        # a full stop would end the key
+        # a dot would end the key
         key = photo.key if in_tar else plain.with_name(plain.stem.lstrip(".").replace(".", "-") or "photo").as_posix()
         other = sources.setdefault(source, {}).setdefault(key, photo)
         if other is not photo:
@@ -98,15 +97,15 @@ def write_shards(
     threads: int | None = None,
     on_photos: Callable[[int], None] = lambda photos: None,
 ) -> dict[str, Any]:
-    """Write tars of photos whose shortest side has at most `side` pixels; those that are there already are left as they are.
+    """Write tars of photos with at most `side` pixels at the shortest side; existing tars are kept.
 
     Args:
-        per_shard: photos in a tar at most.
-        threads: that decode and encode; as many as torch computes with unless given.
+        per_shard: most photos in a tar.
+        threads: for decoding and encoding; torch's number by default.
         on_photos: called with the number of photos just finished.
 
     Returns:
-        What `shards.json` says: the settings, and of each tar the photos, bytes, and the photos that cannot be read with the reason.
+        The content of `shards.json`: settings, and for each tar its photos, bytes, and photos that could not be read with the reason.
 
     Raises:
         UserError: a folder with something else in it, two photos of one name, or not one photo that can be read.
@@ -125,7 +124,7 @@ def write_shards(
             continue
         with atomic_path(out / shard.name) as part:
             index["shards"][shard.name] = {"source": fingerprint, **_write(shard, part, side, threads, on_photos)}
-            # before the tar takes its name: one without an entry would not be known as ours
+            # before the tar is renamed: a tar without an entry would be refused
             write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
     made = [index["shards"][shard.name] for shard in shards]
     if not sum(one["photos"] for one in made):
@@ -134,7 +133,7 @@ def write_shards(
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The tars that an earlier run with these settings finished."""
+    """Finished tars of an earlier run with these settings."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / INDEX
     if not path.exists():
@@ -154,7 +153,7 @@ def _settings(index: dict[str, Any]) -> str:
 
 
 def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: Callable[[int], None]) -> dict[str, Any]:
-    """Write a tar; its entry of the index."""
+    """Write a tar; returns its entry in the index."""
     entry: dict[str, Any] = {"photos": 0, "copied": 0, "source_bytes": 0, "unreadable": {}}
     with tarfile.open(path, "w") as archive:
         for key, photo, data in _shrunk(shard, side, threads or torch.get_num_threads()):
@@ -176,7 +175,7 @@ def _write(shard: Shard, path: Path, side: int, threads: int | None, on_photos: 
 
 
 def _shrunk(shard: Shard, side: int, threads: int) -> Iterator[tuple[str, Photo, tuple[bytes, bool] | ImageError]]:
-    """Key, photo, and what `shrink` makes of it, in order."""
+    """Key, photo, and result of `shrink` of each, in order."""
 
     def attempt(photo: Photo) -> tuple[bytes, bool] | ImageError:
         try:
@@ -186,14 +185,14 @@ def _shrunk(shard: Shard, side: int, threads: int) -> Iterator[tuple[str, Photo,
 
     items = list(shard.photos.items())
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(items), AT_ONCE * threads):  # what is not yet written is held
+        for start in range(0, len(items), AT_ONCE * threads):  # bounds the results in memory
             part = items[start : start + AT_ONCE * threads]
             for (key, photo), data in zip(part, pool.map(attempt, [photo for _, photo in part]), strict=True):
                 yield key, photo, data
 
 
 def shrink(photo: Photo, side: int) -> tuple[bytes, bool]:
-    """A photo's bytes where its shortest side has at most `side` pixels, or no JPEG is as long, else those of a JPEG of that side.
+    """The bytes of a JPEG with `side` pixels at the shortest side, or the photo's own if it is small enough (or too long for a JPEG).
 
     Returns:
         The bytes, and whether they are the photo's own.
@@ -210,11 +209,11 @@ def shrink(photo: Photo, side: int) -> tuple[bytes, bool]:
 
 
 def summary(index: dict[str, Any]) -> str:
-    """What was made, in a few lines."""
+    """A summary of an index in a few lines."""
     made = index["shards"].values()
     photos, copied, small, large = (sum(one[name] for one in made) for name in ("photos", "copied", "bytes", "source_bytes"))
     tars = f"{len(made)} tar{'s' * (len(made) != 1)}"
-    lines = [f"{photos:,} photos in {tars}, {small / 1e6:,.1f} MB of {large / 1e6:,.1f} MB; {copied:,} were small enough as they were"]
+    lines = [f"{photos:,} photos in {tars}, {small / 1e6:,.1f} MB of {large / 1e6:,.1f} MB; {copied:,} were small enough"]
     bad = [why for one in made for why in one["unreadable"].values()]
     if bad:
         lines.append(f"left out: {len(bad):,} that cannot be read, all named in {INDEX}")
@@ -226,14 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m sparse_vlm.images.shards",
-        description="Make photos small once, in webdataset tars that --data takes in place of the originals. Given again, it goes on.",
+        description="Scale photos down once, to webdataset tars that --data takes. The same command continues an interrupted run.",
         epilog="Example: python -m sparse_vlm.images.shards 'photos/*.tar' --out small",
     )
     parser.add_argument("photos", nargs="+", help="tars, folders, images, globs and {000..099} of them, URLs, or hf:ORG/NAME:SPLIT")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the tars go")
-    parser.add_argument("--side", type=int, default=SIDE, help=f"pixels that a shortest side keeps at most; {SIDE} unless given")
-    parser.add_argument("--per-shard", type=int, default=PER_SHARD, help=f"photos in a tar at most; {PER_SHARD} unless given")
-    parser.add_argument("--threads", type=int, help="that decode and encode; all cores unless given")
+    parser.add_argument("--side", type=int, default=SIDE, help=f"most pixels of the shortest side; {SIDE} by default")
+    parser.add_argument("--per-shard", type=int, default=PER_SHARD, help=f"most photos in a tar; {PER_SHARD} by default")
+    parser.add_argument("--threads", type=int, help="for decoding and encoding; all cores by default")
     given = parser.parse_args(arguments)
     try:
         for option in ("side", "per_shard", "threads"):
@@ -253,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(f"shards: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("shards: interrupted; the same command goes on", file=sys.stderr)
+        print("shards: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 

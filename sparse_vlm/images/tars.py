@@ -1,7 +1,7 @@
-"""What a webdataset tar holds, and where: the place of each image in the file, and the json beside it.
+"""Index a webdataset tar: the offset of each image, and the JSON of the same key.
 
-Notable: webdataset's rule says what belongs together: a key ends at the first full stop of the base name. Nothing is unpacked. A tar is
-read as hostile: whatever is wrong with it is one line that names the tar and the member.
+Notable: as in webdataset, a key ends at the first dot of the base name. Nothing is unpacked. A tar may be hostile: any error names the tar
+and the member.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.utils.documents import LFS, NOT_FETCHED, parse_json
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
-MAX_HEADERS = 1000  # that a pax header may set: tarfile copies all of them for each member
+MAX_HEADERS = 1000  # records of a pax header; tarfile copies all of them for each member
 MAX_LINKS = 16  # from one member to the next
 
 
@@ -28,9 +28,9 @@ class Sample:
     """An image in a tar.
 
     Attributes:
-        member: its whole name.
-        offset, size: where its bytes lie, and how many.
-        info: the json of the same key; empty where there is none.
+        member: full name.
+        offset, size: of its bytes.
+        info: the JSON of the same key; empty without.
     """
 
     member: str
@@ -43,10 +43,10 @@ def index_tar(path: Path, suffixes: Collection[str]) -> dict[str, Sample]:
     """The images of a tar by key, in order.
 
     Args:
-        suffixes: of images, in lower case, with their full stop.
+        suffixes: of images, in lower case, with the dot.
 
     Raises:
-        UserError: no tar that can be read, a json that is none, or two images of one key.
+        UserError: not a readable tar, invalid JSON, or two images of one key.
     """
     try:
         if not path.is_file():
@@ -62,7 +62,7 @@ def index_tar(path: Path, suffixes: Collection[str]) -> dict[str, Sample]:
 
 
 def _what_else(path: Path) -> str:
-    """What a file that is no tar is; empty where that is not known."""
+    """What a file is that is no tar; empty if unknown."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(len(LFS))
@@ -76,8 +76,8 @@ def _what_else(path: Path) -> str:
 
 def _index(path: Path, archive: tarfile.TarFile, suffixes: Collection[str]) -> dict[str, Sample]:
     end = path.stat().st_size
-    files: dict[str, tuple[int, int]] = {}  # of every regular member, which links may name
-    wanted: dict[str, tarfile.TarInfo] = {}  # a name that comes twice is the later one's, as tar has it
+    files: dict[str, tuple[int, int]] = {}  # all regular members, which links may refer to
+    wanted: dict[str, tarfile.TarInfo] = {}  # the later one of two members of a name, as in tar
     for member in archive:
         where = f"{path}: {member.name}"
         if len(member.pax_headers) > MAX_HEADERS:
@@ -86,7 +86,7 @@ def _index(path: Path, archive: tarfile.TarFile, suffixes: Collection[str]) -> d
             raise UserError(f"{where}: said to have {member.size:,} bytes, more than the tar holds; it is damaged or cut off")
         folder, _, name = member.name.rpartition("/")
         suffix = f".{name.lower().rpartition('.')[2]}"
-        # macOS' tar puts what it knows of a file into ._NAME beside it
+        # macOS' tar stores metadata in ._NAME
         if member.isdir() or name.startswith("._") or "__MACOSX" in folder.split("/"):
             continue
         if member.isreg():
@@ -134,7 +134,7 @@ def _samples(
 
 
 def _place(path: Path, member: tarfile.TarInfo, files: dict[str, tuple[int, int]], wanted: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
-    """Where the bytes of a member lie, or of what it links to: hard links name that from the root, symbolic ones from their folder."""
+    """Offset and size of a member, or of its link target: hard links are relative to the root, symbolic ones to their folder."""
     for step in itertools.count():
         if member.isreg():
             return files[member.name]

@@ -1,9 +1,9 @@
-"""Which of our modules is imported as soon as a host's own has been, so that `import sparse_vlm` is enough to register with a host.
+"""Import hooks: `import sparse_vlm` is enough to register plug-ins with a host library, before or after the host is imported.
 
-Notable: neither `import sparse_vlm` nor this module imports a host. Each plug-in of the table is imported once: at once where the host's
-module has been imported before us, and otherwise right after that module has run, before whoever imports it goes on. So a plug-in must
-import nothing of the host that may itself still be on its way, which is why configuration, model and image processor of transformers are
-modules of their own; and it registers itself as its last line, because it may be what imports the host first.
+Notable: neither `import sparse_vlm` nor this module imports a host. Each plug-in of the table is imported once: immediately if the host's
+module is imported already, otherwise right after that module has run. A plug-in must therefore not import parts of the host that may
+still be importing, which is why configuration, model and image processor of transformers are separate modules. It registers itself in its
+last line, because it may be the first import of the host.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Module of a host -> our module, whose import registers what it holds.
+# module of a host -> plug-in, which registers itself when it is imported
 AFTER_IMPORT: dict[str, str] = {
     "transformers.models.auto.configuration_auto": "sparse_vlm.hf.configuration",
     "transformers.models.auto.modeling_auto": "sparse_vlm.hf.model",
     "transformers.models.auto.image_processing_auto": "sparse_vlm.hf.image_processing",
     "timm": "sparse_vlm.integrations.timm",
 }
-# Older releases of a host are left alone: they cannot take the tower, and must go on working beside us.
-OLDEST: dict[str, tuple[int, int]] = {"transformers": (5, 3), "timm": (1, 0)}
+# older releases of a host are not supported, and not touched
+MIN_VERSIONS: dict[str, tuple[int, int]] = {"transformers": (5, 3), "timm": (1, 0)}
 
 
 class AfterImport:
-    """Imports plug-ins after the modules that they plug into; first on `sys.meta_path`.
+    """Meta path finder that imports plug-ins after the modules that they extend; first on `sys.meta_path`.
 
-    A finder by what it does: `importlib.abc`, whose class of finders it could inherit, takes longer to import than all else here.
+    It does not inherit from `importlib.abc`, whose import takes longer than all else here.
 
     Args:
         table: as `AFTER_IMPORT`.
@@ -41,13 +41,13 @@ class AfterImport:
         self.waiting = dict(table)
 
     def install(self) -> None:
-        """Run what is due already, and wait for the rest."""
+        """Import the plug-ins of hosts that are imported already, and hook the others."""
         for name in [name for name in self.waiting if name in sys.modules]:
             self._run(name)
         sys.meta_path.insert(0, self)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Where Python finds the module anyway, with a loader that imports our plug-in after it."""
+        """The module's own spec, with a loader that imports the plug-in afterwards."""
         if fullname not in self.waiting:
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
@@ -72,4 +72,4 @@ class AfterImport:
 
 def _new_enough(host: str) -> bool:
     version = sys.modules[host].__version__.split(".")
-    return tuple(int(part) for part in version[:2]) >= OLDEST.get(host, (0, 0))
+    return tuple(int(part) for part in version[:2]) >= MIN_VERSIONS.get(host, (0, 0))

@@ -1,10 +1,10 @@
-"""What LLaVA's `build_vision_tower` gives for `sparse-vlm:tiny`: a SparseFormer with the face of its CLIPVisionTower.
+"""The tower of LLaVA's `build_vision_tower` for `sparse-vlm:tiny`: a SparseFormer with the interface of its CLIPVisionTower.
 
-Shape legend: B batch, S side of the input in pixels, n latent tokens, T tokens that LLaVA is given of an image, d width.
+Shape legend: B batch, S side of the input in pixels, n latent tokens, T tokens of an image for LLaVA, d width.
 
-Notable: needs torch, numpy, Pillow and safetensors alone, because LLaVA's world is transformers 4.37. What must be known to build the tower
-again stands in its name, which LLaVA saves in the model's configuration. LLaVA may build a model where weights are not to be made
-(accelerate's empty weights, DeepSpeed's zero.Init, a half-precision default): a tower that is loaded there is made outside of all that.
+Notable: needs torch, numpy, Pillow and safetensors alone, because LLaVA needs transformers 4.37. The tower's name contains all that is
+needed to build it again; LLaVA saves it in the model's configuration. LLaVA may build models inside contexts that change initialisation
+(accelerate's empty weights, DeepSpeed's zero.Init, a half-precision default): the tower is loaded outside of them.
 Source: haotian-liu/LLaVA 1.2.2, llava/model/multimodal_encoder/clip_encoder.py (Apache-2.0).
 """
 
@@ -55,12 +55,12 @@ OPTIONS: dict[str, Callable[[str], Any]] = {"tokens": _number, "unfreeze": _flag
 
 @dataclass(frozen=True)
 class TowerName:
-    """What `sparse-vlm:NAME-OR-PATH?tokens=25&unfreeze=true` says.
+    """A parsed name `sparse-vlm:NAME-OR-PATH?tokens=25&unfreeze=true`.
 
     Attributes:
         source: a folder, or a name of the zoo.
-        tokens: latent tokens, for a tower that serves several numbers; its own by default.
-        unfreeze: whether LLaVA's training changes the tower.
+        tokens: token budget, for a tower of several; its own by default.
+        unfreeze: whether LLaVA's training tunes the tower.
     """
 
     source: str
@@ -72,7 +72,7 @@ class TowerName:
         """Read a name that begins with `PREFIX`.
 
         Raises:
-            UserError: no source, an option that there is not, or a value that it does not take.
+            UserError: no source, an unknown option, or an invalid value.
         """
         source, mark, query = name[len(PREFIX) :].partition("?")
         options: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class TowerName:
             raise UserError(f"vision tower {name}: what follows '?' is not of the form tokens=25&unfreeze=true") from None
         for key, value in pairs:
             if key not in OPTIONS:
-                raise UserError(f"vision tower {name}: no option is called {key!r}; there are {', '.join(OPTIONS)}")
+                raise UserError(f"vision tower {name}: unknown option {key!r}; there are {', '.join(OPTIONS)}")
             try:
                 options[key] = OPTIONS[key](value)
             except ValueError as error:
@@ -95,7 +95,7 @@ class TowerName:
         """The tower's configuration, without its weights.
 
         Raises:
-            UserError: no such tower, or a number of tokens that it was not made for.
+            UserError: no such tower, or an unsupported number of tokens.
         """
         folder = locate(self.source, kind="tower")
         try:
@@ -108,12 +108,12 @@ class TowerName:
             raise UserError(f"{self.source}: {error}") from error
 
 
-def asked_name(args: Any) -> Any:
-    """The name in a model's configuration or in training arguments, as LLaVA's own builder looks it up."""
+def requested_name(args: Any) -> Any:
+    """The tower's name in a model's configuration or in training arguments, as in LLaVA's own builder."""
     return getattr(args, "mm_vision_tower", getattr(args, "vision_tower", None))
 
 
-def _wants_tuning(args: Any, name: TowerName) -> bool:
+def _is_tuned(args: Any, name: TowerName) -> bool:
     return name.unfreeze or bool(getattr(args, "unfreeze_mm_vision_tower", False))
 
 
@@ -121,10 +121,10 @@ def _wants_tuning(args: Any, name: TowerName) -> bool:
 
 
 class LlavaImageProcessor:
-    """What LLaVA asks of an image processor, with `sparse_vlm.images.preprocess` behind it.
+    """An image processor with the interface that LLaVA uses; images are preprocessed by `sparse_vlm.images.preprocess`.
 
-    Whole images lie at the top left of squares that are zero beyond them, from which the tower tells their sizes: LLaVA hands on nothing
-    but the squares.
+    Whole images are at the top left of square canvases that are zero beyond them; the tower recovers their sizes from the canvases,
+    because LLaVA passes pixels alone.
 
     Attributes:
         size, crop_size: S, in the forms that LLaVA reads.
@@ -138,17 +138,17 @@ class LlavaImageProcessor:
         self.fit = config.fit
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
-        """Images to `pixel_values` (B, 3, S, S), normalised float32: their centre squares, or all of them where the tower sees all.
+        """Images to `pixel_values` (B, 3, S, S), normalised float32: centre squares, or whole images for a tower of `fit` whole.
 
         Raises:
-            UserError: something that is no PIL image, or tensors other than torch's.
+            UserError: an input that is no PIL image, or another `return_tensors`.
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         if strange := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
             raise UserError(f"the image processor of {PREFIX}NAME takes PIL images, not {strange[0]}; open them with PIL.Image.open")
         if return_tensors != "pt":
             raise UserError(
-                f"the image processor of {PREFIX}NAME makes torch tensors alone; give return_tensors='pt', not {return_tensors!r}"
+                f"the image processor of {PREFIX}NAME returns torch tensors only; use return_tensors='pt', not {return_tensors!r}"
             )
         prepare = Preprocessor(self.crop_size["height"], tuple(self.image_mean), tuple(self.image_std), self.fit)
         return {"pixel_values": prepare(images, square=True).pixels}
@@ -161,7 +161,7 @@ class LlavaImageProcessor:
 
 @dataclass(frozen=True)
 class LlavaVisionConfig:
-    """What LLaVA reads of a tower's configuration; the whole of it is `tower`."""
+    """The attributes of a tower's configuration that LLaVA reads, and the complete `tower` configuration."""
 
     hidden_size: int
     image_size: int
@@ -169,16 +169,16 @@ class LlavaVisionConfig:
 
 
 class SparseFormerVisionTower(nn.Module):
-    """A SparseFormer with the face of LLaVA's CLIPVisionTower.
+    """A SparseFormer with the interface of LLaVA's CLIPVisionTower.
 
     Args:
         vision_tower: `sparse-vlm:NAME-OR-PATH`, with options behind a `?` (see `TowerName`).
         args: LLaVA's model configuration or training arguments.
-        delay_load: read the configuration alone; weights come with `load_model`. A tower that is tuned is loaded all the same, because a
-            checkpoint holds its weights.
+        delay_load: read only the configuration; `load_model` loads the weights. A tuned tower is loaded regardless, because its weights are
+            in the checkpoint.
 
     Raises:
-        UserError: no such tower, or a setting that it would have to compute something else for.
+        UserError: no such tower, or a setting that it does not support.
     """
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
@@ -186,7 +186,7 @@ class SparseFormerVisionTower(nn.Module):
         self.is_loaded = False
         self.vision_tower_name = vision_tower
         self.name = TowerName.parse(vision_tower)
-        self.tuned = _wants_tuning(args, self.name)
+        self.tuned = _is_tuned(args, self.name)
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         tower = self.name.config()
         self.config = LlavaVisionConfig(tower.width, tower.image_size, tower)
@@ -199,14 +199,14 @@ class SparseFormerVisionTower(nn.Module):
         config, who = self.config.tower, f"vision tower {self.vision_tower_name}"
         layer, feature = getattr(args, "mm_vision_select_layer", -1), self.select_feature
         if layer != -1:
-            raise UserError(f"{who}: gives its last layer alone; set --mm_vision_select_layer -1, not {layer}")
+            raise UserError(f"{who}: has its last layer only; set --mm_vision_select_layer -1, not {layer}")
         if feature not in ("patch", "cls_patch"):
             raise UserError(f"{who}: --mm_vision_select_feature is patch or cls_patch, not {feature}")
         if feature == "cls_patch" and config.cls_before_unit is None:
             raise UserError(f"{who}: has no CLS token; set --mm_vision_select_feature patch")
         if getattr(args, "s2", False):
             raise UserError(
-                f"{who}: does not do S2; leave --s2 False, and ask for more tokens where it serves several numbers, as ?tokens=64"
+                f"{who}: does not support S2; set --s2 False; a tower of several token budgets can give more tokens, as ?tokens=64"
             )
         if str(getattr(args, "mm_patch_merge_type", "flat")).startswith("spatial"):
             self._check_grid()
@@ -224,12 +224,12 @@ class SparseFormerVisionTower(nn.Module):
                 )
 
     def _check_grid(self) -> int:
-        """Latent tokens a side, where they begin as a square grid and nothing else is given to LLaVA."""
+        """Latent tokens a side of the initial square grid; an error where the tokens for LLaVA are not such a grid."""
         config = self.config.tower
         side = math.isqrt(config.num_latent_tokens)
         if side**2 != config.num_latent_tokens or config.rois_init != "grid" or self.select_feature != "patch":
             raise UserError(
-                f"vision tower {self.vision_tower_name}: its {self.num_patches} tokens lie in no square grid, which spatial merging and "
+                f"vision tower {self.vision_tower_name}: its {self.num_patches} tokens are no square grid, which spatial merging and "
                 "num_patches_per_side need; set --mm_patch_merge_type flat"
             )
         return side
@@ -238,7 +238,7 @@ class SparseFormerVisionTower(nn.Module):
         """Load the weights, once: frozen, or with gradients where the tower is tuned.
 
         Args:
-            device_map: None (stay on the CPU), `auto` (this process's GPU where there is one), a device, or {"": device}.
+            device_map: None for the CPU, `auto` for this process's GPU if there is one, a device, or {"": device}.
 
         Raises:
             UserError: weights that do not fit, or a device map of several devices.
@@ -247,13 +247,13 @@ class SparseFormerVisionTower(nn.Module):
             return
         if isinstance(device_map, dict):
             if len(set(device_map.values())) != 1:
-                raise UserError(f"vision tower {self.vision_tower_name}: stays in one piece; give one device, not the map {device_map}")
+                raise UserError(f"vision tower {self.vision_tower_name}: cannot be split; give one device, not the map {device_map}")
             device_map = next(iter(device_map.values()))
         with _outside_of_init_contexts():
             tower = SparseFormer.from_pretrained(self.name.source, num_tokens=self.name.tokens)
             for part in (*tower.modules(), *tower.parameters()):
-                part._is_hf_initialized = True  # else transformers fills what a checkpoint does not hold with random numbers
-        # in a tuple, or it would be a second parameter of this module
+                part._is_hf_initialized = True  # else transformers initialises what a checkpoint lacks with random numbers
+        # a tuple, so that it is not registered as a parameter of this module
         self._rois = (tower.initial_roi.weight, tower.initial_roi.weight.detach().clone())
         self.vision_tower = tower
         self.is_loaded = True
@@ -264,37 +264,37 @@ class SparseFormerVisionTower(nn.Module):
     def _set_tuning(self) -> None:
         tower = self.vision_tower
         tower.requires_grad_(self.tuned)
-        # where tokens begin is not tuned: float32 among half-precision parameters is what optimizers that flatten them cannot hold
+        # initial RoIs are not tuned: optimizers that flatten parameters cannot mix float32 with half precision
         tower.initial_roi.requires_grad_(False)
-        for part in (tower.proj, tower.pool):  # no token comes from these, and processes that share gradients would wait for theirs
+        for part in (tower.proj, tower.pool):  # tokens do not depend on these, and distributed training would wait for their gradients
             if part is not None:
                 part.requires_grad_(False)
 
-    def take(self, args: Any) -> None:
-        """Go on in a further training, which may tune what was frozen.
+    def resume(self, args: Any) -> None:
+        """Continue in a further training, which may tune a frozen tower.
 
         Raises:
-            UserError: its arguments name another tower than the model has.
+            UserError: the arguments name another tower than the model has.
         """
-        asked = asked_name(args)
-        name = TowerName.parse(asked) if isinstance(asked, str) and asked.startswith(PREFIX) else None
+        requested = requested_name(args)
+        name = TowerName.parse(requested) if isinstance(requested, str) and requested.startswith(PREFIX) else None
         if name is None or (name.source, name.tokens) != (self.name.source, self.name.tokens):
-            raise UserError(f"--vision_tower {asked}: the model was made with {self.vision_tower_name}; give that name")
-        self.tuned = self.tuned or _wants_tuning(args, name)
+            raise UserError(f"--vision_tower {requested}: the model has {self.vision_tower_name}; give that name")
+        self.tuned = self.tuned or _is_tuned(args, name)
         if self.is_loaded:
             self._set_tuning()
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Normalised pixels to what LLaVA's projector is given.
+        """Encode images for LLaVA's projector.
 
         Args:
             images: (B, 3, h, w), or a list of (3, h, w) of any sizes.
 
         Returns:
-            (B, T, d), or a list of (1, T, d), in the dtype of the images; with gradients where the tower's parameters take them.
+            (B, T, d), or a list of (1, T, d), in the dtype of the images; with gradients where parameters of the tower require them.
         """
         weights = self._loaded()
-        self._keep_rois()
+        self._restore_rois()
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             if isinstance(images, list):
                 return [self._encode(image.unsqueeze(0), weights) for image in images]
@@ -305,22 +305,22 @@ class SparseFormerVisionTower(nn.Module):
         out = self.vision_tower(images_here, image_sizes=sizes_on(images_here, self.config.tower.fit))
         return out.last_hidden_state[:, -self.num_patches :].to(images.dtype)
 
-    def _keep_rois(self) -> None:
-        """transformers with little memory puts tensors that it rounded to the model's dtype in place of a module's own."""
-        held, rois = self._rois
+    def _restore_rois(self) -> None:
+        """Restore the float32 RoIs: transformers replaces parameters by tensors in the model's dtype when it loads with little memory."""
+        registered, rois = self._rois
         weight = self.vision_tower.initial_roi.weight
-        if weight is not held:
+        if weight is not registered:
             weight.data = rois.to(weight.device)
             self._rois = (weight, rois)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; with the RoIs as they were made."""
+        """The state dict, with RoIs in float32."""
         if self.is_loaded:
-            self._keep_rois()
+            self._restore_rois()
         return super().state_dict(*args, **kwargs)
 
     def _loaded(self) -> Tensor:
-        """A tensor that is where the tower is and of its dtype."""
+        """A tensor of the tower's device and dtype."""
         if not self.is_loaded:
             raise RuntimeError(f"vision tower {self.vision_tower_name} is not loaded; call load_model() first")
         return self.vision_tower.norm.weight
@@ -332,12 +332,12 @@ class SparseFormerVisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the tower computes in; RoIs are float32 all the same."""
+        """Dtype of the tower; RoIs are float32."""
         return self._loaded().dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the tower is."""
+        """Device of the tower."""
         return self._loaded().device
 
     @property
@@ -347,22 +347,22 @@ class SparseFormerVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Tokens of an image (T): the latent ones, and CLS where `cls_patch` is selected."""
+        """Tokens of an image (T): latent tokens, and CLS with `cls_patch`."""
         return self.config.tower.num_latent_tokens + (self.select_feature == "cls_patch")
 
     @property
     def num_patches_per_side(self) -> int:
-        """Tokens a side of the grid that they begin as.
+        """Tokens a side of the initial grid.
 
         Raises:
-            UserError: they lie in no square grid.
+            UserError: the tokens are no square grid.
         """
         return self._check_grid()
 
 
 @contextlib.contextmanager
 def _outside_of_init_contexts() -> Iterator[None]:
-    """Modules made here have real parameters, whole and in float32, whatever the model around them is made in."""
+    """Create modules with complete float32 parameters on the CPU, inside any context of initialisation."""
     outer, dtype = nn.Module.register_parameter, torch.get_default_dtype()
     zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     nn.Module.register_parameter = _register_parameter  # type: ignore[method-assign]

@@ -1,12 +1,12 @@
 """lmms-eval: `lmms-eval --model sparse_vlm --model_args pretrained=tiny-chat --tasks ...`; entry point `lmms_eval.models`.
 
-Source: lmms-eval 0.7 (`api/model.py`, `api/task.py`, `models/registry_v2.py`). Its tasks come in two forms. The chat form hands over whole
-conversations with images anywhere in them, and asks for answers in words alone. With `--force_simple` a task hands over a text and its
-images, and may also ask how likely a continuation is.
+Source: lmms-eval 0.7 (`api/model.py`, `api/task.py`, `models/registry_v2.py`). Tasks have two forms. The chat form passes whole
+conversations with images anywhere in them and requests generated answers. With `--force_simple` a task passes a text and its images, and
+may also request likelihoods of continuations.
 
-Notable: lmms-eval names the number `loglikelihood` but takes the choice with the smallest, because LLaVA's adapters return the mean loss a
-token; so does this one. Version 0.7.3 makes text of every answer that it does not know, a pair of numbers among them, and unwraps only its
-own `GenerationResult`: a pair goes to it in one. Its modules are imported when it asks for the classes; this module needs nothing of it.
+Notable: lmms-eval's `loglikelihood` is the mean loss a token, of which it chooses the smallest, as in LLaVA's adapters. Version 0.7.3
+converts unknown types of answers to text and unwraps only its own `GenerationResult`, so pairs of numbers are wrapped in one. lmms-eval's
+modules are imported when it requests the classes; this module does not need it.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.prompts import IMAGE_TOKEN, Message
 
 MODEL_ID = "sparse_vlm"
-MAX_NEW_TOKENS = 1024  # where a task does not say
+MAX_NEW_TOKENS = 1024  # where a task does not set it
 Key = tuple[tuple[str, str, int], str]  # (task, split, number of the document) and context
 
 
 def manifest() -> Any:
-    """What the entry point names: lmms-eval's `ModelManifest` of this model."""
+    """The entry point: lmms-eval's `ModelManifest` of this model."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(MODEL_ID, chat_class_path=f"{__name__}.SparseVLMChat", simple_class_path=f"{__name__}.SparseVLMSimple")
 
 
 class _Adapter:
-    """A VLM as lmms-eval asks it; stands before its `lmms` among the bases.
+    """A VLM with lmms-eval's interface; the base class before its `lmms`.
 
     Args:
         pretrained: a folder or zoo name.
-        batch_size: conversations that are answered at once.
-        device: own choice by default.
-        num_tokens: tokens an image, for a tower that serves several budgets.
+        batch_size: conversations answered at once.
+        device: chosen automatically by default.
+        num_tokens: token budget, for a tower of several.
 
     Raises:
-        UserError: no such model, a batch size that is no number, or several processes.
+        UserError: no such model, an invalid batch size, or several processes.
     """
 
     is_simple: ClassVar[bool]
@@ -58,7 +58,7 @@ class _Adapter:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("sparse_vlm answers lmms-eval in one process; start lmms-eval without a launcher")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"batch_size is {batch_size!r}; it must be a number from 1 on")
+            raise UserError(f"batch_size is {batch_size!r}; it must be a positive integer")
         self.batch_size = int(batch_size)
         self.vlm = VLM.from_pretrained(pretrained, device=device or own_device(), num_tokens=num_tokens)
 
@@ -67,43 +67,43 @@ class _Adapter:
         """The conversation of a request for an answer."""
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer to each request; requests with equal settings are answered together.
+        """Answer each request; requests with equal settings are batched.
 
         Raises:
-            UserError: something other than images and text, or a conversation that cannot be rendered.
+            UserError: content other than images and text, or a conversation that cannot be rendered.
         """
-        alike: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(repr(sorted(_settings(request.args).items())), []).append(i)
+            groups.setdefault(repr(sorted(_settings(request.args).items())), []).append(i)
         answers: dict[int, str] = {}
         bar = _bar(len(requests))
-        for numbers in alike.values():
+        for numbers in groups.values():
             for start in range(0, len(numbers), self.batch_size):
                 chosen = numbers[start : start + self.batch_size]
                 settings = _settings(requests[chosen[0]].args)
-                found = self.vlm.generate([self._conversation(requests[i].args) for i in chosen], **_options(settings))
-                answers.update(zip(chosen, (_cut(text, settings.get("until")) for text in found), strict=True))
+                texts = self.vlm.generate([self._conversation(requests[i].args) for i in chosen], **_options(settings))
+                answers.update(zip(chosen, (_cut(text, settings.get("until")) for text in texts), strict=True))
                 bar.update(len(chosen))
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """For each request a `GenerationResult` of its continuation's mean loss a token, and whether the model would say just that.
+        """For each request a `GenerationResult` of its continuation's mean loss a token, and whether greedy decoding gives it.
 
-        Continuations of one document and context are read in one pass.
+        Continuations of one document and context are scored in one pass.
 
         Raises:
             UserError: in the chat form.
         """
-        raise UserError("this task compares likelihoods, for which lmms-eval has the simple form alone; add --force_simple")
+        raise UserError("this task compares likelihoods, which lmms-eval supports in the simple form only; add --force_simple")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: several rounds need a task's own code between them.
+        """Not supported: several rounds need a task's own code between them.
 
         Raises:
             UserError: always.
         """
-        raise UserError("sparse_vlm does not answer lmms-eval's tasks of several rounds")
+        raise UserError("sparse_vlm does not support lmms-eval's tasks of several rounds")
 
 
 class _Chat(_Adapter):
@@ -124,13 +124,13 @@ class _Simple(_Adapter):
     is_simple = True
 
     def _conversation(self, arguments: tuple[Any, ...]) -> list[Message]:
-        context, _, to_pictures, number, task, split = arguments
-        pictures = (to_pictures(self.task_dict[task][split][number]) if to_pictures else None) or []
+        context, _, to_images, number, task, split = arguments
+        urls = (to_images(self.task_dict[task][split][number]) if to_images else None) or []
         where = f"{task}, document {number}"
-        images = [{"type": "image", "url": picture} for picture in pictures]
+        images = [{"type": "image", "url": url} for url in urls]
         texts = [{"type": "text", "text": text} for text in context.split(IMAGE_TOKEN)]
         if len(texts) == 1:
-            content = [*images, *texts]  # no mark says where: images come first
+            content = [*images, *texts]  # without marks images come first
         elif len(texts) == len(images) + 1:
             content = [part for pair in zip(texts, [*images, texts[-1]], strict=True) for part in pair][:-1]
         else:
@@ -145,24 +145,24 @@ class _Simple(_Adapter):
         conversations: dict[Key, list[Message]] = {}
         for i, request in enumerate(requests):
             context, continuation, *rest = request.args
-            # what a choice is worth without its question comes without a document
-            to_pictures, number, task, split = rest or (None, 0, "", "")
+            # the likelihood of a choice without its question has no document
+            to_images, number, task, split = rest or (None, 0, "", "")
             key = ((task, split, number), context)
             if key not in conversations:
-                conversations[key] = self._conversation((context, continuation, to_pictures, number, task, split))
-            said = continuation(self.task_dict[task][split][number]) if callable(continuation) else continuation
-            groups.setdefault(key, []).append((i, said.strip()))
-        found: dict[int, tuple[float, bool]] = {}
+                conversations[key] = self._conversation((context, continuation, to_images, number, task, split))
+            text = continuation(self.task_dict[task][split][number]) if callable(continuation) else continuation
+            groups.setdefault(key, []).append((i, text.strip()))
+        results: dict[int, tuple[float, bool]] = {}
         bar = _bar(len(requests))
         for key, candidates in groups.items():
             texts = [text for _, text in candidates]
             (scores,) = self.vlm.score([conversations[key]], [texts])
             longest = max(len(self.vlm.tokenizer(text)["input_ids"]) for text in texts)
             (greedy,) = self.vlm.generate([conversations[key]], max_new_tokens=longest + 1)
-            found.update({i: (-score.mean, greedy == text) for (i, text), score in zip(candidates, scores, strict=True)})
+            results.update({i: (-score.mean, greedy == text) for (i, text), score in zip(candidates, scores, strict=True)})
             bar.update(len(candidates))
         bar.close()
-        return [GenerationResult(text=found[i]) for i in range(len(requests))]
+        return [GenerationResult(text=results[i]) for i in range(len(requests))]
 
 
 _FORMS: dict[str, type[_Adapter]] = {"SparseVLMChat": _Chat, "SparseVLMSimple": _Simple}
@@ -189,18 +189,18 @@ def _bar(total: int) -> Any:
 
 
 def _settings(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """How a request for an answer is to be met: of its arguments the one that is a dict, in either form."""
+    """Generation settings of a request: the argument that is a dict, in either form."""
     return next(argument for argument in arguments if isinstance(argument, dict))
 
 
 def _content(parts: Sequence[dict[str, Any]] | str, where: str) -> list[dict[str, Any]]:
-    """Parts of a message as `VLM` takes them."""
+    """Parts of a message in the form of `VLM`."""
     if isinstance(parts, str):
         return [{"type": "text", "text": parts}]
-    return [_PARTS[part["type"]](part, where) if part["type"] in _PARTS else _refused(part, where) for part in parts]
+    return [_PARTS[part["type"]](part, where) if part["type"] in _PARTS else _unsupported(part, where) for part in parts]
 
 
-def _picture(part: dict[str, Any], where: str) -> dict[str, Any]:
+def _image(part: dict[str, Any], where: str) -> dict[str, Any]:
     url = part["url"]
     if not isinstance(url, (Image.Image, str)):
         raise UserError(f"{where}: an image is a {type(url).__name__}, expected an image or a path")
@@ -209,16 +209,16 @@ def _picture(part: dict[str, Any], where: str) -> dict[str, Any]:
 
 _PARTS: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
     "text": lambda part, where: {"type": "text", "text": part["text"]},
-    "image": _picture,
+    "image": _image,
 }
 
 
-def _refused(part: dict[str, Any], where: str) -> dict[str, Any]:
-    raise UserError(f"{where}: holds {part['type']}; sparse_vlm takes images and text")
+def _unsupported(part: dict[str, Any], where: str) -> dict[str, Any]:
+    raise UserError(f"{where}: holds {part['type']}; sparse_vlm supports images and text")
 
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a task's settings concerns generation; the others are other models' own."""
+    """The generation options among a task's settings."""
     options: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens", MAX_NEW_TOKENS))}
     if settings.get("num_beams", 1) > 1:
         options["num_beams"] = settings["num_beams"]
@@ -229,7 +229,7 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The answer before the first of the marks that end it."""
+    """The answer up to the first stop string."""
     for mark in [until] if isinstance(until, str) else until or ():
         text = text.split(mark)[0] if mark else text
     return text.strip()

@@ -1,14 +1,14 @@
-"""SparseFormers as timm knows models: `timm.create_model("sparseformer_tiny", pretrained=True)`.
+"""SparseFormers as models of timm: `timm.create_model("sparseformer_tiny", pretrained=True)`.
 
     import sparse_vlm, timm
 
 Shape legend: B batch, n latent tokens, N tokens with CLS, d width, K classes, h x w pixels.
 
-Notable: importing this module, which follows from importing both packages, registers every published configuration and every tower of
-the zoo. The classifier stands outside the tower, as `head`; what a tower's file calls `proj` is the head of that many classes. Features
-follow timm's `VisionTransformer` (timm/models/vision_transformer.py): normalised tokens, except that an average is taken before the norm.
-A tower that sees whole images takes canvases that are zero beyond their images (`sparse_vlm.images.preprocess.Preprocessor`); timm's
-own transform squashes whole images to squares, which it takes as well.
+Notable: importing both packages imports this module, which registers every published configuration and every tower of the zoo. The
+classifier is `head`, outside the tower, and loads the `proj` of a tower's file. Features follow timm's `VisionTransformer`
+(timm/models/vision_transformer.py): normalised tokens, except that an average is taken before the norm. The input of a tower for whole
+images is canvases that are zero beyond their images (`sparse_vlm.images.preprocess.Preprocessor`), or squares to which timm's own
+transform squashes whole images.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.hub import store
 from sparse_vlm.roi import sizes_on
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
-from sparse_vlm.tower.config import PUBLISHED
 from sparse_vlm.tower.groups import square_grid, undecayed
 from sparse_vlm.tower.layers import Unit
+from sparse_vlm.tower.released import PUBLISHED
 
 WEIGHTS = "model.safetensors"
-SOURCES = ("file", "url", "hf_hub_id", "state_dict")  # entries of timm's pretrained_cfg that say where weights are
+SOURCES = ("file", "url", "hf_hub_id", "state_dict")  # entries of timm's pretrained_cfg that locate weights
 HEAD_POOLS = {"cls": "token", "avg": "avg", "map": "map"}
-"""The head of a tower's configuration to timm's name of that pooling."""
+"""A tower's head to timm's name of its pooling."""
 
 default_cfgs: dict[str, Any] = {}
 """timm's `DefaultCfg` by model; `register_model` looks for a variable of this name in the module of the function."""
 
 
 def initial_grid(config: SparseFormerConfig) -> int | None:
-    """Tokens a side of the grid that the initial RoIs are, row by row; None where their number is no square and they are none."""
+    """Tokens a side of the initial square grid; None where their number is no square."""
     side = math.isqrt(config.num_latent_tokens)
     return side if side**2 == config.num_latent_tokens else None
 
@@ -49,12 +49,12 @@ class SparseFormerClassifier(nn.Module):
     """A tower with timm's interface.
 
     Args:
-        num_classes: outputs of the head (K); 0 for none; the width of the tower's embedding by default.
-        global_pool: `token`, `avg`, `map` or, for none, an empty string; what the tower's own head does by default.
+        num_classes: outputs of the head (K); 0 for no head; the width of the tower's embedding by default.
+        global_pool: `token`, `avg`, `map` or an empty string for none; that of the tower's head by default.
         drop_rate: dropout before the head.
 
     Raises:
-        UserError: images of other than 3 channels, or a pooling that this tower does not have.
+        UserError: other than 3 channels, or a pooling that this tower does not have.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SparseFormerClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if in_chans != 3:
-            raise UserError(f"in_chans is {in_chans}; a SparseFormer looks at images of 3 channels")
+            raise UserError(f"in_chans is {in_chans}; a SparseFormer needs 3 channels")
         self.tower = SparseFormer(config)
         self.num_features = self.head_hidden_size = self.embed_dim = config.width
         self.num_prefix_tokens = config.num_tokens - config.num_latent_tokens
@@ -84,7 +84,7 @@ class SparseFormerClassifier(nn.Module):
         self.reset_classifier(config.embed_dim if num_classes is None else num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, with random weights.
+        """Replace the head by a new one with random weights.
 
         Raises:
             UserError: a pooling that this tower does not have.
@@ -108,7 +108,7 @@ class SparseFormerClassifier(nn.Module):
             known = ", ".join(repr(pool) for pool, there in has.items() if there)
             raise UserError(f"global_pool {global_pool!r}: this tower has {known}")
         if global_pool != "map":
-            self.tower.pool = None  # weights that nothing uses stop training in several processes
+            self.tower.pool = None  # unused weights would stop distributed training
         self.global_pool = global_pool
 
     def get_classifier(self) -> nn.Module:
@@ -116,15 +116,15 @@ class SparseFormerClassifier(nn.Module):
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute activations again in the backward pass instead of keeping them."""
+        """Recompute activations in the backward pass instead of storing them."""
         self.tower.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimizer should not decay."""
+        """Names of parameters without weight decay."""
         return {f"tower.{name}" for name in undecayed(self.tower)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's patterns of parameter names from the image to the head, for rates that fall with depth."""
+        """timm's patterns of parameter groups from stem to head, for layer-wise learning rate decay."""
         return {
             "stem": r"^tower\.(?:feat_extractor|initial_|glance|cls_embedding)",
             "blocks": [(r"^tower\.layers\.(\d+)", None), (r"^tower\.norm", (99999,))],
@@ -132,8 +132,8 @@ class SparseFormerClassifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) to tokens (B, N, d), CLS first where there is one; normalised, except before an average."""
-        for after in self.tower.run_units(x, image_sizes=sizes_on(x, self.tower.config.fit)):
-            tokens = after[0]
+        for unit_output in self.tower.run_units(x, image_sizes=sizes_on(x, self.tower.config.fit)):
+            tokens = unit_output[0]
         return tokens if self.global_pool == "avg" else self.tower.norm(tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -166,59 +166,59 @@ class SparseFormerClassifier(nn.Module):
         Args:
             x: (B, 3, h, w) normalised pixels.
             indices: of units; the last so many for an int, all for None.
-            return_prefix_tokens: each as (latent tokens, CLS token (B, 1 or 0, d)).
-            norm: normalised by the final LayerNorm.
+            return_prefix_tokens: return (latent tokens, CLS token (B, 1 or 0, d)) of each.
+            norm: apply the final LayerNorm.
             stop_early: do not run the units after the last of them.
-            output_fmt: `NLC` for (B, n, d); `NCHW` for (B, d, n^0.5, n^0.5), every token where its RoI begins.
+            output_fmt: `NLC` for (B, n, d); `NCHW` for (B, d, n^0.5, n^0.5), by initial RoI.
             intermediates_only: without the final tokens.
 
         Returns:
-            What was chosen, after the final tokens (B, N, d) unless `intermediates_only`.
+            The final tokens (B, N, d) and the chosen ones; the latter alone with `intermediates_only`.
 
         Raises:
-            UserError: tokens that begin in no square grid as `NCHW`, or a unit as normalised whose width is not the LayerNorm's.
+            UserError: `NCHW` of tokens without a square grid, or `norm` of a unit whose width is not the LayerNorm's.
         """
         config = self.tower.config
-        # a tower of budgets lays square cells over any image; one that sees whole images is asked for a square of cells instead
-        bent = config.budgets is not None and config.fit == "crop" and x.shape[-2] != x.shape[-1]
+        # with several token budgets the grid follows the image's aspect; with whole images a square grid is requested instead
+        rectangular = config.budgets is not None and config.fit == "crop" and x.shape[-2] != x.shape[-1]
         cells = square_grid(self.tower, len(x)) if output_fmt == "NCHW" else None
-        if output_fmt == "NCHW" and (self.grid is None or bent):
+        if output_fmt == "NCHW" and (self.grid is None or rectangular):
             what = f"{self.tower.config.num_latent_tokens} tokens of an image of {x.shape[-1]} x {x.shape[-2]} pixels"
-            raise UserError(f"{what} begin in no square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
-        take = self._take(indices)
-        found: list[Any] = []
+            raise UserError(f"{what} are no square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
+        chosen = self._unit_indices(indices)
+        intermediates: list[Any] = []
         for index, (tokens, _) in enumerate(self.tower.run_units(x, image_sizes=sizes_on(x, config.fit), cells=cells)):
-            if index in take:
-                chosen = self._normalized(tokens, index) if norm else tokens
-                prefix, latents = chosen.tensor_split([chosen.shape[1] - self.tower.config.num_latent_tokens], dim=1)
+            if index in chosen:
+                features = self._normalized(tokens, index) if norm else tokens
+                prefix, latents = features.tensor_split([features.shape[1] - self.tower.config.num_latent_tokens], dim=1)
                 if output_fmt == "NCHW":
                     latents = latents.mT.unflatten(-1, (self.grid, self.grid)).contiguous()
-                found.append((latents, prefix) if return_prefix_tokens else latents)
-            if stop_early and index == max(take):
+                intermediates.append((latents, prefix) if return_prefix_tokens else latents)
+            if stop_early and index == max(chosen):
                 break
-        return found if intermediates_only else (self._normalized(tokens, index), found)
+        return intermediates if intermediates_only else (self._normalized(tokens, index), intermediates)
 
-    def _take(self, indices: int | list[int] | None) -> list[int]:
-        """Units as timm's features name them: the last so many, or by index, also from the end."""
+    def _unit_indices(self, indices: int | list[int] | None) -> list[int]:
+        """Indices of units from timm's argument: the number of last units, or indices that may be negative."""
         count = len(self.feature_info)
-        wanted = list(range(-indices, 0)) if isinstance(indices, int) else list(range(count) if indices is None else indices)
-        if not wanted or not all(-count <= index < count for index in wanted):
+        requested = list(range(-indices, 0)) if isinstance(indices, int) else list(range(count) if indices is None else indices)
+        if not requested or not all(-count <= index < count for index in requested):
             raise UserError(f"units {indices}: this tower has {count}, 0 to {count - 1}")
-        return [index % count for index in wanted]
+        return [index % count for index in requested]
 
     def _normalized(self, tokens: Tensor, index: int) -> Tensor:
         if tokens.shape[-1] != self.num_features:
-            raise UserError(f"unit {index} is {tokens.shape[-1]} wide and the final LayerNorm {self.num_features}; take it with norm=False")
+            raise UserError(f"unit {index} has width {tokens.shape[-1]} and the final LayerNorm {self.num_features}; use norm=False")
         return self.tower.norm(tokens)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop the units after the last chosen one, and the head.
 
         Args:
-            prune_norm: freeze the final LayerNorm, by whose dtype the tower knows its own.
+            prune_norm: freeze the final LayerNorm, which stays because the tower's dtype is read from it.
         """
-        take = self._take(indices)
-        last = max(take)
+        chosen = self._unit_indices(indices)
+        last = max(chosen)
         end = int(self.feature_info[last]["module"].rpartition(".")[2]) + 1
         self.tower.layers = self.tower.layers[:end]
         if (self.tower.config.cls_before_unit or 0) > last:
@@ -227,7 +227,7 @@ class SparseFormerClassifier(nn.Module):
             self.tower.norm.requires_grad_(False)
         if prune_head:
             self.reset_classifier(0, "")
-        return take
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -235,14 +235,14 @@ class Entry:
     """One model of timm's registry.
 
     Attributes:
-        zoo: the zoo's name of its weights; None for a configuration without weights of ours.
+        zoo: the zoo's name of its weights; None for a configuration without weights.
     """
 
     config: SparseFormerConfig
     zoo: str | None = None
 
     def cfg(self) -> dict[str, Any]:
-        """timm's `pretrained_cfg`: how images are prepared, as `sparse_vlm.images.preprocess` does it, and where weights are."""
+        """timm's `pretrained_cfg`: preprocessing as in `sparse_vlm.images.preprocess`, and the location of weights."""
         config = self.config
         cfg: dict[str, Any] = {
             "input_size": (3, config.image_size, config.image_size),
@@ -264,7 +264,7 @@ class Entry:
 def known_models() -> dict[str, Entry]:
     """Every SparseFormer by its name in timm: `sparseformer_` and a tower's name in the zoo, and the published names.
 
-    A tower whose configuration does not lie beside the zoo's index is left out, because nothing is known of its images.
+    Towers without a configuration beside the zoo's index are left out.
     """
     found = {}
     for model in store.entries().values():
@@ -276,10 +276,10 @@ def known_models() -> dict[str, Entry]:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: SparseFormerClassifier) -> dict[str, Tensor]:
-    """The tensors of a tower's file, or of one that timm saved, under the model's names.
+    """Rename the tensors of a tower's file, or of one that timm saved, to the model's names.
 
     Raises:
-        UserError: the tower's tensors are not those of the model; of the head timm itself decides.
+        UserError: the tower's tensors do not match the model; timm checks the head.
     """
     state = dict(state_dict)
     if not any(name.startswith("tower.") for name in state):
@@ -287,31 +287,33 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: SparseFormerCl
     if model.tower.pool is None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("tower.pool.")}
     own = {name: tensor.shape for name, tensor in model.tower.state_dict(prefix="tower.").items()}
-    found = {name: tensor.shape for name, tensor in state.items() if not name.startswith("head.")}
-    if own != found:
-        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
-        raise UserError(f"these weights are of another tower: {len(wrong)} tensors differ, {wrong[0]} for one; give those of this model")
+    given = {name: tensor.shape for name, tensor in state.items() if not name.startswith("head.")}
+    if own != given:
+        different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        raise UserError(
+            f"these weights are of another tower: {len(different)} tensors differ, {different[0]} for one; give those of this model"
+        )
     return state
 
 
 def _entrypoint(name: str, entry: Entry) -> Callable[..., nn.Module]:
-    """What timm calls to make the model."""
+    """The function that timm calls to create the model."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from timm.models import build_model_with_cfg
 
         if kwargs.get("features_only") and initial_grid(entry.config) is None:
             raise UserError(
-                f"{name}: its {entry.config.num_latent_tokens} tokens begin in no square grid, so there are no feature maps; "
+                f"{name}: its {entry.config.num_latent_tokens} tokens are no square grid, so there are no feature maps; "
                 "take tokens with create_model(...).forward_intermediates(..., output_fmt='NLC')"
             )
         given = kwargs.get("pretrained_cfg")
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-        # weights of a cfg or an overlay of the caller's come before the zoo's
+        # the caller's cfg or overlay takes precedence over the zoo
         if pretrained and not overlay.keys() & set(SOURCES) and (given is None or isinstance(given, str)):
             if entry.zoo is None:
                 raise UserError(
-                    f"{name}: there are no weights to fetch; give the authors' file with pretrained_cfg_overlay=dict(file=PATH), "
+                    f"{name}: has no weights in the zoo; give the authors' file with pretrained_cfg_overlay=dict(file=PATH), "
                     "or leave pretrained out"
                 )
             overlay["file"] = str(store.locate(entry.zoo, kind="tower") / WEIGHTS)
@@ -332,7 +334,7 @@ def _entrypoint(name: str, entry: Entry) -> Callable[..., nn.Module]:
 
 
 def register() -> None:
-    """Tell timm's registry about every SparseFormer; importing this module has done it where timm is installed."""
+    """Register every SparseFormer with timm; called when this module is imported and timm is installed."""
     from timm.models import generate_default_cfgs, is_model, model_entrypoint, register_model
 
     for name, entry in known_models().items():

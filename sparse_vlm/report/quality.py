@@ -1,4 +1,4 @@
-"""What models are worth, as `sparse-vlm eval` measured it: its reports read, held against each other, and asked for differences.
+"""Quality of models from reports of `sparse-vlm eval`: scores, and paired differences.
 
 Notable: numbers of two reports stand beside each other only where task, photos and unit are the same, and a difference has an interval only
 where both models answered in one run, because only there is it known on the same resamples.
@@ -79,7 +79,7 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """As a table heads it."""
+        """Its heading in a table."""
         return f"{self.task} {self.metric}"
 
     def shown(self, value: float, signed: bool = False) -> str:
@@ -97,7 +97,7 @@ class Measure:
 
 @dataclass
 class Quality:
-    """All that some reports say.
+    """The scores of several reports.
 
     Attributes:
         models: what each model is (kind, model, tokens, and the dtype it computed in), by name.
@@ -115,7 +115,7 @@ class Quality:
     _files: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def score(self, measure: Measure, model: str | None) -> Score | None:
-        """What a model reached; None where that was not measured."""
+        """A model's score; None where it was not measured."""
         return None if model is None else self._scores.get((measure.task, measure.metric, model))
 
     def difference(self, measure: Measure, model: str | None, over: str | None) -> Score | None:
@@ -159,7 +159,7 @@ class Quality:
         return found
 
     def add(self, path: Path) -> None:
-        """Take in what a report says.
+        """Add a report.
 
         Raises:
             UserError: no report, or one that does not go with those before it.
@@ -208,7 +208,7 @@ class Quality:
 
 
 def read_quality(paths: Sequence[Path]) -> Quality:
-    """What some reports of `sparse-vlm eval` say together.
+    """Read reports of `sparse-vlm eval`.
 
     Raises:
         UserError: no report, or two that do not go together.

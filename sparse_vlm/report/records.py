@@ -1,4 +1,4 @@
-"""Models of a benchmark in one case (an LLM, a dtype, a batch, a length of answer), with what they are worth beside what they cost.
+"""Models of a benchmark in one scenario (an LLM, a dtype, a batch, a length of answer): their cost, and their name in the evaluation.
 
 Notable: a VLM of an evaluation has another name than the tower that a benchmark measures, so a user says which belong together
 (`--pair VLM=TOWER`); names that are equal go together without being told.
@@ -82,7 +82,7 @@ ANSWERS = (16, 128, 512)  # tokens; a short, a middling and a long answer that s
 
 
 def read_bench(path: Path) -> Row:
-    """What `sparse-vlm bench` wrote.
+    """Read a document of `sparse-vlm bench`.
 
     Raises:
         UserError: no such document, or not one whole request in it.
@@ -111,8 +111,8 @@ def _key(request: Row) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class Case:
-    """What a user does with a model.
+class Scenario:
+    """How a model is used.
 
     Attributes:
         batch: requests at once.
@@ -130,8 +130,8 @@ class Case:
         return sorted({*ANSWERS, self.answer})
 
 
-def choose_case(document: Row, llm: str | None, dtype: str | None, batch: int | None, answer: int) -> Case:
-    """The case that a user names, the first that was measured for all that they do not name.
+def choose_scenario(document: Row, llm: str | None, dtype: str | None, batch: int | None, answer: int) -> Scenario:
+    """The scenario that a user names, the first that was measured for all that they do not name.
 
     Raises:
         UserError: it was not measured.
@@ -145,12 +145,12 @@ def choose_case(document: Row, llm: str | None, dtype: str | None, batch: int | 
             raise UserError(f"--{key} {wanted}: not measured{beside}; there is {', '.join(map(str, there))}; run sparse-vlm bench with it")
         found[key] = there[0] if wanted is None else wanted
         rows = [row for row in rows if row[key] == found[key]]
-    return Case(rows[0]["llm"], rows[0]["dtype"], rows[0]["batch"], answer)
+    return Scenario(rows[0]["llm"], rows[0]["dtype"], rows[0]["batch"], answer)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A model in a case.
+class Record:
+    """A model in a scenario.
 
     Attributes:
         name: what a reader sees: of a VLM its own, of a tower that of what its cost is of.
@@ -158,7 +158,8 @@ class Entry:
         request, model: its rows in the benchmark.
         pieces: milliseconds (median, low, high) of each stage of a batch, by stage; of decode_image and preprocess of one image.
         served: what a server would do, by tokens of an answer.
-        worth: its name in the evaluation; None where it is not in it.
+        answer: tokens of an answer in the scenario.
+        quality_name: its name in the evaluation; None where it is not in it.
     """
 
     name: str
@@ -167,7 +168,8 @@ class Entry:
     model: Row
     pieces: dict[str, Row]
     served: dict[int, Row]
-    worth: str | None
+    answer: int
+    quality_name: str | None
 
     @property
     def cost_name(self) -> str:
@@ -187,8 +189,8 @@ class Entry:
         return self.spread("decode_image", "preprocess", "tower", "projector", "prefill")
 
 
-def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[str]) -> list[Entry]:
-    """All models that were measured in a case, with their names in the evaluation.
+def make_records(document: Row, scenario: Scenario, quality: Quality, pairs: Sequence[str]) -> list[Record]:
+    """All models that were measured in a scenario, with their names in the evaluation.
 
     Args:
         pairs: `EVAL=BENCH`, the names of one model in both.
@@ -196,7 +198,7 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
     Raises:
         UserError: a pair of names that are not there or do not fit; or an evaluation that has no model in common with the benchmark.
     """
-    rows = [r for r in document["requests"] if (r["llm"], r["dtype"], r["batch"]) == (case.llm, case.dtype, case.batch)]
+    rows = [r for r in document["requests"] if (r["llm"], r["dtype"], r["batch"]) == (scenario.llm, scenario.dtype, scenario.batch)]
     measured_of = {row["model"]: row for row in rows if not row["compiled"]}
     models = {model["name"]: model for model in document["models"] if model["name"] in measured_of}
     paired = _paired(quality, models, pairs)
@@ -205,9 +207,9 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
             f"no model is in both files: quality of {', '.join(quality.models)}; cost of {', '.join(models)}; "
             "say which belong together, --pair QUALITY=COST"
         )
-    settings = document["settings"] | {"answers": case.answers}
+    settings = document["settings"] | {"answers": scenario.answers}
     served = serving(document | {"settings": settings, "requests": list(measured_of.values())})["rows"]
-    llm = next(llm for llm in document["llms"] if (llm["name"], llm["dtype"]) == (case.llm, case.dtype))
+    llm = next(llm for llm in document["llms"] if (llm["name"], llm["dtype"]) == (scenario.llm, scenario.dtype))
     measured = Measured(document)
     found = [(name, None) for name in models if name not in paired.values()]
     order = {name: number for number, name in enumerate(models)}
@@ -215,34 +217,33 @@ def make_entries(document: Row, case: Case, quality: Quality, pairs: Sequence[st
     names = [name if name is not None and quality.models[name]["kind"] == "vlm" else cost for cost, name in both]
     short = shorten([name if names.count(name) == 1 else worth or name for name, (_, worth) in zip(names, both, strict=True)])
     family = shorten([_family(quality, models, cost, name) for cost, name in both])
-    entries = []
+    records = []
     for (cost, name), shown, series in zip(both, short, family, strict=True):
-        pieces = pieces_of(measured, llm, models[cost], case.batch, compiled=False)
+        pieces = pieces_of(measured, llm, models[cost], scenario.batch, compiled=False)
         times = {stage: piece["ms"] for stage, piece in pieces.items() if piece is not None}
         of_model = {row["answer_tokens"]: row for row in served if row["model"] == cost}
-        entries.append(Entry(shown, series, measured_of[cost], models[cost], times, of_model, name))
-    return entries
+        records.append(Record(shown, series, measured_of[cost], models[cost], times, of_model, scenario.answer, name))
+    return records
 
 
-def no_help(document: Row, case: Case, entries: Sequence[Entry]) -> list[str]:
-    """Sentences on where fewer tokens do not help in a case, whatever the length of the answer; models by the names that a reader sees."""
-    rows = list({entry.cost_name: entry.request | {"model": entry.name} for entry in entries}.values())
-    return serving(document | {"settings": document["settings"] | {"answers": case.answers}, "requests": rows})["no_help"]
+def no_help(document: Row, scenario: Scenario, records: Sequence[Record]) -> list[str]:
+    """Where fewer tokens do not help in a scenario, a sentence a model, by the names that a reader sees."""
+    rows = list({record.cost_name: record.request | {"model": record.name} for record in records}.values())
+    return serving(document | {"settings": document["settings"] | {"answers": scenario.answers}, "requests": rows})["no_help"]
 
 
-def find_entry(entries: Sequence[Entry], option: str, name: str) -> Entry:
-    """The entry of a name, as either file has it.
+def find_record(records: Sequence[Record], option: str, name: str) -> Record:
+    """The record of a name, as either file has it.
 
     Raises:
         UserError: there is none, or several.
     """
-    found = [entry for entry in entries if name in (entry.worth, entry.name)] or [e for e in entries if e.cost_name == name]
+    found = [record for record in records if name in (record.quality_name, record.name)] or [r for r in records if r.cost_name == name]
+    names = ", ".join(record.quality_name or record.cost_name for record in found or records)
     if not found:
-        raise UserError(
-            f"{option} {name}: not in the benchmark; there are {', '.join(entry.worth or entry.cost_name for entry in entries)}"
-        )
+        raise UserError(f"{option} {name}: not in the benchmark; there are {names}")
     if len(found) > 1:
-        raise UserError(f"{option} {name}: stands for {', '.join(entry.worth or entry.cost_name for entry in found)}; name one of them")
+        raise UserError(f"{option} {name}: stands for {names}; name one of them")
     return found[0]
 
 
@@ -273,7 +274,7 @@ def _paired(quality: Quality, models: dict[str, Row], pairs: Iterable[str]) -> d
         if name not in quality.models:
             raise UserError(f"--pair {pair}: no quality of {name}; there are {', '.join(quality.models) or 'none; give --eval'}")
         if cost not in models:
-            raise UserError(f"--pair {pair}: no cost of {cost} in this case; there are {', '.join(models)}")
+            raise UserError(f"--pair {pair}: no cost of {cost} in this scenario; there are {', '.join(models)}")
         if name in found:
             raise UserError(f"--pair {pair}: {name} has a pair already, {found[name]}")
         if not _same_tokens(quality.models[name], models[cost]):

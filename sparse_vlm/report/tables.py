@@ -13,13 +13,13 @@ from rich.text import Text
 
 from sparse_vlm.bench.summary import Row
 from sparse_vlm.errors import printable
-from sparse_vlm.tower.visualize import as_label
-from sparse_vlm.utils.files import atomic_path, write_text
+from sparse_vlm.tower.visualize import as_label, save_figure
+from sparse_vlm.utils.files import write_text
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: its title, heads, rows of cells, and how many columns from the left hold words."""
+    """A table; its first `words` columns hold text, the others numbers."""
 
     title: str
     heads: Sequence[str]
@@ -37,7 +37,7 @@ REQUEST_COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: r["model"] + (", compiled" if r["compiled"] else ""),
     "tokens": lambda r: str(r["tokens"]),
     "GMACs": lambda r: _short(r["macs"] / 1e9),
-    "picture, ms": lambda r: _short(r["batch"] * (r["ms"]["decode_image"] + r["ms"]["preprocess"])),
+    "image, ms": lambda r: _short(r["batch"] * (r["ms"]["decode_image"] + r["ms"]["preprocess"])),
     "tower, ms": lambda r: _short(r["ms"]["tower"]),
     "projector, ms": lambda r: _short(r["ms"]["projector"]),
     "prefill, ms": lambda r: _short(r["ms"]["prefill"]),
@@ -115,7 +115,7 @@ def _titled(document: Row, name: str, dtype: str) -> str:
 
 
 def notes(document: Row) -> list[str]:
-    """What one must know to read the tables."""
+    """Notes for readers of the tables."""
     machine, settings = document["machine"], document["settings"]
     accelerator = f", {machine['accelerator']['name']}" if machine["accelerator"] else ""
     peaks = "; ".join(
@@ -127,7 +127,7 @@ def notes(document: Row) -> list[str]:
         f"load average when it began: {machine['load_average']}",
         f"this machine's own peaks (matrix product and copy, same threads): {peaks}",
         f"medians of up to {settings['rounds']} turns after {settings['warm_up']}, models in turn",
-        f"tokens of text beside a picture: {settings['prompt_tokens']}",
+        f"tokens of text beside an image: {settings['prompt_tokens']}",
         "bound by: the peak that a piece comes nearer to, neither where both are below a third; above 100 % of bytes/s it runs from caches",
         "first token: from the encoded image on, in one go; with a star the sum of its pieces' medians",
     ]
@@ -210,16 +210,14 @@ PANELS: dict[str, Panel] = {
 
 def draw(document: Row, folder: Path) -> list[Path]:
     """Write a plot of cost against tokens for each LLM, dtype and batch; a model of several numbers of tokens is a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     written = []
     eager = [r for r in document["requests"] if not r["compiled"]]
     for key in dict.fromkeys((r["llm"], r["dtype"], r["batch"]) for r in eager):
         rows = [r for r in eager if (r["llm"], r["dtype"], r["batch"]) == key]
-        figure, axes = plt.subplots(2, 3, figsize=(11, 6.6), layout="constrained")
+        figure = Figure(figsize=(11, 6.6), layout="constrained")
+        axes = figure.subplots(2, 3)
         for axis, (title, panel) in zip(axes.flat, PANELS.items(), strict=True):
             if panel.of_tokens:
                 axis.plot(*zip(*sorted({row["tokens"]: panel.value(row) for row in rows}.items()), strict=True), color="0.3", marker=".")
@@ -241,9 +239,7 @@ def draw(document: Row, folder: Path) -> list[Path]:
         handles, labels = axes.flat[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=8)
         path = folder / f"cost.{Path(llm).name}.{dtype}.{batch}.png"
-        with atomic_path(path) as part:
-            figure.savefig(part, dpi=110, format="png")
-        plt.close(figure)
+        save_figure(figure, path, dpi=110)
         written.append(path)
     return written
 

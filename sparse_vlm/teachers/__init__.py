@@ -1,4 +1,4 @@
-"""Teachers: vision transformers whose blocks a SparseFormer inherits and whose representation it learns to reproduce."""
+"""Teachers: vision transformers whose blocks a SparseFormer inherits and whose outputs it is trained to reproduce."""
 
 from sparse_vlm.teachers.base import Teacher, TeacherError, TeacherOutput, TeacherSpec
 from sparse_vlm.teachers.load import is_teacher, load_teacher, split_tag

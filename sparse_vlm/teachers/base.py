@@ -1,12 +1,11 @@
-"""What a teacher is, whichever library it comes from.
+"""`Teacher`: a ViT of any library in one form.
 
 Shape legend: B batch, G x G patch grid, d width, E embedding, L blocks.
-A `Teacher` shows every source library's ViT in one form: its tensors under timm's names (`norm1`, `attn.qkv`, `attn.proj`, `norm2`,
-`mlp.fc1`, `mlp.fc2`) and its outputs as (embedding, patch tokens after the final norm). It stays frozen and in eval mode.
+A `Teacher` has its tensors under timm's names (`norm1`, `attn.qkv`, `attn.proj`, `norm2`, `mlp.fc1`, `mlp.fc2`), and its outputs are
+(embedding, patch tokens after the final norm). It is frozen and in eval mode.
 
-Notable: what a SparseFormer has no module for, but another of its tensors can carry exactly, is folded into that one when the teacher is
-read: LayerScale into the linear layer before it, a patch embedding's bias into the positions. `Inventory` makes sure that no tensor of
-the source is forgotten on the way.
+Notable: a tensor without a module in a SparseFormer is folded into another where that is exact: LayerScale into the linear layer before it,
+a patch embedding's bias into the position embeddings. `Inventory` checks that no tensor of the source is forgotten.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ KINDS = ("weight", "bias")
 
 
 class TeacherError(UserError):
-    """A teacher that cannot be loaded or inherited from; the message says why and what would work."""
+    """A teacher that cannot be loaded or inherited from."""
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of an image."""
+    """Outputs of a teacher."""
 
     embeds: Tensor  # (B, E), not normalised
     patches: Tensor  # (B, G * G, d), after the final norm
@@ -41,13 +40,13 @@ class TeacherOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a student must know of its teacher.
+    """Dimensions and preprocessing of a teacher.
 
     Attributes:
-        head: what the embedding is read from: the CLS token, or all tokens through attention (`map`, SigLIP's).
-        norm_pre: whether tokens are normalised before the first block.
+        head: source of the embedding: the CLS token, or attention pooling over all tokens (`map`, as in SigLIP).
+        norm_pre: whether a norm precedes the first block.
         head_bias: whether the head's linear layer has a bias.
-        licence: of the weights, as their source states it; empty where it does not.
+        licence: of the weights, as stated by their source; may be empty.
     """
 
     name: str
@@ -68,23 +67,23 @@ class TeacherSpec:
 
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Number of patches a side."""
         return self.image_size // self.patch_size
 
     @property
     def has_cls(self) -> bool:
-        """Whether a CLS token stands before the patches."""
+        """Whether a CLS token precedes the patches."""
         return self.head == "cls"
 
 
 class Inventory:
-    """A source model's tensors, taken one by one under our names.
+    """Maps the tensors of a source model to our names, and checks that each is used or left out.
 
     Attributes:
         tensors: what a student can inherit, by our names.
-        notes: by our names, how a tensor was made where it is not one of the source's as it is.
-        sources: by our names, the source's names that went into it.
-        left_out: the source's names of what has no place in any student, each with a reason.
+        notes: how a tensor was made, by our names, unless it is unchanged.
+        sources: the source's names that a tensor was made of, by our names.
+        left_out: tensors of the source without a place in any student, with the reason.
     """
 
     def __init__(self, name: str, state: Mapping[str, Tensor]) -> None:
@@ -100,17 +99,17 @@ class Inventory:
         return source in self._state
 
     def get(self, source: str) -> Tensor:
-        """One of the source's tensors, which counts as taken only where it is given to `put`."""
+        """A tensor of the source; only `put` and `fold` mark it as used."""
         if source not in self._state:
-            raise TeacherError(f"teacher {self.name}: there is no tensor {source}")
+            raise TeacherError(f"teacher {self.name}: it has no tensor {source}")
         return self._state[source]
 
     def put(self, target: str, *sources: str, how: Callable[..., Tensor] | None = None, note: str = "") -> None:
-        """Name one of the source's tensors as ours, or make ours out of several.
+        """Set one of our tensors from one or several of the source.
 
         Args:
-            how: given the source's tensors, returns ours; unless given, one stays as it is and several are joined by rows.
-            note: how it was made, for people.
+            how: computes ours from the source's; by default a single tensor is unchanged and several are concatenated.
+            note: how it was made, for the printed mapping.
         """
         values = [self.get(source) for source in sources]
         if how is not None:
@@ -123,14 +122,14 @@ class Inventory:
             self.notes[target] = note
 
     def fold(self, target: str, source: str, how: Callable[[Tensor, Tensor], Tensor], note: str) -> None:
-        """Change a tensor of ours by one more of the source's."""
+        """Combine one of our tensors with a further one of the source."""
         self.tensors[target] = how(self.tensors[target], self.get(source))
         self.sources[target] = (*self.sources[target], source)
         self._taken.add(source)
         self.notes[target] = "; ".join(filter(None, (self.notes.get(target), note)))
 
     def fold_layer_scale(self, block: int, after_attention: str, after_mlp: str) -> None:
-        """Fold LayerScale, where a block has it, into the linear layers that it scales: gamma * (W x + b) = (gamma W) x + gamma b."""
+        """Fold a block's LayerScale, if it has one, into the linear layers: gamma * (W x + b) = (gamma W) x + gamma b."""
         for source, linear in ((after_attention, "attn.proj"), (after_mlp, "mlp.fc2")):
             if source in self:
                 note = f"times {source.rsplit('.', 2)[-2]}"
@@ -138,7 +137,7 @@ class Inventory:
                 self.fold(f"blocks.{block}.{linear}.bias", source, torch.mul, note)
 
     def fold_patch_bias(self, source: str, prefix_tokens: int) -> None:
-        """Fold a patch embedding's bias, where it has one, into the positions of patches, to which it is added."""
+        """Fold a patch embedding's bias, if it has one, into the position embeddings of patches."""
         if source not in self:
             return
 
@@ -148,13 +147,13 @@ class Inventory:
         self.fold("pos_embed", source, add, "plus the patch embedding's bias")
 
     def leave_out(self, source: str, reason: str) -> None:
-        """Say why a tensor of the source has no place; no error where the source has no such tensor."""
+        """Leave a tensor of the source out, if it exists, for a reason."""
         if source in self._state:
             self.left_out[source] = reason
             self._taken.add(source)
 
     def finish(self) -> Inventory:
-        """Itself.
+        """Check that all tensors are used or left out; returns itself.
 
         Raises:
             TeacherError: a tensor of the source was neither taken nor left out.
@@ -162,7 +161,7 @@ class Inventory:
         forgotten = sorted(set(self._state) - self._taken)
         if forgotten:
             more = f" and {len(forgotten) - 3} more" if len(forgotten) > 3 else ""
-            raise TeacherError(f"teacher {self.name}: tensor {', '.join(forgotten[:3])}{more} has no place in a SparseFormer")
+            raise TeacherError(f"teacher {self.name}: tensor {', '.join(forgotten[:3])}{more} cannot be mapped to a SparseFormer")
         return self
 
 
@@ -173,16 +172,16 @@ def teacher_spec(
     preprocess: Mapping[str, Any],
     **numbers: Any,
 ) -> TeacherSpec:
-    """The spec of a teacher whose tensors are in the inventory; what they tell, it reads off them.
+    """The spec of a teacher, whose dimensions are taken from its inventory as far as possible.
 
     Args:
-        activation: of the blocks, as the source calls it.
-        activations: the source's names of what we know.
+        activation: of the blocks, by the source's name.
+        activations: supported activations, by the source's names.
         preprocess: `mean` and `std`.
-        numbers: what remains of a `TeacherSpec`.
+        numbers: the remaining fields of `TeacherSpec`.
 
     Raises:
-        TeacherError: an activation that we do not know, or a mean or std that is not of three channels.
+        TeacherError: an unsupported activation, or a mean or std without three channels.
     """
     if activation not in activations:
         raise TeacherError(f"teacher {own.name}: activation {activation} is not supported; known are {', '.join(activations)}")
@@ -191,7 +190,7 @@ def teacher_spec(
         where = f"teacher {own.name}: preprocessing: {name}"
         check(list(found) if isinstance(found, tuple) else found, [each], where, "it must be three numbers")
         if len(found) != 3:
-            raise TeacherError(f"{where} has {len(found)} numbers, and must have three")
+            raise TeacherError(f"{where} has {len(found)} numbers, expected three")
     width = own.tensors["norm.weight"].shape[0]
     return TeacherSpec(
         name=own.name,
@@ -208,43 +207,43 @@ def teacher_spec(
 
 
 class Teacher(nn.Module):
-    """A frozen ViT with its tensors under our names.
+    """A frozen ViT.
 
     Args:
-        ask: given the model and normalised pixels, returns (embedding, patch tokens after the final norm).
+        encode: maps the model and normalised pixels to (embedding, patch tokens after the final norm).
 
     Attributes:
         spec: its dimensions and preprocessing.
-        tensors: what can be inherited. Blocks are `blocks.{i}.{name}` with timm's names; the others are `patch_embed.weight`, `cls_token`,
+        tensors: that can be inherited. Blocks are `blocks.{i}.{name}` with timm's names; the others are `patch_embed.weight`, `cls_token`,
             `pos_embed` (positions x width, that of the CLS token first), `norm_pre.*`, `norm.*`, `pool.*` and `head.*` (embedding x width).
     """
 
-    def __init__(self, spec: TeacherSpec, model: nn.Module, inventory: Inventory, ask: Callable[[nn.Module, Tensor], tuple]) -> None:
+    def __init__(self, spec: TeacherSpec, model: nn.Module, inventory: Inventory, encode: Callable[[nn.Module, Tensor], tuple]) -> None:
         super().__init__()
         self.spec = spec
         self.model = model.eval().requires_grad_(False)
-        self.inventory, self.ask = inventory.finish(), ask
+        self.inventory, self.encode = inventory.finish(), encode
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What can be inherited, by our names."""
+        """Tensors that can be inherited, by our names."""
         return self.inventory.tensors
 
     def train(self, mode: bool = True) -> Teacher:
-        """A teacher never leaves eval mode."""
+        """Stays in eval mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> TeacherOutput:
         """(B, 3, S, S) normalised by the teacher's own mean and std."""
-        return TeacherOutput(*self.ask(self.model, pixels))
+        return TeacherOutput(*self.encode(self.model, pixels))
 
     def cast(self, dtype: torch.dtype) -> Teacher:
-        """The same teacher with weights of another dtype, to ask and not to inherit from."""
-        return Teacher(self.spec, copy.deepcopy(self.model).to(dtype), self.inventory, self.ask)
+        """A copy with the model in another dtype, for inference only (`tensors` keep theirs)."""
+        return Teacher(self.spec, copy.deepcopy(self.model).to(dtype), self.inventory, self.encode)
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with any of the teacher's weights; caches and checkpoints are tied to it."""
+        """Digest of the weights (16 hex digits), which identifies the teacher in caches and run settings."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             digest.update(f"{name} {tuple(self.tensors[name].shape)}".encode())

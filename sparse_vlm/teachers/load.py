@@ -1,7 +1,7 @@
-"""Loading a teacher by name: which library it comes from, and which reader knows its class.
+"""Load a teacher by name, with the library that has it and the reader of its class.
 
-Notable: a library is one entry in `LIBRARIES`, a class of models one entry in the table of its library; nothing else asks where a teacher
-came from.
+Notable: a library is one entry in `LIBRARIES`, a model class one entry in the table of its library; no other code depends on where a
+teacher comes from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparse_vlm.hub.weights import check_finite, refuse_lfs_pointer, refuse_lfs_
 from sparse_vlm.teachers import open_clip_vit, sizes, timm_vit, transformers_vit
 from sparse_vlm.teachers.base import Teacher, TeacherError
 
-LOCATED = ("local-dir:", "hf-hub:")  # how open_clip names a model by where it lies
+LOCATED = ("local-dir:", "hf-hub:")  # open_clip's names of models by location
 Reader = Callable[[str, nn.Module, dict[str, Any], str], Teacher]
 
 OPEN_CLIP_READERS: dict[str, Reader] = {"VisionTransformer": open_clip_vit.read, "TimmModel": timm_vit.read_trunk}
@@ -41,15 +41,32 @@ def load_teacher(name: str) -> Teacher:
             `transformers:ORG/NAME`, `transformers:ORG/NAME@REVISION` or `transformers:PATH`.
 
     Raises:
-        TeacherError: unknown name, no weights, weights that do not cover the model, or an architecture that no reader knows.
+        UserError: a path without the library that reads it.
+        TeacherError: unknown name, no or incomplete weights, or an architecture without a reader.
     """
+    check_teacher(name)
     model, tag = split_tag(name)
     library, _, rest = model.partition(":")
     return LIBRARIES[library](name, rest, tag) if rest and library in LIBRARIES else _from_open_clip(name, model, tag)
 
 
+def check_teacher(name: str) -> None:
+    """Check that a teacher's name has a library, before anything is loaded.
+
+    Raises:
+        UserError: the path of a folder or file; the message says what to write.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"teacher {name}: is a file; write timm:NAME@{name} for a checkpoint of timm; other teachers are folders")
+    if path.is_dir():
+        names = {"open_clip_config.json": f"local-dir:{name}", "config.json": f"transformers:{name}"}
+        fitting = [full for file, full in names.items() if (path / file).is_file()] or list(names.values())
+        raise UserError(f"teacher {name}: is a folder; write {' or '.join(fitting)}, for the library that reads it")
+
+
 def split_tag(name: str) -> tuple[str, str | None]:
-    """`ViT-B-16@openai` as (model, tag); what open_clip finds by where it lies has no tag."""
+    """Split `ViT-B-16@openai` into (model, tag); names with a location have no tag."""
     if name.startswith(LOCATED) or "@" not in name:
         return name, None
     model, _, tag = name.partition("@")
@@ -57,7 +74,7 @@ def split_tag(name: str) -> tuple[str, str | None]:
 
 
 def is_teacher(name: str) -> bool:
-    """Whether a name is a teacher's and not a tower's."""
+    """Whether a name is that of a teacher, not of a tower."""
     return name.startswith((*LOCATED, *(f"{library}:" for library in LIBRARIES))) or "@" in name
 
 
@@ -73,7 +90,7 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
     if not located and tag is None:
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         known = f"its tags are {', '.join(tags)}" if tags else "open_clip knows no such model"
-        raise TeacherError(f"teacher {name}: say which weights with NAME@TAG; {known}")
+        raise TeacherError(f"teacher {name}: choose weights with NAME@TAG; {known}")
     if tag is not None:
         _refuse_lost_quick_gelu(name, model_name, tag)
     try:
@@ -81,7 +98,7 @@ def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
             refuse_code(folder)
             refuse_lfs_pointers(folder)
             sizes.check_size(folder)
-        with without_prompts():  # open_clip has text sides of transformers
+        with without_prompts():  # open_clip may load a text side with transformers
             model, _, _preprocess = open_clip.create_model_and_transforms(model_name, pretrained=tag)
         licence = stated_licence(_hub_file(name.removeprefix("hf-hub:"), "README.md") if folder is None and located else folder)
     except Exception as error:
@@ -101,13 +118,13 @@ def read_open_clip(name: str, model: nn.Module, licence: str = "") -> Teacher:
 
 
 def _refuse_lost_quick_gelu(name: str, model_name: str, tag: str) -> None:
-    """Weights that learnt with QuickGELU, in a model without it, are loaded by open_clip with no more than a warning."""
+    """Refuse weights trained with QuickGELU in a model without it, which open_clip loads with only a warning."""
     import open_clip
 
-    learnt = (open_clip.get_pretrained_cfg(model_name, tag) or {}).get("quick_gelu", False)
-    if learnt and not (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False):
+    quick_gelu = (open_clip.get_pretrained_cfg(model_name, tag) or {}).get("quick_gelu", False)
+    if quick_gelu and not (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False):
         twin = f"{model_name}-quickgelu@{tag}"
-        raise TeacherError(f"teacher {name}: its weights learnt with QuickGELU, which {model_name} does not compute; give {twin}")
+        raise TeacherError(f"teacher {name}: its weights were trained with QuickGELU, which {model_name} lacks; give {twin}")
 
 
 def _from_timm(name: str, rest: str, checkpoint: str | None) -> Teacher:
@@ -117,7 +134,7 @@ def _from_timm(name: str, rest: str, checkpoint: str | None) -> Teacher:
         raise TeacherError(f"loading a teacher of timm needs it: pip install 'sparse-vlm[train]' ({error})") from None
     if not timm.is_model(rest):
         near = timm.list_models(f"*{rest.split('.')[0][:12]}*")[:5]
-        raise TeacherError(f"teacher {name}: timm knows no such model{'; near it are ' + ', '.join(near) if near else ''}")
+        raise TeacherError(f"teacher {name}: timm has no such model{'; similar are ' + ', '.join(near) if near else ''}")
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise TeacherError(f"teacher {name}: {checkpoint}: no such file")
     try:
@@ -141,18 +158,18 @@ def _from_transformers(name: str, rest: str, revision: str | None) -> Teacher:
         folder = Path(rest)
         if folder.is_dir():
             check_size(folder, from_pretrained(AutoConfig, folder), AutoModel)
-        with quiet():  # what does not fit is in `found`, and the line below names it
-            model, found = from_pretrained(AutoModel, rest, output_loading_info=True, ignore_mismatched_sizes=True, **where)
+        with quiet():  # mismatches are in `report`, which is checked below
+            model, report = from_pretrained(AutoModel, rest, output_loading_info=True, ignore_mismatched_sizes=True, **where)
         processor = json.loads(Path(cached_file(rest, "preprocessor_config.json", **where)).read_text(encoding="utf-8"))
         preprocess = {"mean": processor["image_mean"], "std": processor["image_std"]}
     except Exception as error:
         raise TeacherError(f"teacher {name}: transformers could not load it ({first_line(error)})") from error
     try:
-        check_report(f"teacher {name}", {**found, "unexpected_keys": ()})
+        check_report(f"teacher {name}", {**report, "unexpected_keys": ()})
     except UserError as error:
         raise TeacherError(str(error)) from None
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
-        raise TeacherError(f"teacher {name}: its weights are quantised, and a student cannot inherit such; take the model as it was before")
+        raise TeacherError(f"teacher {name}: its weights are quantized and cannot be inherited; take the model before quantization")
     readme = Path(rest) if Path(rest).is_dir() else _hub_file(rest, "README.md", **where)
     return _reader(name, model, TRANSFORMERS_READERS)(name, model, preprocess, stated_licence(readme))
 
@@ -172,7 +189,7 @@ def _reader(name: str, model: nn.Module, readers: dict[str, Reader]) -> Reader:
 
 
 def _hub_file(repository: str, file: str, **where: str) -> Path | None:
-    """A file of a hub's repository; None where it has no such file."""
+    """A file of a repository on the hub; None if it has no such file."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -183,7 +200,7 @@ def _hub_file(repository: str, file: str, **where: str) -> Path | None:
 
 
 def stated_licence(card: Path | None) -> str:
-    """The licence in the front matter of a model card, or of the README.md of a folder; empty where none is stated."""
+    """The licence in the front matter of a model card, or of a folder's README.md; empty if there is none."""
     if card is not None and card.is_dir():
         card = card / "README.md"
     if card is None or not card.is_file():

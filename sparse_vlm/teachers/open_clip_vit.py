@@ -23,7 +23,7 @@ def read(name: str, visual: nn.Module, preprocess: dict[str, Any], licence: str 
     """A `VisionTransformer` of open_clip.
 
     Raises:
-        TeacherError: its head reads something else than the normalised CLS token, or a part of it is of no kind that we know.
+        TeacherError: its head does not read the normalised CLS token, or a part of it is not supported.
     """
     blocks = visual.transformer.resblocks
     first = blocks[0]
@@ -59,7 +59,7 @@ def read(name: str, visual: nn.Module, preprocess: dict[str, Any], licence: str 
         licence=licence,
     )
     visual.output_tokens = True
-    return Teacher(spec, visual, own, ask=lambda model, pixels: model(pixels))
+    return Teacher(spec, visual, own, encode=lambda model, pixels: model(pixels))
 
 
 def _side(size: int | tuple[int, int]) -> int:

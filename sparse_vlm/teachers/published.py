@@ -1,4 +1,4 @@
-"""Dimensions of published ViTs, for what is counted or timed without their weights."""
+"""Dimensions of published ViTs, to count or time them without weights."""
 
 from __future__ import annotations
 

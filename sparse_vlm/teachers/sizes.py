@@ -1,4 +1,4 @@
-"""Whether an open_clip folder's configuration can be of the weights beside it, before anything of its size is allocated."""
+"""Check that an open_clip configuration matches the size of the weights beside it, before memory of its size is allocated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sparse_vlm.hub.pretrained import LAYERS, without_prompts
 from sparse_vlm.tower.limits import whole, within
 from sparse_vlm.utils.documents import parse_json
 
-WEIGHTS = (".safetensors", ".bin", ".pth")  # where open_clip looks for them
-STAGES = 8  # of a list: a ResNet has four stages, an image two sides
+WEIGHTS = (".safetensors", ".bin", ".pth")  # of open_clip's weights
+STAGES = 8  # longest list: a ResNet has four stages, an image two sides
 
-# Several times what any published model has. A mask has the context squared, and positions may be computed by numpy, which knows no meta
-# device.
+# Several times the values of any published model. Limits matter even on the meta device: an attention mask has the context length squared,
+# and positions may be computed with numpy.
 _MOST = {
     "embed_dim": 2**15,
     "width": 2**15,
@@ -32,14 +32,14 @@ _MOST = {
     "attn_pooler_queries": 2**12,
     "attn_pooler_heads": 2**10,
 }
-_RATIO = 64.0  # most of mlp_ratio
+_RATIO = 64.0  # largest mlp_ratio
 
 
 def check_size(folder: Path) -> None:
-    """Make sure that a configuration of open_clip's can be of the weights beside it.
+    """Check that an open_clip configuration matches the size of the weights beside it.
 
     Raises:
-        UserError: no weights; a number that no model has, by its name; a model that open_clip cannot make, or one of more parameters than
+        UserError: no weights; a number beyond any model's (named); a model that open_clip cannot create, or one with more parameters than
             the weights have bytes.
     """
     config = folder / "open_clip_config.json"
@@ -62,7 +62,7 @@ def check_size(folder: Path) -> None:
         with without_prompts(), torch.device("meta"):
             ghost = _ghost(folder, model)
     except Exception as error:
-        raise UserError(f"{config}: open_clip cannot make this model ({first_line(error)}); fetch the model again") from error
+        raise UserError(f"{config}: open_clip cannot create this model ({first_line(error)}); fetch the model again") from error
     _compare(config, "parameters", sum(parameter.numel() for parameter in ghost.parameters()), held)
 
 
@@ -78,10 +78,10 @@ def _ghost(folder: Path, model: dict[str, Any]) -> torch.nn.Module:
 
 
 def _check_numbers(where: str, described: dict[str, Any]) -> None:
-    """Make sure that no number is beyond what a model has.
+    """Check numbers against `_MOST`.
 
     Raises:
-        ValueError: naming it.
+        ValueError: names the number.
     """
     for name, most in _MOST.items():
         found = described.get(name)
@@ -93,7 +93,7 @@ def _check_numbers(where: str, described: dict[str, Any]) -> None:
 
 
 def _positions(vision: Any) -> int:
-    """Numbers in the table of positions of open_clip's own ViT; 0 for what is none."""
+    """Size of the position embeddings of open_clip's own ViT; 0 for other models."""
     if not isinstance(vision, dict) or not isinstance(vision.get("layers", 12), int) or vision.get("timm_model_name"):
         return 0
     image, patch, width = vision.get("image_size", 224), vision.get("patch_size", 16), vision.get("width", 768)
@@ -102,7 +102,7 @@ def _positions(vision: Any) -> int:
     return (high // patch) * (wide // patch) * width if all(isinstance(number, int) for number in numbers) else 0
 
 
-def _compare(config: Path, what: str, said: int, held: int) -> None:
-    """A number is written in a byte or more."""
-    if said > held:
-        raise UserError(f"{config}: says {said:,} {what}, the weights beside it are {held:,} bytes; they are of two models")
+def _compare(config: Path, what: str, count: int, size: int) -> None:
+    """Each number takes at least one byte."""
+    if count > size:
+        raise UserError(f"{config}: says {count:,} {what}, the weights beside it are {size:,} bytes; they are of two models")

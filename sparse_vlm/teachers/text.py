@@ -1,11 +1,11 @@
-"""The text side of a teacher's embedding space, so that a tower can classify and retrieve by words.
+"""Text encoder for a teacher's embedding space, for zero-shot classification and retrieval with a tower.
 
 Shape legend: T texts, L tokens, w width of the text tower, E embedding.
-A text side is a public sentence encoder (the text tower, fetched as the zoo's entry of that name) and the teacher's learned projection of
-its mean-pooled output; only the projection and the logit scale are ours to store.
+It consists of a public sentence encoder (the text tower, a model of the zoo) and the teacher's projection of its mean-pooled output; only
+projection and logit scale are stored.
 
-Notable: needs torch and transformers alone. It computes what open_clip's `encode_text` computes for a teacher whose text side is a Hugging
-Face encoder, except that open_clip also straightens curly quotes and repairs mis-decoded characters.
+Notable: needs only torch and transformers. It equals open_clip's `encode_text` of a teacher with a Hugging Face text encoder, except that
+open_clip also straightens curly quotes and repairs mis-decoded characters.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from sparse_vlm.utils.files import atomic_path, write_text
 
 FORMAT = "sparse-vlm/text/1"
 BATCH = 64
-MOST = 1 << 16  # numbers of an embedding, and tokens of a text
+MOST = 1 << 16  # largest embedding width and context length
 TEXT_TOWERS = {
     "sentence-transformers/all-MiniLM-L6-v2": "all-minilm-l6-v2",
 }
-"""Hugging Face names of text towers, as teachers give them, to names of the zoo."""
+"""Zoo names of text towers, by the Hugging Face names in teachers' configurations."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What a text side is made of.
+    """Configuration of a text encoder.
 
     Attributes:
         text_tower: a name of the zoo, or a folder.
-        context_length: tokens of the longest text (L); the rest is cut off.
+        context_length: most tokens of a text (L); longer texts are truncated.
         embed_dim: width of the projection (E).
         pooling: how tokens become one vector; "mean" over the tokens of the text.
     """
@@ -62,16 +62,16 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """Texts to embeddings in the space of a teacher and its students.
+    """Encodes texts into the embedding space of a teacher and its students.
 
     Args:
-        tower: a Hugging Face encoder.
+        tower: Hugging Face encoder.
         tokenizer: its tokenizer.
 
     Attributes:
-        name: what it was loaded from.
+        name: folder or zoo name it was loaded from.
         width: of its embeddings (E).
-        logit_scale: () logarithm of the factor between cosines and logits.
+        logit_scale: (), log of the factor from cosine to logit.
     """
 
     def __init__(self, config: TextConfig, tower: nn.Module, tokenizer: Any) -> None:
@@ -86,7 +86,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(T, E), not normalised.
+        """Embeddings (T, E), not normalised.
 
         Raises:
             ValueError: no text.
@@ -104,7 +104,7 @@ class TextEncoder(nn.Module):
         return self.projection((states * weights).sum(1) / weights.sum(1))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (projection and logit scale), each aside and then renamed."""
+        """Write `config.json` and `model.safetensors` (projection and logit scale)."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> TextEncoder:
-        """Load a text side from a folder, or from the zoo by name; its text tower is fetched when it is not there yet.
+        """Load from a folder or a zoo name; the text tower is downloaded if necessary.
 
         Raises:
             UserError: no such folder or name, not a text side, or weights that do not fit.
@@ -153,10 +153,10 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_teacher(cls, teacher: str) -> TextEncoder:
-        """Take the text side out of a teacher's open_clip folder, `local-dir:PATH`.
+        """Extract the text encoder of a teacher in an open_clip folder, `local-dir:PATH`.
 
         Raises:
-            UserError: no such folder, a text side of another kind, or a text tower that was tuned and so is not the public one.
+            UserError: no such folder, another kind of text encoder, or a text tower that differs from the public one.
         """
         folder = Path(teacher.removeprefix("local-dir:"))
         if not teacher.startswith("local-dir:") or not (folder / "open_clip_config.json").is_file():
@@ -187,7 +187,7 @@ class TextEncoder(nn.Module):
 
 
 def _load_text_tower(folder: Path) -> tuple[nn.Module, Any]:
-    """The encoder and its tokenizer; nothing but an unused pooler may be left over."""
+    """Load a text tower and its tokenizer; only an unused pooler may be left over."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     with model_errors(folder, "a text tower"):

@@ -20,21 +20,21 @@ def read(name: str, model: nn.Module, preprocess: dict[str, Any], licence: str =
     """A `VisionTransformer` of timm with its own head.
 
     Raises:
-        TeacherError: a part of it is of no kind that we know.
+        TeacherError: a part of it is not supported.
     """
 
-    def ask(vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tokens = vit.forward_features(pixels)
         return vit.forward_head(tokens), tokens[:, vit.num_prefix_tokens :]
 
-    return _read(name, model, model, "", [f"head.{kind}" for kind in KINDS], preprocess, licence, ask)
+    return _read(name, model, model, "", [f"head.{kind}" for kind in KINDS], preprocess, licence, encode)
 
 
 def read_trunk(name: str, visual: nn.Module, preprocess: dict[str, Any], licence: str = "") -> Teacher:
-    """An open_clip `TimmModel`: a trunk of timm's, and a linear projection or none.
+    """An open_clip `TimmModel`: a trunk of timm, with a linear projection or none.
 
     Raises:
-        TeacherError: the trunk is no plain ViT, or a part of it is of no kind that we know.
+        TeacherError: the trunk is no plain ViT, or a part of it is not supported.
     """
     trunk = visual.trunk
     if type(trunk).__name__ != "VisionTransformer":
@@ -45,15 +45,15 @@ def read_trunk(name: str, visual: nn.Module, preprocess: dict[str, Any], licence
     projection = [f"head.proj.{kind}" for kind in KINDS]
     head = projection if hasattr(visual.head, "proj") else [f"trunk.head.{kind}" for kind in KINDS]
 
-    def ask(both: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(both: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tokens = both.trunk.forward_features(pixels)
         return both.head(both.trunk.forward_head(tokens)), tokens[:, both.trunk.num_prefix_tokens :]
 
-    return _read(name, visual, trunk, "trunk.", head, preprocess, licence, ask)
+    return _read(name, visual, trunk, "trunk.", head, preprocess, licence, encode)
 
 
 def _read(
-    name: str, model: nn.Module, vit: nn.Module, prefix: str, head: Any, preprocess: dict[str, Any], licence: str, ask: Any
+    name: str, model: nn.Module, vit: nn.Module, prefix: str, head: Any, preprocess: dict[str, Any], licence: str, encode: Any
 ) -> Teacher:
     first = vit.blocks[0]
     if problem := _problem(vit):
@@ -102,14 +102,14 @@ def _read(
         ln_eps=first.norm1.eps,
         licence=licence,
     )
-    return Teacher(spec, model, own, ask)
+    return Teacher(spec, model, own, encode)
 
 
 def _problem(vit: nn.Module) -> str:
-    """Why a ViT cannot be inherited from; empty where it can."""
+    """Why a ViT cannot be inherited from; empty if it can."""
     attention = vit.blocks[0].attn
     if attention.qkv is None or attention.qkv.bias is None or not isinstance(attention.q_norm, nn.Identity):
-        return "its attention has no biases, or normalises queries and keys; a SparseFormer's blocks do not"
+        return "its attention has no biases, or normalizes queries and keys, which a SparseFormer does not support"
     if getattr(vit, "reg_token", None) is not None:
         return "register tokens are not supported"
     if not isinstance(vit.fc_norm, nn.Identity) or (vit.cls_token is None) != (vit.attn_pool is not None):

@@ -31,7 +31,7 @@ def read_clip(name: str, model: nn.Module, preprocess: dict[str, Any], licence: 
     """`CLIPModel`, or `CLIPVisionModelWithProjection`.
 
     Raises:
-        TeacherError: a part of it is of no kind that we know.
+        TeacherError: a part of it is not supported.
     """
     side = ImageSide(model.vision_model, model.visual_projection)
     own = Inventory(name, side.state_dict())
@@ -45,18 +45,18 @@ def read_clip(name: str, model: nn.Module, preprocess: dict[str, Any], licence: 
         own.put(f"norm.{kind}", f"vision_model.post_layernorm.{kind}")
     own.put("head.weight", "visual_projection.weight")
 
-    def ask(side: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(side: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         out = side.vision_model(pixels)
         return side.visual_projection(out.pooler_output), side.vision_model.post_layernorm(out.last_hidden_state[:, 1:])
 
-    return Teacher(_spec(own, config, preprocess, licence), side, own, ask)
+    return Teacher(_spec(own, config, preprocess, licence), side, own, encode)
 
 
 def read_siglip(name: str, model: nn.Module, preprocess: dict[str, Any], licence: str = "") -> Teacher:
     """`SiglipModel`, or `SiglipVisionModel`.
 
     Raises:
-        TeacherError: a part of it is of no kind that we know.
+        TeacherError: a part of it is not supported.
     """
     side = ImageSide(model.vision_model if hasattr(model, "vision_model") else model)
     own = Inventory(name, side.state_dict())
@@ -75,24 +75,24 @@ def read_siglip(name: str, model: nn.Module, preprocess: dict[str, Any], licence
         for part in ("fc1", "fc2"):
             own.put(f"pool.mlp.{part}.{kind}", f"{head}mlp.{part}.{kind}")
 
-    def ask(side: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(side: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         out = side.vision_model(pixels)
         return out.pooler_output, out.last_hidden_state
 
-    return Teacher(_spec(own, config, preprocess, licence), side, own, ask)
+    return Teacher(_spec(own, config, preprocess, licence), side, own, encode)
 
 
 def read_dinov2(name: str, model: nn.Module, preprocess: dict[str, Any], licence: str = "") -> Teacher:
     """`Dinov2Model`.
 
     Raises:
-        TeacherError: a part of it is of no kind that we know, such as the giant's SwiGLU.
+        TeacherError: a part of it is not supported, such as the giant's SwiGLU.
     """
     config = model.config
     if config.use_swiglu_ffn:
-        raise TeacherError(f"teacher {name}: its blocks have SwiGLU, and a SparseFormer's do not; take a smaller DINOv2")
+        raise TeacherError(f"teacher {name}: its blocks use SwiGLU, which a SparseFormer lacks; take a smaller DINOv2")
     own = Inventory(name, model.state_dict())
-    # the linear layers of attention have had two sets of names in transformers 5
+    # transformers 5 has had two sets of names for attention's linear layers
     names = next(names for names in DINOV2_ATTENTION if f"encoder.layer.0.attention.{names[0]}.weight" in own)
     for i in range(config.num_hidden_layers):
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
@@ -111,11 +111,11 @@ def read_dinov2(name: str, model: nn.Module, preprocess: dict[str, Any], licence
         own.put(f"norm.{kind}", f"layernorm.{kind}")
     own.leave_out("embeddings.mask_token", "stands for hidden patches in pretraining only")
 
-    def ask(vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(vit: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         out = vit(pixels)
         return out.pooler_output, out.last_hidden_state[:, 1:]
 
-    return Teacher(_spec(own, config, preprocess, licence), model, own, ask)
+    return Teacher(_spec(own, config, preprocess, licence), model, own, encode)
 
 
 def _put_blocks(own: Inventory, prefix: str, count: int) -> None:

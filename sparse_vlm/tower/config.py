@@ -1,9 +1,8 @@
-"""What a SparseFormer is made of, as frozen data: units, operations, where tokens begin, and the seven published configurations.
+"""The configuration of a SparseFormer as frozen dataclasses: units of operations, initial tokens and RoIs, input.
 
-Notable: stdlib only, so that a configuration can be read where torch is not. Whatever one says is checked when it is made, and bounded, so
-that no file of a few numbers asks for memory or time that no tower takes. A new tower is one more `SparseFormerConfig`; nothing branches on
-a model's name.
-Sources: SparseFormer (arXiv 2304.03768, table 1) and Bootstrapping SparseFormers (arXiv 2312.01987, section 3).
+Notable: stdlib only, so that a configuration can be read without torch. All values are checked and bounded on construction, so that no
+configuration file can request excessive memory or time. A new tower is one more `SparseFormerConfig`; nothing branches on a model's name.
+Sources: SparseFormer (arXiv 2304.03768) and Bootstrapping SparseFormers (arXiv 2312.01987, section 3).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 Head = Literal["cls", "avg", "map"]
 TokenInit = Literal["shared", "each", "glance"]
 RoisInit = Literal["grid", "released"]
-GlanceKind = Literal["pool", "crop"]
+RoIPatchKind = Literal["pool", "crop"]
 Padding = Literal["border", "zeros"]
 Fit = Literal["crop", "whole"]
 OPS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
@@ -49,23 +48,23 @@ class UnitConfig:
         if unknown:
             raise ValueError(f"unknown operation {', '.join(map(str, unknown))}; known are {', '.join(OPS)}")
         if not self.ops or len(set(self.ops)) < len(self.ops):
-            raise ValueError(f"a unit's operations are {', '.join(self.ops) or 'none'}; each may stand there once, and one must")
+            raise ValueError(f"a unit's operations are {', '.join(self.ops) or 'none'}; it needs at least one, and each at most once")
         whole("a unit's repeats", self.repeats, 1, 64)
         one_of("a unit's activation", self.activation, get_args(Activation))
         if "PE_INJECT" in self.ops and self.width % 8:
-            raise ValueError(f"a unit's width {self.width} is no multiple of 8, which encoding RoIs needs")
+            raise ValueError(f"a unit's width {self.width} is no multiple of 8, which the RoI encoding needs")
 
 
 @dataclass(frozen=True)
 class RoIPatchConfig:
-    """The warm start: a token begins as the teacher's patch embedding plus position, of its RoI.
+    """RoI patch embedding: the initial tokens are the teacher's patch and position embeddings of their RoIs.
 
     Attributes:
         patch_size: pixels a side of a patch.
-        grid: positions a side, and where patches are pooled also patches a side.
-        points_per_side: sampled points a side in each RoI.
+        grid: position embeddings a side; with kind `pool` also patches a side.
+        points_per_side: points a side in each RoI, over which embeddings are averaged.
         kind: `pool` embeds the patches of the image, scaled to patch_size * grid pixels, and averages them over the RoI; `crop` scales
-            what lies in the RoI to one patch and embeds that, at whatever size RoI and image are.
+            each RoI to one patch, for any size of RoI and image.
         norm_pre: whether the teacher normalises tokens before its first block (CLIP's ln_pre).
     """
 
@@ -73,30 +72,30 @@ class RoIPatchConfig:
     grid: int
     points_per_side: int = 4
     norm_pre: bool = False
-    kind: GlanceKind = "pool"
+    kind: RoIPatchKind = "pool"
 
     def __post_init__(self) -> None:
         whole("the glance's patch_size", self.patch_size, 1, 512)
         whole("the glance's grid", self.grid, 1, 512)
         whole("the glance's points_per_side", self.points_per_side, 1, 64)
         truth("the glance's norm_pre", self.norm_pre)
-        one_of("the glance's kind", self.kind, get_args(GlanceKind))
+        one_of("the glance's kind", self.kind, get_args(RoIPatchKind))
         product("the glance's pixels a side", 4096, self.patch_size, self.grid)
 
 
 FOCUS_MAP = 8  # rows and columns of the map that a focus predicts
-FOCUS_SCALES = (1 / 2, 1 / 4, 1 / 8)  # sides of the windows in which it predicts variation, relative to the image
+FOCUS_SCALES = (1 / 2, 1 / 4, 1 / 8)  # sides of the windows whose feature variance it predicts, relative to the image
 
 
 @dataclass(frozen=True)
 class FocusConfig:
-    """Where tokens begin, decided for each image by a small network (`tower.focus`).
+    """Content-dependent initial RoIs, predicted for each image by a small network (`tower.focus`).
 
     Attributes:
-        size: pixels a side of the thumbnail that it sees.
-        channels: of its three strided convolutions, and of those on the map.
-        area_bias: how far attention counts a cell by its area: 0 not at all, 1 in proportion.
-        evenness: an image keeps the plain grid where the predicted log variation has a standard deviation below this over the image.
+        size: pixels a side of its input, a thumbnail.
+        channels: of its three strided convolutions, and of the convolutions on the map.
+        area_bias: weight of a cell's log area in attention scores: 0 for none, 1 for attention in proportion to area.
+        evenness: an image keeps the regular grid where the standard deviation of its predicted log variance is below this.
     """
 
     size: int = 112
@@ -121,22 +120,22 @@ class SparseFormerConfig:
 
     Attributes:
         units: focusing and cortex units in order; a linear transition stands wherever the width changes.
-        num_latent_tokens: tokens with an RoI (n); `num_tokens` counts the CLS token too (N).
+        num_latent_tokens: tokens with a RoI (n); `num_tokens` includes the CLS token (N).
         embed_dim: width of `image_embeds`.
-        conv_dim: channels of the map that tokens look at (C).
+        conv_dim: channels of the feature map (C).
         num_points: sampling points a token (P).
         cls_before_unit: the unit before which the CLS token is inserted; None for towers without one.
-        head: what the head reads: the CLS token, the mean of all tokens, or all tokens through attention (SigLIP's `map`).
-        token_init: one embedding shared by all tokens, one each, or a glance at the teacher's patches.
-        budgets: fewest and most latent tokens that the tower was made for, as (9, 64), where their number can be chosen at each call.
-        image_size: side of the input in pixels: of the square that an image is scaled and cropped to, or of the canvas that holds it whole.
-        fit: how an image becomes the input: its centre square (`crop`, as CLIP does), or all of it, at its own aspect, at the top left of a
-            canvas (`whole`); never enlarged then.
-        focus: cells by content instead of a grid, for towers of several `budgets` whose tokens begin as crops.
-        rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes and whole-image twins).
+        head: input of the head: the CLS token, the mean of all tokens, or all tokens through attention (SigLIP's `map`).
+        token_init: one embedding shared by all tokens, one each, or a RoI patch embedding (`glance`).
+        budgets: range of supported token budgets, as (9, 64), where the number of latent tokens can be chosen at each call.
+        image_size: side of the input in pixels: of the square crop, or of the canvas for whole images.
+        fit: `crop` for the centre square (as CLIP), `whole` for the whole image at its own aspect, at the top left of a canvas and never
+            enlarged.
+        focus: content-dependent initial RoIs, for towers with `budgets` and a RoI patch embedding of kind `crop`.
+        rois_init: `grid` (distinct cells that tile the image) or `released` (half-size boxes, and whole images for the rest).
         num_heads: attention heads; None means heads of size 64.
-        generator_dim: inner width of the mixing parameters' generator; a fraction below 1 is relative to the unit's width.
-        adjust_hidden: whether RoI adjusting has a hidden layer.
+        generator_dim: inner width of the generator of mixing parameters; below 1 it is relative to the unit's width.
+        adjust_hidden: whether RoI adjustment has a hidden layer.
         clamp_coordinate_grad: clamp the gradient of sampling coordinates to one cell of the map (v1's `restrict_grad_norm`).
     """
 
@@ -177,9 +176,9 @@ class SparseFormerConfig:
             if not 1 <= self.budgets[0] <= self.num_latent_tokens <= self.budgets[1]:
                 raise ValueError(f"{self.num_latent_tokens} tokens are outside of the budgets {self.budgets}")
             if self.token_init == "each" or self.rois_init != "grid":
-                raise ValueError("a tower of several budgets begins from a grid of RoIs, and without an embedding for each token")
+                raise ValueError("budgets need rois_init 'grid', and a token_init other than 'each'")
         if self.focus is not None and (self.budgets is None or not self.zooms):
-            raise ValueError("a focus needs budgets, and a glance that crops")
+            raise ValueError("a focus needs budgets, and a glance of kind 'crop'")
         for unit in self.units:
             if self.num_heads is None and unit.width % 64:
                 raise ValueError(f"width {unit.width} is no multiple of the head size 64")
@@ -199,7 +198,7 @@ class SparseFormerConfig:
         for name, high in (("num_latent_tokens", 4096), ("embed_dim", 1 << 17), ("conv_dim", 1024)):
             whole(name, getattr(self, name), 1, high)
         whole("image_size", self.image_size, 8, 4096)
-        whole("num_points", self.num_points, 2, 4096)  # they are spread to a standard deviation
+        whole("num_points", self.num_points, 2, 4096)  # offsets are divided by their standard deviation
         if self.num_heads is not None:
             whole("num_heads", self.num_heads, 1, 1024)
         triple("image_mean", self.image_mean, -1e4, 1e4)
@@ -219,16 +218,16 @@ class SparseFormerConfig:
             raise ValueError(f"glance is {self.glance!r}, no description of one")
 
     def _check_sizes(self) -> None:
-        """What one image takes, in numbers."""
+        """Bound the memory of one image, in numbers."""
         most, tokens = 1 << 26, self.num_latent_tokens if self.budgets is None else self.budgets[1]
         product("the tokens' numbers", most, tokens, max(unit.width for unit in self.units), 4)
         if any("SAMPLING_M" in unit.ops for unit in self.units):
             product("the map's numbers (image_size, conv_dim)", most, self.conv_dim, -(-self.image_size // 2), -(-self.image_size // 2))
-            product("what tokens sample (tokens, num_points, conv_dim)", most, tokens, self.num_points, self.conv_dim)
+            product("samples (tokens, num_points, conv_dim)", most, tokens, self.num_points, self.conv_dim)
             mixed = self.conv_dim**2 + self.num_points * self.mixing_out_points
-            product("what tokens mix with (tokens, conv_dim, num_points)", most, tokens, mixed)
+            product("mixing parameters (tokens, conv_dim, num_points)", most, tokens, mixed)
         if self.glance is not None:
-            product("what tokens glance at (tokens, grid)", most, tokens, self.glance.grid, self.glance.grid)
+            product("weights of position embeddings (tokens, grid)", most, tokens, self.glance.grid, self.glance.grid)
 
     @property
     def width(self) -> int:
@@ -237,26 +236,26 @@ class SparseFormerConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the tower emits (N), the CLS token included."""
+        """Output tokens (N), including the CLS token."""
         return self.num_latent_tokens + (self.cls_before_unit is not None)
 
     @property
     def keeps_cls(self) -> bool:
-        """Whether a language model is given the CLS token as well.
+        """Whether the visual tokens for a language model include the CLS token.
 
-        A CLS token that enters at the cortex is part of the published budget (48 + 1 = 49). One that is there from the first unit on, as
-        in a ViT, stands beside a full budget of latent tokens, and is left out as LLaVA leaves out CLIP's.
+        A CLS token that is inserted later is part of the published budget (48 + 1 = 49). One that is there from the first unit, as in a
+        ViT, comes on top of a full budget of latent tokens and is dropped, as LLaVA drops CLIP's.
         """
         return self.cls_before_unit is not None and self.cls_before_unit > 0
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens that a language model is given."""
+        """Visual tokens for a language model."""
         return self.num_latent_tokens + self.keeps_cls
 
     @property
     def zooms(self) -> bool:
-        """Whether tokens can begin in a region: a glance that pools sees whole images at one size."""
+        """Whether initial RoIs can be chosen: a patch embedding of kind `pool` encodes whole images at one size."""
         return self.glance is None or self.glance.kind == "crop"
 
     @property
@@ -265,17 +264,17 @@ class SparseFormerConfig:
         return max(self.num_points, 32)
 
     def at_budget(self, num_tokens: int) -> SparseFormerConfig:
-        """The same tower with another number of latent tokens.
+        """The same tower with another token budget.
 
         Raises:
-            ValueError: the tower was not made for that number.
+            ValueError: an unsupported number of tokens.
         """
         if num_tokens == self.num_latent_tokens:
             return self
         if self.budgets is None:
-            raise ValueError(f"this tower was made for {self.num_latent_tokens} tokens alone, not for {num_tokens}")
+            raise ValueError(f"this tower supports {self.num_latent_tokens} tokens only, not {num_tokens}")
         if not self.budgets[0] <= num_tokens <= self.budgets[1]:
-            raise ValueError(f"{num_tokens} tokens: this tower was made for {self.budgets[0]} to {self.budgets[1]}")
+            raise ValueError(f"this tower supports {self.budgets[0]} to {self.budgets[1]} tokens, not {num_tokens}")
         return dataclasses.replace(self, num_latent_tokens=num_tokens)
 
     def heads(self, width: int) -> int:
@@ -295,14 +294,14 @@ class SparseFormerConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: another format, a field that this version does not know or that is missing, or a value that no tower has.
+            ValueError: another format, an unknown or missing field, or an invalid value.
         """
         if not isinstance(data, dict):
             raise ValueError(f"not a tower configuration but a {type(data).__name__}")
         data = dict(data)
-        found = data.pop("format", None)
-        if found != FORMAT:
-            raise ValueError(f"not a tower configuration: format is {found!r}, expected {FORMAT!r}")
+        mark = data.pop("format", None)
+        if mark != FORMAT:
+            raise ValueError(f"not a tower configuration: format is {mark!r}, expected {FORMAT!r}")
         unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the tower's configuration")
@@ -313,10 +312,10 @@ class SparseFormerConfig:
             if isinstance(data.get(name), list):
                 data[name] = tuple(data[name])
         if data.get("glance") is not None:
-            data["glance"] = _made(RoIPatchConfig, data["glance"], "the glance")
+            data["glance"] = _build(RoIPatchConfig, data["glance"], "the glance")
         if data.get("focus") is not None:
-            data["focus"] = _made(FocusConfig, data["focus"], "the focus")
-        return _made(cls, data, "the tower's configuration")
+            data["focus"] = _build(FocusConfig, data["focus"], "the focus")
+        return _build(cls, data, "the tower's configuration")
 
     @classmethod
     def named(cls, name: str) -> SparseFormerConfig:
@@ -325,6 +324,8 @@ class SparseFormerConfig:
         Raises:
             ValueError: no such name; the message lists them.
         """
+        from sparse_vlm.tower.released import PUBLISHED
+
         if name not in PUBLISHED:
             raise ValueError(f"no published SparseFormer is called {name!r}; known are {', '.join(PUBLISHED)}")
         return PUBLISHED[name]
@@ -334,7 +335,7 @@ class SparseFormerConfig:
         """Read the json that accompanies a released checkpoint.
 
         Raises:
-            ValueError: a field we do not know, or a value no released model has.
+            ValueError: an unknown field or value.
         """
         from sparse_vlm.tower.released import config_from_released
 
@@ -348,7 +349,7 @@ def read_config(folder: Path, name: str) -> SparseFormerConfig:
         name: what to call the tower in errors.
 
     Raises:
-        UserError: there is none, or it is of no tower.
+        UserError: no configuration, or not one of a tower.
     """
     try:
         return SparseFormerConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -356,17 +357,27 @@ def read_config(folder: Path, name: str) -> SparseFormerConfig:
         raise UserError(f"{name}: not a tower folder ({error})") from error
 
 
+def serves_budgets(name: str) -> bool:
+    """Whether a tower (folder or zoo name) serves several token budgets; only its configuration is read."""
+    from sparse_vlm.hub.store import locate
+
+    try:
+        return read_config(locate(name, kind="tower"), name).budgets is not None
+    except UserError:
+        return False  # loading the tower says what is wrong
+
+
 def _unit(data: dict[str, Any]) -> UnitConfig:
     if not isinstance(data, dict) or not isinstance(data.get("ops"), list | tuple):
         raise ValueError(f"a unit is {data!r:.60}, expected its width and a list of its operations")
     data = {**data, "ops": tuple(data["ops"])}
-    if "quick_gelu" in data:  # folders of the first format's early days
+    if "quick_gelu" in data:  # early folders of this format
         data["activation"] = "quick_gelu" if data.pop("quick_gelu") else "gelu"
-    return _made(UnitConfig, data, "a unit")
+    return _build(UnitConfig, data, "a unit")
 
 
-def _made(kind: type[Any], data: Any, what: str) -> Any:
-    """A dataclass of plain data; what is missing and what is too much are named."""
+def _build(kind: type[Any], data: Any, what: str) -> Any:
+    """A dataclass from plain data; missing and unknown fields are errors."""
     if not isinstance(data, dict):
         raise ValueError(f"{what} is {data!r:.60}, no object")
     fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
@@ -376,58 +387,3 @@ def _made(kind: type[Any], data: Any, what: str) -> Any:
         if fields[name]:
             raise ValueError(f"{what} lacks {name}")
     return kind(**data)
-
-
-def _v1(tokens: int, focus: int, width: int, blocks: int) -> SparseFormerConfig:
-    looking = ("ATTN", "ROI_ADJ", "SAMPLING_M", "MLP")
-    cortex = [UnitConfig(width, looking), *[UnitConfig(width, ("ATTN", "MLP"))] * blocks]
-    return SparseFormerConfig(
-        units=(UnitConfig(focus, looking, repeats=4), *cortex),
-        num_latent_tokens=tokens,
-        embed_dim=1000,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-        conv_dim=96,
-        num_points=36,
-        head="avg",
-        head_bias=True,
-        token_init="each",
-        rois_init="released",
-        num_heads=64,
-        generator_dim=0.25,
-        mixing_bias=True,
-        transition_norm=True,
-        stage_embedding=False,
-        adjust_hidden=False,
-        padding="zeros",
-        ln_eps=1e-6,
-    )
-
-
-def _bootstrapped(tokens: int, focus: int, width: int, blocks: int, embed_dim: int, clip: bool) -> SparseFormerConfig:
-    cortex = [UnitConfig(width, ("ATTN", "MLP"), activation="quick_gelu" if clip else "gelu")] * blocks
-    return SparseFormerConfig(
-        units=(
-            UnitConfig(focus, ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ"), repeats=4),
-            UnitConfig(width, ("SAMPLING_M", "PE_INJECT")),
-            *cortex,
-        ),
-        num_latent_tokens=tokens - 1,
-        embed_dim=embed_dim,
-        image_mean=CLIP_MEAN if clip else HALF,
-        image_std=CLIP_STD if clip else HALF,
-        cls_before_unit=2,
-        head_bias=not clip,
-        rois_init="released",
-    )
-
-
-PUBLISHED: dict[str, SparseFormerConfig] = {
-    "sparseformer_v1_tiny": _v1(49, 256, 512, 7),
-    "sparseformer_v1_small": _v1(64, 320, 640, 7),
-    "sparseformer_v1_base": _v1(81, 384, 768, 9),
-    "sparseformer_btsp_augreg_base": _bootstrapped(49, 384, 768, 8, 1000, clip=False),
-    "sparseformer_btsp_augreg_large": _bootstrapped(49, 512, 1024, 16, 1000, clip=False),
-    "sparseformer_btsp_openai_clip_base": _bootstrapped(49, 384, 768, 8, 512, clip=True),
-    "sparseformer_btsp_openai_clip_large": _bootstrapped(64, 512, 1024, 16, 768, clip=True),
-}

@@ -1,11 +1,11 @@
-"""What a tower costs, counted: multiply-accumulates and numbers moved through memory, by part, for one image.
+"""Analytic cost of a tower for one image: multiply-accumulates (MACs) and memory traffic, by part.
 
 Shape legend: N tokens, n latent tokens, P sampling points, O points after mixing, C channels, d width, g generator, G x G patch grid.
 
 MACs are counted as in the papers: convolutions, linear layers, attention products and mixing; norms, activations and sampling are left out.
-Numbers moved are those that have to be: each weight once a use, whatever the batch, and what each of these operations reads and writes.
-Attention reads queries, keys and values and writes its output (no implementation of today writes the scores); a look reads four neighbours
-of each point. Norms, activations and additions are left out here as well, because they can be fused with what stands before them.
+Memory traffic is the least possible: each weight once a use, whatever the batch, and the inputs and outputs of these operations. Attention
+reads queries, keys and values and writes its output, not the scores; sampling reads four neighbours of each point. Norms, activations and
+additions are left out as well, because they can be fused with the operation before.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Macs:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.map + self.focus + self.glance + self.looking + self.blocks + self.head
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation, or several, take.
+    """Cost of one or more operations.
 
     Attributes:
         macs: multiply-accumulates for one image.
@@ -64,12 +64,12 @@ class Work:
 
 
 def linear(rows: int, inner: int, outer: int) -> Work:
-    """A linear layer (or a convolution, seen as one) from `inner` to `outer` numbers, for so many rows."""
+    """A linear layer, or a convolution as one, from `inner` to `outer` features on `rows` rows."""
     return Work(rows * inner * outer, inner * outer, rows * (inner + outer))
 
 
 def product(rows: int, inner: int, outer: int) -> Work:
-    """A matrix product of two things that the image makes."""
+    """A matrix product of two activations."""
     return Work(rows * inner * outer, 0, rows * inner + inner * outer + rows * outer)
 
 
@@ -79,13 +79,13 @@ def attention(queries: int, keys: int, width: int, key_width: int | None = None,
     Args:
         width: of queries and output, over all heads.
         key_width: of keys and of values; that of queries unless heads share them.
-        pairs: of a query and a key that it sees; all of them unless told otherwise, as of causal attention.
+        pairs: of a query and a key that it attends to, as for causal attention; all by default.
     """
     pairs = queries * keys if pairs is None else pairs
     return Work(2 * pairs * width, 0, 2 * queries * width + 2 * keys * (key_width or width))
 
 
-# operations by the part of `Macs` that they belong to; all others are of looking
+# the part of `Macs` of each operation; all others are part of `looking`
 GROUPS = {
     "early convolution": "map", "focus": "focus", "glance": "glance", "transition": "blocks", "attention": "blocks", "MLP": "blocks",
     "head": "head",
@@ -93,13 +93,13 @@ GROUPS = {
 
 
 def count_operations(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
-    """What a tower does for an image of the given size in pixels (the configuration's `image_size` by default), by operation."""
+    """Cost by operation for an image of the given size in pixels; `image_size` by default."""
     height, width = height or config.image_size, width or config.image_size
     n, first = config.num_latent_tokens, config.units[0].width
     work: dict[str, Work] = {}
 
-    def add(operation: str, taken: Work) -> None:
-        work[operation] = work.get(operation, Work()) + taken
+    def add(operation: str, cost: Work) -> None:
+        work[operation] = work.get(operation, Work()) + cost
 
     if any("SAMPLING_M" in unit.ops for unit in config.units):
         add("early convolution", linear(-(-height // 2) * -(-width // 2), 49 * 3, config.conv_dim))
@@ -116,8 +116,8 @@ def count_operations(config: SparseFormerConfig, height: int | None = None, widt
             previous = unit.width
         if index == config.cls_before_unit:
             tokens += 1
-        for operation, taken in _unit(config, unit, tokens):
-            add(operation, taken * unit.repeats)
+        for operation, cost in _unit(config, unit, tokens):
+            add(operation, cost * unit.repeats)
     add("head", linear(1, config.width, config.embed_dim))
     if config.head == "map":
         d = config.width
@@ -126,15 +126,15 @@ def count_operations(config: SparseFormerConfig, height: int | None = None, widt
 
 
 def count_work(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> dict[str, Work]:
-    """The same as `count_operations`, by the parts of `Macs`."""
+    """`count_operations`, summed by the parts of `Macs`."""
     work = dict.fromkeys(("map", "focus", "glance", "looking", "blocks", "head"), Work())
-    for operation, taken in count_operations(config, height, width).items():
-        work[GROUPS.get(operation, "looking")] += taken
+    for operation, cost in count_operations(config, height, width).items():
+        work[GROUPS.get(operation, "looking")] += cost
     return work
 
 
 def _unit(config: SparseFormerConfig, unit: UnitConfig, tokens: int) -> Iterator[tuple[str, Work]]:
-    """(operation, what it takes once) of a unit."""
+    """(operation, cost of one repeat) of a unit."""
     n, d, points, out_points, channels = config.num_latent_tokens, unit.width, config.num_points, config.mixing_out_points, config.conv_dim
     g = config.generator_width(d)
     for op in unit.ops:
@@ -155,7 +155,7 @@ def _unit(config: SparseFormerConfig, unit: UnitConfig, tokens: int) -> Iterator
 
 
 def count_macs(config: SparseFormerConfig, height: int | None = None, width: int | None = None) -> Macs:
-    """MACs of a tower for an image of the given size in pixels (the configuration's `image_size` by default)."""
+    """MACs of a tower for an image of the given size in pixels; `image_size` by default."""
     return Macs(**{part: work.macs for part, work in count_work(config, height, width).items()})
 
 
@@ -184,7 +184,7 @@ def block_macs(tokens: int, width: int) -> int:
 
 
 def vit_work(spec: Any) -> Work:
-    """What a plain ViT does for one image of its own size, up to its last block.
+    """Cost of a plain ViT for one image of its own size, up to its last block.
 
     Args:
         spec: anything with `width`, `num_blocks`, `patch_size`, `grid`, `embed_dim` and `has_cls`, such as a `TeacherSpec`.

@@ -1,15 +1,15 @@
-"""Where tokens begin: small cells where there is much to see, large ones elsewhere, at the same number of tokens.
+"""Content-dependent initial RoIs: small cells where the image has detail, large ones elsewhere, at the same number of tokens.
 
-A small convolutional network looks at a thumbnail of the image and predicts how much the teacher's patch features vary around each
-place, at three scales. A coarse grid of cells is then split into quarters where that says most, until the number of tokens is reached; an
-image that varies evenly gets the plain grid. The network learns from the teacher's own features while the tower is bootstrapped
+A small convolutional network predicts from a thumbnail the variance of the teacher's patch features around each place, at three scales.
+A coarse grid of cells is then split into quarters where the predicted variance is highest, until the number of tokens is reached; an
+image of even variance gets the regular grid. The network is trained on the teacher's features while the tower is bootstrapped
 (`variation` is its target), so it needs no labels.
 
 Shape legend: B batch, n cells (latent tokens), b cells of the coarse grid, k splits, S scales, M x M the predicted map,
-G x G the teacher's patches, d their width. Cells are (x0, y0, x1, y1) relative to the image, or to the region that is looked at.
+G x G the teacher's patches, d their width. Cells are (x0, y0, x1, y1) relative to the image, or to the encoded region.
 
-Notable: nothing depends on values but the choice of cells, so that it batches, compiles and exports: `k` splits are the `k` highest
-scores, because no cell scores above the one that it is a quarter of.
+Notable: shapes and control flow do not depend on values, so it batches, compiles and exports: the k splits are the k highest scores,
+because a quarter never scores above its parent.
 Source: quadtrees by feature saliency as in Quadformer (arXiv 2304.00287); a selector that is taught by the teacher's
 features as in LookWhere (arXiv 2505.18051). Measured: docs/looking.md.
 """
@@ -27,13 +27,13 @@ from sparse_vlm.tower.config import FOCUS_MAP as MAP
 from sparse_vlm.tower.config import FOCUS_SCALES as SCALES
 from sparse_vlm.tower.config import FocusConfig
 
-MIDDLE = 1  # the scale by which an image is told to be even
+MIDDLE = 1  # the scale at which evenness is measured
 ELONGATED = 2.0  # sides of a cell, one by the other, in pixels: up to it cells have the image's own aspect, so that their grid is regular
-LEAST = 1e-4  # of the mean variance of a teacher's features, that a window counts as having at least
+MIN_VARIANCE = 1e-4  # lower bound of a window's variance, relative to the mean variance
 
 
 class Focus(nn.Module):
-    """The network that predicts variation, and the placement of cells by it."""
+    """The network that predicts variance, and the placement of cells."""
 
     def __init__(self, config: FocusConfig) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ class Focus(nn.Module):
         self.head = nn.Conv2d(width, len(SCALES), 1)
 
     def forward(self, pixels: Tensor, region: Tensor | None = None, extent: Tensor | None = None) -> Tensor:
-        """Predict the log of how much a teacher's features vary, relative to how much they do in all images.
+        """Predict the log variance of the teacher's features, relative to that over all images.
 
         Args:
             pixels: (B, 3, h, w), normalised.
-            region: (B, 4), the part of the image to look at; all of it by default.
-            extent: (B, 2), as `crop_rois` takes it.
+            region: (B, 4), the part of the image to encode; all of it by default.
+            extent: (B, 2), as in `crop_rois`.
 
         Returns:
-            (B, S, M, M) float32; channel s is about windows of side `SCALES[s]`.
+            (B, S, M, M) float32; channel s is of windows of side `SCALES[s]`.
         """
         whole = pixels.new_tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float32).expand(pixels.shape[0], 1, 4)
         box = whole if region is None else region.float().unsqueeze(1)
@@ -74,11 +74,11 @@ class Focus(nn.Module):
         """Place the cells of each image.
 
         Args:
-            maps: (B, S, M, M), what `forward` returns.
-            aspects: (B,), width by height of what is looked at.
+            maps: (B, S, M, M), the output of `forward`.
+            aspects: (B,), width by height of the encoded region.
 
         Returns:
-            (B, n, 4) float32, which tile the image; in the order of the coarse grid, and quarters in the order of a Z.
+            (B, n, 4) float32, cells that tile the region; in the order of the coarse grid, quarters in Z order.
         """
         grid = plain_grid(num_tokens, aspects)
         count = coarse_cells(num_tokens)
@@ -89,14 +89,14 @@ class Focus(nn.Module):
         quarters = _quarters(base)  # (B, b, 4, 4)
         sixteenths = _quarters(quarters)  # (B, b, 16, 4)
         score = _gain(maps, base)  # (B, b, 1)
-        # a quarter scores below the whole, and the more it varies the higher, so that what is chosen never hangs on the order of equals
+        # quarters score strictly below their parent and rise with their variance, so that there are no ties
         of_quarters = _gain(maps, quarters)  # (B, b, 4)
         of_quarters = torch.minimum(of_quarters, score * (1 - 1e-3 * score / of_quarters.clamp_min(1e-30)))
         scores = torch.cat([score, of_quarters], dim=-1)  # (B, b, 5)
         chosen = torch.zeros_like(scores).flatten(1)
         chosen = chosen.scatter(1, scores.flatten(1).topk(splits).indices, 1.0).view_as(scores)
         split, split_again = chosen[..., :1], chosen[..., 1:]
-        # every cell that could be one, in order: a coarse one, then each of its quarters with that one's quarters
+        # all candidate cells in order: a coarse cell, then each of its quarters followed by its sixteenths
         cells = torch.cat([quarters.unsqueeze(3), sixteenths.unflatten(2, (4, 4))], dim=3).flatten(2, 3)  # (B, b, 20, 4)
         cells = torch.cat([base, cells], dim=2).flatten(1, 2)  # (B, 21 b, 4)
         kept = torch.cat([(split - split_again).unsqueeze(-1), split_again.unsqueeze(-1).expand(-1, -1, -1, 4)], dim=-1).flatten(2)
@@ -109,7 +109,7 @@ class Focus(nn.Module):
 
 
 def plain_grid(num_tokens: int, aspects: Tensor) -> Tensor:
-    """The grid of a tower with a focus, (B, n, 4): as regular for an image of 4:3 as for a square, because the teacher sees a square.
+    """The grid of a tower with a focus, (B, n, 4): cells are elongated rather than rows uneven, because the teacher sees a square.
 
     Cells that have the image's own aspect are nearer to the teacher than square ones in rows of unequal length (docs/looking.md).
     """
@@ -129,11 +129,11 @@ def coarse_cells(num_tokens: int) -> int:
 
 
 def area_bias(cells: Tensor, strength: float) -> Tensor:
-    """What attention adds to the scores of each key, so that many small cells do not outvote a large one.
+    """The bias of attention scores for each key, so that many small cells do not outweigh a large one.
 
     Args:
         cells: (B, n, 4).
-        strength: 0 counts cells alike, 1 by their area.
+        strength: 0 weights cells equally, 1 by their area.
 
     Returns:
         (B, n) float32: strength * log(area / mean area).
@@ -144,7 +144,7 @@ def area_bias(cells: Tensor, strength: float) -> Tensor:
 
 @torch.no_grad()
 def variation(patches: Tensor, scale: Tensor) -> Tensor:
-    """The target of `Focus.forward`: the log of a teacher's variance in windows of each scale, around each place of the map.
+    """The target of `Focus.forward`: the log variance of a teacher's features in windows of each scale around each place of the map.
 
     Args:
         patches: (B, G * G, d), the teacher's patch features.
@@ -161,11 +161,11 @@ def variation(patches: Tensor, scale: Tensor) -> Tensor:
         window = max(2, round(side * grid))
         mean, of_square = (_window_mean(x, window) for x in (features, square))
         maps.append(of_square - mean.square().sum(1, keepdim=True))
-    return (torch.cat(maps, dim=1) / scale).clamp_min(LEAST).log()
+    return (torch.cat(maps, dim=1) / scale).clamp_min(MIN_VARIANCE).log()
 
 
 def _window_mean(x: Tensor, window: int) -> Tensor:
-    """(B, C, G, G) to means over windows of so many cells a side around each place of the map, (B, C, M, M); windows stay inside."""
+    """(B, C, G, G) to means over windows of `window` cells a side around each place of the map, (B, C, M, M); windows stay inside."""
     x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
     x = F.avg_pool2d(x, min(max(1, window // 2), x.shape[-1]), stride=1)
     return F.interpolate(x, size=(MAP, MAP), mode="bilinear", align_corners=True)
@@ -181,7 +181,7 @@ def _quarters(cells: Tensor) -> Tensor:
 
 
 def _log_variance(maps: Tensor, cells: Tensor) -> Tensor:
-    """The log of how much features vary within each cell, (B, ...), read from the map at its centre and between scales at its size."""
+    """Predicted log variance within each cell, (B, ...), interpolated from the maps at its centre and size."""
     shape = cells.shape[:-1]
     cells = cells.flatten(1, -2)  # (B, m, 4)
     centres = (cells[..., :2] + cells[..., 2:]) / 2
@@ -189,12 +189,12 @@ def _log_variance(maps: Tensor, cells: Tensor) -> Tensor:
         :, :, 0
     ]  # (B, S, m)
     area = (cells[..., 2:] - cells[..., :2]).prod(-1).clamp_min(1e-9)
-    step = (-area.log2() / 2 - 1).clamp(0, 3)  # how many scales finer than the first; beyond the last one the slope goes on
+    step = (-area.log2() / 2 - 1).clamp(0, 3)  # scales finer than the first; extrapolated beyond the last
     low = step.floor().clamp(0, len(SCALES) - 2)
     fine, coarse = (at.gather(1, (low + i).long().unsqueeze(1))[:, 0] for i in (1, 0))
     return torch.lerp(coarse, fine, step - low).view(shape)
 
 
 def _gain(maps: Tensor, cells: Tensor) -> Tensor:
-    """What splitting each cell gains: the variation within it times its area."""
+    """Gain of splitting each cell: the variance within it times its area."""
     return _log_variance(maps, cells).exp() * (cells[..., 2:] - cells[..., :2]).prod(-1)

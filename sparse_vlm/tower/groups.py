@@ -1,4 +1,4 @@
-"""What hosts ask of a tower: its parameters in the groups by which they freeze and decay them, tokens in a square; torch alone."""
+"""For hosts: parameter groups for freezing and weight decay, and a square grid of tokens; torch alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from sparse_vlm.tower.layers import Unit
 
 
 def square_grid(tower: SparseFormer, batch: int) -> Tensor | None:
-    """Where tokens begin for a host that makes maps of them, (B, n, 4): one grid for all images, whatever their aspect and content.
-
-    None where they always begin so.
-    """
+    """Initial RoIs for hosts that arrange tokens as maps, (B, n, 4): one grid for all images; None where the tower has no other."""
     config = tower.config
     if (config.fit == "crop" and config.focus is None) or config.budgets is None:
         return None
@@ -21,10 +18,10 @@ def square_grid(tower: SparseFormer, batch: int) -> Tensor | None:
 
 
 def layer_groups(tower: SparseFormer) -> list[list[nn.Parameter]]:
-    """From the image to the embedding: where tokens begin, each unit with the transition that leads to it, and the head.
+    """Parameters from input to output: the stem, each unit with the transition before it, and the head.
 
-    The final LayerNorm goes with the last unit, as in open_clip's ViTs. The initial RoIs of a tower of several budgets are in no group:
-    it lays its grid anew at each of them, so they are not learnt.
+    The final LayerNorm is in the group of the last unit, as in open_clip's ViTs. The initial RoIs of a tower with several token budgets
+    are in no group: they are a grid and not trained.
     """
     stem = [module for name, module in tower.named_children() if name not in ("layers", "norm", "pool", "proj")]
     groups: list[list[nn.Module]] = [stem]
@@ -41,6 +38,6 @@ def layer_groups(tower: SparseFormer) -> list[list[nn.Parameter]]:
 
 
 def undecayed(tower: SparseFormer) -> set[str]:
-    """Names of the parameters that weight decay would pull to where they mean nothing: RoIs, embeddings and positions."""
+    """Names of parameters without weight decay: RoIs, embeddings and positions."""
     embeddings = {f"{name}.weight" for name, module in tower.named_modules() if isinstance(module, nn.Embedding)}
     return embeddings | ({"glance.pos_embed"} if tower.glance is not None else set())

@@ -1,7 +1,7 @@
-"""The parts of a SparseFormer: early convolution, glance, looking, mixing, attention.
+"""Layers of a SparseFormer: early convolution, RoI patch embedding, sampling and mixing, attention.
 
 Shape legend: B batch, n latent tokens, P sampling points, C channels of the map, O points after spatial mixing, d width of the unit,
-g inner width of the generator, H x W the map, G x G the teacher's patch grid. A trailing comment gives the shape of what a line makes.
+g inner width of the generator, H x W the map, G x G the teacher's patch grid. A trailing comment gives the shape of a line's result.
 Module and parameter names are those of the released state dicts.
 Sources: SparseFormer (arXiv 2304.03768) section 3; Bootstrapping SparseFormers (arXiv 2312.01987) section 3.
 """
@@ -44,25 +44,25 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether a layer does what its class does with its own weight and nothing else, so that the weight may be taken instead of calling it.
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer computes with its own weight alone, so that its weight may be used instead of calling it.
 
-    It is not so of a layer that PEFT, bitsandbytes, FSDP or a parametrization stands for or hooks of which say something else.
+    False for layers of PEFT, bitsandbytes or a parametrization, and for layers with hooks or a replaced forward.
     """
     return type(module) in (nn.Linear, nn.Conv2d, nn.Embedding) and not (
         module._forward_hooks or module._forward_pre_hooks or vars(module).get("forward") is not None
     )
 
 
-def rows(table: nn.Embedding) -> Tensor:
-    """All rows of a table, (rows, width)."""
-    if plain(table):
+def embedding_rows(table: nn.Embedding) -> Tensor:
+    """All rows of an embedding, (rows, width)."""
+    if is_plain(table):
         return table.weight
     return table(torch.arange(len(table.weight), device=table.weight.device))
 
 
 class EarlyConvolution(nn.Module):
-    """The map that tokens look at: 7x7 convolution, ReLU, max pool, normalised over channels; a quarter of the image's resolution."""
+    """The feature map that tokens sample: 7x7 convolution, ReLU, max pool, norm over channels; a quarter of the image's resolution."""
 
     def __init__(self, conv_dim: int) -> None:
         super().__init__()
@@ -70,9 +70,9 @@ class EarlyConvolution(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, h, w) to (B, C, h / 4, w / 4)."""
-        x = kernels.convolve(pixels, self.conv1.weight, self.conv1.bias) if plain(self.conv1) else None
+        x = kernels.convolve(pixels, self.conv1.weight, self.conv1.bias) if is_plain(self.conv1) else None
         if x is None:
-            # channels last makes pooling and the norm run along memory: a third of the time on a CPU
+            # with channels last, pooling and the norm run along memory: a third of the time on a CPU
             x = self.conv1(pixels.contiguous(memory_format=torch.channels_last))
         x = F.relu(F.max_pool2d(x, kernel_size=3, stride=2, padding=1))  # the order does not matter to the result
         # over the last dimension of memory: a quarter of the time of taking mean and variance over dim 1
@@ -80,11 +80,11 @@ class EarlyConvolution(nn.Module):
 
 
 class RoIPatchEmbedding(nn.Module):
-    """The warm start: the teacher's patch embedding and position, of each token's RoI.
+    """The initial tokens: the teacher's patch embedding and position embedding, averaged over each token's RoI.
 
-    A pooling glance sees the image at the teacher's own resolution whatever the image's size, so its cost is fixed and its patches look
-    as they did to the teacher. A cropping one scales what lies in each RoI to one patch, from the image at its own resolution: it
-    serves any number and any size of RoIs, and its cost is that of as many patches.
+    Kind `pool` embeds the image at the teacher's resolution and averages patches over each RoI: a fixed cost, on the patches that the
+    teacher saw. Kind `crop` scales each RoI, read from the image at its own resolution, to one patch: it supports any number and size of
+    RoIs, at the cost of one patch each.
     """
 
     def __init__(self, config: RoIPatchConfig, width: int, ln_eps: float) -> None:
@@ -98,14 +98,14 @@ class RoIPatchEmbedding(nn.Module):
         """(B, 3, h, w) to tokens (B, n, d), before `norm_pre`.
 
         Args:
-            rois: (n, 4) or (B, n, 4), whose positions the tokens get.
-            seen: (B, n, 4), the same within the region that is looked at, relative to the image.
-            extent: (B, 2), as `crop_rois` takes it.
+            rois: (n, 4) or (B, n, 4), for the position embeddings.
+            seen: (B, n, 4), the same RoIs within the encoded region, relative to the image.
+            extent: (B, 2), as in `crop_rois`.
         """
         positions = roi_average_weights(rois, self.config.grid, self.config.grid, self.config.points_per_side)  # (..., n, G * G)
         if self.config.kind == "crop":
             crops = crop_rois(pixels, seen, self.config.patch_size, extent)
-            if plain(self.patch_embed):
+            if is_plain(self.patch_embed):
                 patches = crops.flatten(2) @ self.patch_embed.weight.flatten(1).T  # (B, n, d)
             else:
                 patches = self.patch_embed(crops.flatten(0, 1)).flatten(1).unflatten(0, crops.shape[:2])
@@ -114,14 +114,14 @@ class RoIPatchEmbedding(nn.Module):
         if extent is not None:
             pixels = crop_rois(pixels, rois.new_tensor([[0, 0, 1, 1]]).expand(len(pixels), 1, 4), side, extent)[:, 0]
         elif pixels.shape[-2:] != (side, side):
-            # in float32, because on a CPU there is no such kernel for bfloat16
+            # in float32: there is no bfloat16 kernel on a CPU
             pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", antialias=True).to(pixels.dtype)
         patches = self.patch_embed(pixels).flatten(2).mT + self.pos_embed  # (B, G * G, d)
         return positions.to(patches.dtype) @ patches
 
 
 class _ClampedCoordinates(torch.autograd.Function):
-    """Identity whose gradient is clamped to +-1/H: v1's guard against RoIs that run away."""
+    """Identity whose gradient is clamped to +-1/H: v1's guard against diverging RoIs."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, points: Tensor, height: int) -> Tensor:  # type: ignore[override]
@@ -134,7 +134,7 @@ class _ClampedCoordinates(torch.autograd.Function):
 
 
 class AdaptiveMixing(nn.Module):
-    """Decode sampled features with weights that the token itself generates: over channels, then over points (arXiv 2304.03768, 3.2)."""
+    """Mix sampled features with weights that each token generates: over channels, then over points (arXiv 2304.03768, 3.2)."""
 
     def __init__(self, config: SparseFormerConfig, width: int) -> None:
         super().__init__()
@@ -153,13 +153,13 @@ class AdaptiveMixing(nn.Module):
         self.out_proj = nn.Linear(self.out_points * self.channels, width)
 
     def forward(self, tokens: Tensor, sampled: Tensor) -> Tensor:
-        """Tokens (B, n, d) and what they sampled (B, n, P, C) to what to add to the tokens (B, n, d)."""
+        """Tokens (B, n, d) and their samples (B, n, P, C) to a residual of the tokens (B, n, d)."""
         generated = self.parameter_generator(tokens)
         over_channels, over_points = generated.split([self.channels**2, self.in_points * self.out_points], dim=-1)
         over_channels = over_channels.unflatten(-1, (self.channels, self.channels))
         over_points = over_points.unflatten(-1, (self.out_points, self.in_points))
         x = sampled @ over_channels  # (B, n, P, C)
-        # the bootstrapped family mixes bilinearly: no bias, and no activation between channels and points
+        # bootstrapped models have no bias and no activation between channels and points
         if self.m_beta is not None:
             x = F.gelu(x + self.m_beta)
         x = over_points @ x  # (B, n, O, C)
@@ -167,18 +167,19 @@ class AdaptiveMixing(nn.Module):
             x = x + self.s_beta.unsqueeze(-1)
         return self.out_proj(F.gelu(x).flatten(-2))
 
-    @property
-    def by_kernels(self) -> bool:
-        """Whether the kernels compute what `forward` does: they take the generator's last layer as its weight."""
-        return plain(self.parameter_generator[-1])
-
-    def look(self, tokens: Tensor, feature_map: Tensor, points: Tensor, padding: Padding) -> Tensor:
-        """`forward` of what the points (B, n, P, 2) sample of a map (B, C, H, W), by the kernels."""
+    def sample_and_mix(self, tokens: Tensor, feature_map: Tensor, points: Tensor, padding: Padding) -> Tensor:
+        """Sample a map (B, C, H, W) at points (B, n, P, 2) and mix; by one kernel where it is supported."""
         norm, inner, last = self.parameter_generator
-        mixed = kernels.look(
-            feature_map, points, inner(norm(tokens)), last.weight, last.bias, self.m_beta, self.s_beta, self.out_points, padding
-        )
-        return self.out_proj(mixed)
+        trained = torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters())
+        if is_plain(last) and kernels.is_supported(feature_map, points, tokens, trained):
+            mixed = kernels.sample_and_mix(
+                feature_map, points, inner(norm(tokens)), last.weight, last.bias, self.m_beta, self.s_beta, self.out_points, padding
+            )
+            return self.out_proj(mixed)
+        sampled = kernels.sample(feature_map, points, padding, tokens.dtype)
+        if sampled is None:
+            sampled = sample_bilinear(feature_map, points, padding).to(tokens.dtype)
+        return self(tokens, sampled)
 
 
 class Attention(nn.Module):
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         """(B, N, d) to (B, N, d).
 
         Args:
-            bias: (B, N), added to the scores of each key.
+            bias: (B, N), added to the attention scores of each key.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head size)
         mask = None if bias is None else bias[:, None, None].to(q.dtype)
@@ -218,7 +219,7 @@ class Mlp(nn.Module):
 class AttentionPool(nn.Module):
     """One learned probe attends to all tokens, then an MLP: SigLIP's head (arXiv 2303.15343; Zhai et al., arXiv 2106.04560, section 3.4).
 
-    Parameter names are a block's, so that it inherits as one.
+    Its parameters have the names of a block's, so that they are inherited like a block's.
     """
 
     def __init__(self, width: int, heads: int, eps: float, activation: Activation) -> None:
@@ -231,12 +232,12 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, d) to (B, d)."""
         probe = self.probe.expand(x.shape[0], 1, -1)
-        if plain(self.attn.qkv):
+        if is_plain(self.attn.qkv):
             weights, biases = self.attn.qkv.weight.chunk(3), self.attn.qkv.bias.chunk(3)
-            three = (F.linear(tokens, weight, bias) for tokens, weight, bias in zip((probe, x, x), weights, biases, strict=True))
+            qkv = (F.linear(tokens, weight, bias) for tokens, weight, bias in zip((probe, x, x), weights, biases, strict=True))
         else:
-            three = (self.attn.qkv(tokens).chunk(3, dim=-1)[part] for part, tokens in enumerate((probe, x, x)))
-        q, k, v = (each.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for each in three)  # (B, heads, 1 or N, head size)
+            qkv = (self.attn.qkv(tokens).chunk(3, dim=-1)[part] for part, tokens in enumerate((probe, x, x)))
+        q, k, v = (each.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for each in qkv)  # (B, heads, 1 or N, head size)
         pooled = self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))  # (B, 1, d)
         return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
@@ -244,7 +245,7 @@ class AttentionPool(nn.Module):
 class Unit(nn.Module):
     """A list of operations on (tokens, RoIs), run `repeats` times with the same weights.
 
-    The CLS token, where there is one, takes part in ATTN and MLP only: it has no RoI.
+    A CLS token has no RoI and takes part in ATTN and MLP only.
     """
 
     def __init__(self, config: SparseFormerConfig, unit: UnitConfig) -> None:
@@ -282,18 +283,18 @@ class Unit(nn.Module):
         extent: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, d) and RoIs (B, n, 4) to the same; the CLS token first when N = n + 1.
+        """(B, N, d) tokens and (B, n, 4) RoIs to the same; the CLS token is first when N = n + 1.
 
         Args:
-            points_seen: when given, the sampling points of each look (B, n, P, 2) are appended to it.
-            extent: (B, 2), the share of width and height of the map that holds each image; all of it by default.
+            points_seen: a list to which the sampling points (B, n, P, 2) of each SAMPLING_M are appended.
+            extent: (B, 2), the share of the map's width and height that holds each image; all of it by default.
             bias: (B, n), added to the attention scores of each latent token.
         """
-        if bias is not None:  # CLS stands for no area
+        if bias is not None:  # CLS covers no area
             bias = F.pad(bias, (x.shape[1] - bias.shape[1], 0))
         for repeat in range(self.repeats):
             if self.stage_embedding is not None:
-                x = x + rows(self.stage_embedding)[repeat]
+                x = x + embedding_rows(self.stage_embedding)[repeat]
             for op in self.ops:
                 if op == "ATTN":
                     x = x + self.attn(self.norm1(x), bias)
@@ -309,13 +310,7 @@ class Unit(nn.Module):
                         points = points_on_canvas(points, extent, *feature_map.shape[-2:], self.padding)
                     if self.clamp_coordinate_grad:
                         points = _ClampedCoordinates.apply(points, feature_map.shape[-2])
-                    if self.adaptive_mixing.by_kernels and kernels.usable(feature_map, points, latents):
-                        x = _add_to_latents(x, self.adaptive_mixing.look(latents, feature_map, points, self.padding))
-                    else:
-                        sampled = kernels.sample(feature_map, points, self.padding, x.dtype)
-                        if sampled is None:
-                            sampled = sample_bilinear(feature_map, points, self.padding).to(x.dtype)
-                        x = _add_to_latents(x, self.adaptive_mixing(latents, sampled))
+                    x = _add_to_latents(x, self.adaptive_mixing.sample_and_mix(latents, feature_map, points, self.padding))
                 elif op == "PE_INJECT":
                     x = _add_to_latents(x, self.pe_transition(encode_rois(rois, self.width).to(x.dtype)))
                 else:
@@ -324,12 +319,12 @@ class Unit(nn.Module):
         return x, rois
 
     def points(self, latents: Tensor, rois: Tensor) -> Tensor:
-        """Where each token looks: (B, n, P, 2), relative to the image, float32."""
+        """Sampling points of each token: (B, n, P, 2) float32, relative to the image."""
         offsets = self.roi_offset_module(latents).float() + self.roi_offset_bias.float()
         return points_in_rois(rois, standardize_offsets(offsets.unflatten(-1, (-1, 2))))
 
 
 def _add_to_latents(x: Tensor, delta: Tensor) -> Tensor:
-    """Add to the last n tokens; the CLS token, if any, stands first and stays as it is."""
+    """Add to the last n tokens; a CLS token, which is first, is unchanged."""
     extra = x.shape[1] - delta.shape[1]
     return x + (F.pad(delta, (0, 0, extra, 0)) if extra else delta)

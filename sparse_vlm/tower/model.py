@@ -1,9 +1,9 @@
-"""SparseFormer: a few dozen latent tokens, each with its own region of interest, look at an image and sample only what they need.
+"""SparseFormer: a vision encoder of a few dozen latent tokens, each of which samples the image in its own region of interest (RoI).
 
 Shape legend: B batch, n latent tokens, N tokens with CLS, P sampling points, C channels of the map, d width, E embedding, h x w pixels.
 
-Notable: needs torch alone (safetensors only to load and save folders). One class serves the published families and the warm start,
-because a tower is a list of units, and a unit a list of operations. The number of tokens never depends on the image's size.
+Notable: needs torch alone (safetensors only to load and save folders). One class covers the published families and bootstrapped towers,
+because a tower is a list of units, and a unit a list of operations. The number of tokens does not depend on the image's size.
 Sources: SparseFormer (arXiv 2304.03768); Bootstrapping SparseFormers from Vision Foundation Models (arXiv 2312.01987).
 """
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.roi import grid_rois, grid_rois_for, released_rois
+from sparse_vlm.roi import grid_rois, grid_rois_for, image_aspects, image_extent, image_mask, released_rois
 from sparse_vlm.tower.config import SparseFormerConfig, read_config
 from sparse_vlm.tower.focus import Focus, area_bias
-from sparse_vlm.tower.layers import AttentionPool, EarlyConvolution, RoIPatchEmbedding, Unit, rows
+from sparse_vlm.tower.layers import AttentionPool, EarlyConvolution, RoIPatchEmbedding, Unit, embedding_rows
 from sparse_vlm.tower.released import check_names, load_strictly
 from sparse_vlm.utils.files import atomic_path, write_text
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 
 class SparseFormerOutput(NamedTuple):
-    """What a tower says of a batch of images."""
+    """Outputs of a tower for a batch of images."""
 
     last_hidden_state: Tensor  # (B, N, d), after the final LayerNorm, CLS first
     image_embeds: Tensor  # (B, E), not normalised
     rois: Tensor  # (B, n, 4), latent tokens only
     rois_per_unit: tuple[Tensor, ...] | None = None  # each (B, n, 4)
-    points_per_look: tuple[Tensor, ...] | None = None  # each (B, n, P, 2)
+    sampling_points: tuple[Tensor, ...] | None = None  # each (B, n, P, 2)
 
 
 class SparseFormer(nn.Module):
     """The tower.
 
     Args:
-        config: what it is made of. Weights start as in the paper: looks and RoI adjusting with small random weights and zero-initialised
-            last layers for the RoIs; `sparse_vlm.distill.inherit` fills in a teacher's.
+        config: the architecture. Weights are initialised as in the paper: small random weights, zeros in the last layers of sampling
+            offsets and RoI adjustment. `sparse_vlm.distill.inherit` copies a teacher's weights.
     """
 
     def __init__(self, config: SparseFormerConfig) -> None:
@@ -54,8 +54,8 @@ class SparseFormer(nn.Module):
         self.config = config
         self.grad_checkpointing = False
         first = config.units[0].width
-        looks = any("SAMPLING_M" in unit.ops for unit in config.units)
-        self.feat_extractor = EarlyConvolution(config.conv_dim) if looks else None
+        samples = any("SAMPLING_M" in unit.ops for unit in config.units)
+        self.feat_extractor = EarlyConvolution(config.conv_dim) if samples else None
         self.focus = None if config.focus is None else Focus(config.focus)
         self.initial_roi = nn.Embedding(config.num_latent_tokens, 4)
         if config.glance is None:
@@ -93,7 +93,7 @@ class SparseFormer(nn.Module):
         rois = grid_rois if self.config.rois_init == "grid" else released_rois
         with torch.no_grad():
             self.initial_roi.weight.copy_(rois(self.config.num_latent_tokens))
-            # a tower of several budgets begins from a grid at each of them
+            # with several token budgets, each has its own grid
             self.initial_roi.weight.requires_grad_(self.config.budgets is None)
             for unit in self.units():
                 if "SAMPLING_M" in unit.ops:
@@ -107,7 +107,7 @@ class SparseFormer(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Unit)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseFormer:
-        """What `to`, `half` and `cuda` go through: the initial RoIs change device and stay float32; bfloat16 resolves one pixel in 256."""
+        """Called by `to`, `half` and `cuda`: the initial RoIs change device but stay float32; bfloat16 resolves one pixel in 256."""
         rois = self.initial_roi.weight.data
         super()._apply(fn, recurse)
         weight = self.initial_roi.weight
@@ -116,7 +116,7 @@ class SparseFormer(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep the map and each unit's inputs for the backward pass, and compute the rest again there: memory for a third more time."""
+        """Keep only the map and each unit's inputs for the backward pass and recompute the rest: less memory, a third more time."""
         self.grad_checkpointing = enable
 
     def forward(
@@ -132,23 +132,23 @@ class SparseFormer(nn.Module):
 
         Args:
             pixels: (B, 3, h, w), normalised with the configuration's mean and std; any h and w of at least 8.
-            output_rois: also return the RoIs after every unit and the sampling points of every look.
-            num_tokens: latent tokens, where the configuration gives `budgets`; its own number by default.
-            region: (x0, y0, x1, y1) relative to the image, or (B, 4) of them: the tokens begin inside it, as if it were all there is. A
-                zoom that costs no more tokens.
-            image_sizes: (B, 2), height and width in pixels of each image, which lies at the top left of its canvas; by default images
-                fill it. What is beyond has no influence. RoIs and regions are relative to the image.
-            cells: (B, n, 4), where tokens begin, relative to the region; by default the tower decides.
+            output_rois: also return the RoIs after every unit and all sampling points.
+            num_tokens: token budget, where the configuration gives `budgets`; the configuration's by default.
+            region: (x0, y0, x1, y1) relative to the image, or (B, 4): the initial RoIs tile this region instead of the image, which
+                zooms in with the same number of tokens.
+            image_sizes: (B, 2), height and width in pixels of each image at the top left of its canvas; by default images fill it.
+                Pixels beyond have no influence. RoIs and regions are relative to the image.
+            cells: (B, n, 4), initial RoIs relative to the region; by default those of the tower's grid or focus.
 
         Raises:
-            ValueError: pixels of another shape, a number of tokens that the tower was not made for, or no region of an image.
+            ValueError: pixels of a wrong shape, an unsupported number of tokens, or an invalid region.
         """
         rois_per_unit: list[Tensor] | None = [] if output_rois else None
         points: list[Tensor] | None = [] if output_rois else None
-        for after in self.run_units(pixels, num_tokens, region, points, image_sizes, cells):
+        for unit_output in self.run_units(pixels, num_tokens, region, points, image_sizes, cells):
             if rois_per_unit is not None:
-                rois_per_unit.append(after[1])
-        x, rois = after
+                rois_per_unit.append(unit_output[1])
+        x, rois = unit_output
         tokens = self.norm(x)
         if self.config.head == "cls":
             embeds = self.proj(tokens[:, 0])
@@ -156,8 +156,9 @@ class SparseFormer(nn.Module):
             embeds = self.proj(self.pool(tokens))
         else:
             embeds = self.proj(self.norm(x.mean(dim=1)))
-        seen = None if points is None else tuple(points)
-        return SparseFormerOutput(tokens, embeds, rois, None if rois_per_unit is None else tuple(rois_per_unit), seen)
+        if rois_per_unit is None:
+            return SparseFormerOutput(tokens, embeds, rois)
+        return SparseFormerOutput(tokens, embeds, rois, tuple(rois_per_unit), tuple(points))
 
     def run_units(
         self,
@@ -171,8 +172,8 @@ class SparseFormer(nn.Module):
         """Encode images, unit by unit: tokens (B, N, d), not normalised, and RoIs (B, n, 4) after each.
 
         Args:
-            pixels, num_tokens, region, image_sizes, cells: as `forward` takes them.
-            points_seen: when given, the sampling points of each look (B, n, P, 2), relative to the image, are appended to it.
+            pixels, num_tokens, region, image_sizes, cells: as in `forward`.
+            points_seen: a list to which the sampling points (B, n, P, 2) of each SAMPLING_M are appended, relative to the image.
 
         Raises:
             ValueError: as `forward`.
@@ -181,16 +182,16 @@ class SparseFormer(nn.Module):
             raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (B, 3, h, w) with h and w of at least 8")
         batch = pixels.shape[0]
         pixels = pixels.to(next(self.norm.parameters()).dtype)  # RoIs stay float32 in a bfloat16 tower
-        # sampling points are collected on the way, and would be twice
-        again = self.grad_checkpointing and torch.is_grad_enabled() and points_seen is None
-        run = partial(checkpoint, use_reentrant=False) if again else _call
+        # recomputing a unit would append its sampling points twice
+        recompute = self.grad_checkpointing and torch.is_grad_enabled() and points_seen is None
+        run = partial(checkpoint, use_reentrant=False) if recompute else _call
         # coordinates stay float32 in a bfloat16 tower as well
         box = None if region is None else self._box(region, batch, pixels.device)
         extent = None if image_sizes is None else image_extent(image_sizes, pixels)
         feature_map = None
-        if self.feat_extractor is not None:  # a convolution at an image's border reads zeros beyond it
-            feature_map = run(self.feat_extractor, pixels if extent is None else pixels * _inside(extent, pixels))
-        initial = self._begin(pixels, num_tokens, box, extent) if cells is None else self._given(cells, num_tokens, batch)
+        if self.feat_extractor is not None:  # zeros beyond the image, as a convolution's padding
+            feature_map = run(self.feat_extractor, pixels if extent is None else pixels * image_mask(extent, pixels))
+        initial = self._initial_cells(pixels, num_tokens, box, extent) if cells is None else self._checked_cells(cells, num_tokens, batch)
         rois = initial.expand(batch, -1, -1)
         bias = None if self.focus is None else area_bias(rois, self.config.focus.area_bias)
         if box is not None:
@@ -199,14 +200,14 @@ class SparseFormer(nn.Module):
         if self.glance is not None:
             x = self.glance(pixels, initial, rois, extent)
         else:
-            x = rows(self.initial_embedding).expand(batch, initial.shape[-2], -1)
+            x = embedding_rows(self.initial_embedding).expand(batch, initial.shape[-2], -1)
         index = 0
         for layer in self.layers:
             if not isinstance(layer, Unit):
                 x = layer(x)
                 continue
             if index == self.config.cls_before_unit:
-                x = torch.cat([rows(self.cls_embedding).expand(batch, 1, -1).to(x.dtype), x], dim=1)
+                x = torch.cat([embedding_rows(self.cls_embedding).expand(batch, 1, -1).to(x.dtype), x], dim=1)
             if index == 0 and self.glance is not None:
                 x = self.glance.norm_pre(x)
             x, rois = run(layer, x, rois, feature_map, points_seen, extent, bias)
@@ -214,13 +215,13 @@ class SparseFormer(nn.Module):
             index += 1
 
     def initial_rois(self, num_tokens: int | None = None, aspect: float = 1.0) -> Tensor:
-        """Where tokens begin, (n, 4) float32.
+        """Initial RoIs without a focus, (n, 4) float32.
 
         Args:
-            aspect: width of the image by its height; a tower of several budgets lays a grid of square cells over it.
+            aspect: width of the image by its height; with several token budgets the grid follows it, so that cells are nearly square.
 
         Raises:
-            ValueError: a number of tokens that the tower was not made for.
+            ValueError: an unsupported number of tokens.
         """
         weight = self.initial_roi.weight.float()
         config = self.config if num_tokens is None else self.config.at_budget(num_tokens)
@@ -228,8 +229,8 @@ class SparseFormer(nn.Module):
             return weight
         return grid_rois(config.num_latent_tokens, aspect).to(weight.device)
 
-    def _begin(self, pixels: Tensor, num_tokens: int | None, box: Tensor | None, extent: Tensor | None) -> Tensor:
-        """Initial RoIs, relative to what is looked at: (n, 4) where they are the same for all images, else (B, n, 4)."""
+    def _initial_cells(self, pixels: Tensor, num_tokens: int | None, box: Tensor | None, extent: Tensor | None) -> Tensor:
+        """Initial RoIs relative to the region: (n, 4) where they are the same for all images, else (B, n, 4)."""
         config = self.config if num_tokens is None else self.config.at_budget(num_tokens)
         if config.budgets is None or (self.focus is None and box is None and extent is None):
             return self.initial_rois(num_tokens, pixels.shape[-1] / pixels.shape[-2])
@@ -238,54 +239,49 @@ class SparseFormer(nn.Module):
             aspects = aspects * (box[:, 2] - box[:, 0]) / (box[:, 3] - box[:, 1])
         if self.focus is None:
             return grid_rois_for(config.num_latent_tokens, aspects)
-        with torch.no_grad():  # the choice of cells has no gradient; what predicts it learns from `focus.variation`
+        with torch.no_grad():  # placement has no gradient; the focus is trained on `focus.variation`
             return self.focus.place(self.focus(pixels, box, extent), aspects, config.num_latent_tokens)
 
     @torch.no_grad()
     def first_cells(self, pixels: Tensor, image_sizes: Tensor | None = None, num_tokens: int | None = None) -> Tensor:
-        """Where the tokens of each image begin, (B, n, 4) float32; the arguments are `forward`'s."""
+        """Initial RoIs of each image, (B, n, 4) float32; arguments as in `forward`."""
         extent = None if image_sizes is None else image_extent(image_sizes, pixels)
-        start = self._begin(pixels.to(next(self.norm.parameters()).dtype), num_tokens, None, extent)
-        return start.detach().expand(pixels.shape[0], -1, -1)
+        cells = self._initial_cells(pixels.to(next(self.norm.parameters()).dtype), num_tokens, None, extent)
+        return cells.detach().expand(pixels.shape[0], -1, -1)
 
-    def _given(self, cells: Tensor, num_tokens: int | None, batch: int) -> Tensor:
-        """Cells that the caller places, (B, n, 4) float32."""
+    def _checked_cells(self, cells: Tensor, num_tokens: int | None, batch: int) -> Tensor:
+        """Initial RoIs given by the caller, (B, n, 4) float32."""
         if cells.ndim != 3 or cells.shape[0] != batch or cells.shape[2] != 4 or cells.shape[1] != (num_tokens or cells.shape[1]):
             raise ValueError(f"cells are {tuple(cells.shape)}, expected ({batch}, {num_tokens or 'n'}, 4)")
         if not self.config.zooms:
-            raise ValueError("this tower's glance sees whole images at one size, so its cells cannot be chosen; take one that crops")
+            raise ValueError("this tower's patch embedding has kind 'pool', so cells cannot be chosen; take a tower of kind 'crop'")
         self.config.at_budget(cells.shape[1])
         return cells.float()
 
     def _box(self, region: tuple[float, float, float, float] | Tensor, batch: int, device: torch.device) -> Tensor:
         """A region for each image, (B, 4) float32."""
         if not self.config.zooms:
-            raise ValueError("this tower's glance sees whole images at one size, so it cannot begin in a region; take one that crops")
+            raise ValueError("this tower's patch embedding has kind 'pool', so it cannot encode a region; take a tower of kind 'crop'")
         box = torch.as_tensor(region, dtype=torch.float32, device=device).expand(batch, 4)
         if not bool(((box >= 0) & (box <= 1)).all() and (box[:, :2] < box[:, 2:]).all()):
             raise ValueError(f"region {region}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
         return box
 
     def visual_tokens(self, pixels: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """What a language model is given of images: (B, `config.visual_tokens`, d), the end of `last_hidden_state`.
-
-        Args:
-            pixels, image_sizes: as `forward` takes them.
-        """
+        """The tokens for a language model: (B, `config.visual_tokens`, d), the end of `last_hidden_state`; arguments as in `forward`."""
         return self(pixels, image_sizes=image_sizes).last_hidden_state[:, -self.config.visual_tokens :]
 
     def optimize_for_inference(self) -> SparseFormer:
-        """Fold this tower for inference on a CPU, in place: the same outputs within rounding (float32: 1e-4), sooner.
+        """Optimize this tower in place for inference on a CPU: the same outputs up to rounding (float32: 1e-4), faster.
 
-        Its weights are laid out for products of few rows, so afterwards it cannot be trained, saved, moved, converted, compiled or
-        exported. The first time on a machine takes ten seconds in which its C++ compiler, if there is one, makes what
-        `sparse_vlm.kernels.cpu.native` calls. On another device, where there is nothing to fold, it is only put in eval mode.
+        Afterwards it cannot be trained, saved, moved, converted, compiled or exported. The first call on a machine compiles the C++
+        kernels (`sparse_vlm.kernels.cpu.native`) in about ten seconds, where there is a compiler. On other devices it only sets eval mode.
 
         Returns:
             Itself, in eval mode.
 
         Raises:
-            RuntimeError: it was optimized before, or a layer is none of torch's own, as PEFT's are none.
+            RuntimeError: it is optimized already, or a layer has adapters, parametrizations or hooks.
         """
         self.eval().requires_grad_(False)
         if self.norm.weight.device.type == "cpu":
@@ -295,13 +291,13 @@ class SparseFormer(nn.Module):
         return self
 
     def for_open_clip(self, model: nn.Module | None = None) -> OpenClipVisual:
-        """This tower as an image tower of open_clip: `model.visual = tower.for_open_clip(model)`.
+        """Wrap this tower, not copied, as an image tower of open_clip: `model.visual = tower.for_open_clip(model)`.
 
         Args:
-            model: of open_clip; when given, it is checked that the tower can stand in it.
+            model: of open_clip, to check that the tower fits it and to take over its device and dtype.
 
         Raises:
-            UserError: its text side has another embedding width, or its images are normalised otherwise.
+            UserError: the model has another embedding width or another mean and std.
         """
         from sparse_vlm.tower.open_clip import adapt
 
@@ -312,17 +308,17 @@ class SparseFormer(nn.Module):
         """Build a tower from a released state dict.
 
         Raises:
-            ValueError: naming every tensor that is missing, unexpected or misshapen.
+            ValueError: tensors that are missing, unexpected or misshapen, by name.
         """
         tower = cls(config)
         load_strictly(tower, state_dict, "released state dict")
         return tower.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors`, each aside and then renamed.
+        """Write `config.json` and `model.safetensors`, each atomically.
 
         Args:
-            dtype: store the weights so; their own dtype by default. RoIs stay float32.
+            dtype: of the stored weights; their own by default. RoIs stay float32.
         """
         from safetensors.torch import save_file
 
@@ -341,10 +337,10 @@ class SparseFormer(nn.Module):
         """Load a tower from a folder, or from the zoo by name; in eval mode.
 
         Args:
-            num_tokens: latent tokens, for a tower that serves several budgets; from then on its configuration's own number.
+            num_tokens: the default token budget of the loaded tower, for one of several budgets.
 
         Raises:
-            UserError: no such folder or name, not a tower, weights that do not fit, or a number of tokens that it was not made for.
+            UserError: no such folder or name, not a tower, weights that do not fit, or an unsupported number of tokens.
         """
         from sparse_vlm.hub.store import locate
         from sparse_vlm.hub.weights import read_shapes, read_tensors
@@ -353,9 +349,9 @@ class SparseFormer(nn.Module):
         config = read_config(folder, str(name_or_path))
         path = folder / "model.safetensors"
         with torch.device("meta"):
-            ghost = cls(config)
-        try:  # before anything of its size is allocated
-            check_names(ghost, read_shapes(path), str(name_or_path))
+            empty = cls(config)
+        try:  # before the weights are allocated
+            check_names(empty, read_shapes(path), str(name_or_path))
         except UserError as error:
             raise UserError(f"{name_or_path}: not a tower folder ({error})") from error
         except ValueError as error:
@@ -370,37 +366,6 @@ class SparseFormer(nn.Module):
         tower = cls(config)
         load_strictly(tower, state, str(name_or_path))
         return tower.to(dtype).eval()
-
-
-def image_extent(image_sizes: Tensor, pixels: Tensor) -> Tensor:
-    """The share of width and height of its canvas that each image takes, (B, 2) float32.
-
-    Raises:
-        ValueError: sizes of another shape, or an image larger than its canvas.
-    """
-    sizes = torch.as_tensor(image_sizes, device=pixels.device)
-    canvas = torch.tensor(pixels.shape[-2:], device=pixels.device)
-    if sizes.shape != (pixels.shape[0], 2):
-        raise ValueError(f"image_sizes are {tuple(sizes.shape)}, expected ({pixels.shape[0]}, 2): height and width of each image")
-    if not torch.compiler.is_compiling() and not bool(((sizes >= 1) & (sizes <= canvas)).all()):
-        raise ValueError(f"image_sizes {sizes.tolist()}: expected 1 to {pixels.shape[-2]} rows and 1 to {pixels.shape[-1]} columns")
-    return (sizes.float() / canvas).flip(-1)
-
-
-def image_aspects(pixels: Tensor, extent: Tensor | None) -> Tensor:
-    """Width by height of each image, (B,) float32; the arguments are `crop_rois`'."""
-    height, width = pixels.shape[-2:]
-    if extent is None:
-        return torch.full((pixels.shape[0],), width / height, device=pixels.device)
-    sides = (extent * extent.new_tensor([width, height])).round()  # whole pixels, so that rounding does not depend on the canvas
-    return sides[:, 0] / sides[:, 1]
-
-
-def _inside(extent: Tensor, pixels: Tensor) -> Tensor:
-    """1 where the canvas holds its image and 0 beyond, (B, 1, h, w)."""
-    height, width = pixels.shape[-2:]
-    across, down = ((torch.arange(side, device=pixels.device) + 0.5) / side < extent[:, i, None] for i, side in enumerate((width, height)))
-    return (down[:, None, :, None] & across[:, None, None, :]).to(pixels.dtype)
 
 
 def _call(module: Callable[..., Any], *inputs: Any) -> Any:

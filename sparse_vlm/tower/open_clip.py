@@ -1,12 +1,11 @@
-"""The tower as open_clip's CLIP models know image towers: `model.visual = tower.for_open_clip(model)`.
+"""The tower as an image tower of open_clip: `model.visual = tower.for_open_clip(model)`.
 
 Shape legend: B batch, n latent tokens, d width, E embedding, h x w pixels.
 
-Notable: a tower that sees whole images takes canvases that are zero beyond their images, as `OpenClipVisual.preprocess` makes them; what
-open_clip's own transform makes by `preprocess_cfg` is the whole image squashed to a square. Needs torch alone to encode. open_clip looks a
-tower's attributes up by name, so this module has the names of its `VisionTransformer` (open_clip/transformer.py, version 3): `image_size`,
-`output_dim`, `output_tokens`, `preprocess_cfg`, `lock`, `set_grad_checkpointing`, `no_weight_decay`. Whatever encodes, trains or saves a
-model of open_clip goes on as before.
+Notable: a tower for whole images needs canvases that are zero beyond their images, as `OpenClipVisual.preprocess` returns them; open_clip's
+own transform, by `preprocess_cfg`, squashes whole images to squares. Needs torch alone to encode. The attributes are those of open_clip's
+`VisionTransformer` (open_clip/transformer.py, version 3) that open_clip looks up by name: `image_size`, `output_dim`, `output_tokens`,
+`preprocess_cfg`, `lock`, `set_grad_checkpointing`, `no_weight_decay`.
 """
 
 from __future__ import annotations
@@ -27,12 +26,11 @@ if TYPE_CHECKING:
 
 
 class OpenClipVisual(nn.Module):
-    """A tower, not copied, in the place of `model.visual`.
+    """Wraps a tower, without a copy, as `model.visual`.
 
     Attributes:
         output_tokens: also return the tokens.
-        preprocess_cfg: the pixels that the tower was trained on, as open_clip's `PreprocessCfg` takes them; of a tower that sees whole
-            images the nearest to them, at another aspect.
+        preprocess_cfg: the tower's preprocessing for open_clip's `PreprocessCfg`; for whole images the nearest that open_clip supports.
     """
 
     def __init__(self, tower: SparseFormer) -> None:
@@ -54,7 +52,7 @@ class OpenClipVisual(nn.Module):
         }
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An image to (3, S, S) normalised pixels, in the place of open_clip's own transform: exactly what the tower was trained on."""
+        """An image to (3, S, S) normalised pixels, exactly as in the tower's training; replaces open_clip's own transform."""
         from sparse_vlm.images.preprocess import Preprocessor
 
         return Preprocessor.of(self.tower.config)(image, square=True).pixels[0]
@@ -70,7 +68,7 @@ class OpenClipVisual(nn.Module):
         """Freeze all but the last groups (LiT, arXiv 2111.07991): the head is the last, the last unit the one before it.
 
         Args:
-            freeze_bn_stats: open_clip passes it to every tower; this one has no BatchNorm.
+            freeze_bn_stats: ignored; there is no BatchNorm.
         """
         groups = layer_groups(self.tower)
         free = len(groups) - unlocked_groups
@@ -79,23 +77,22 @@ class OpenClipVisual(nn.Module):
                 parameter.requires_grad_(index >= free)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute activations again in the backward pass instead of keeping them."""
+        """Recompute activations in the backward pass instead of storing them."""
         self.tower.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimizer should not decay."""
+        """Names of parameters without weight decay."""
         return {f"tower.{name}" for name in undecayed(self.tower)}
 
 
 def adapt(tower: SparseFormer, model: nn.Module | None = None) -> OpenClipVisual:
-    """The tower for a model of open_clip.
+    """Wrap a tower for a model of open_clip.
 
     Args:
-        model: when given, it is checked that the tower can stand in it, and the tower takes its device and dtype: open_clip
-            multiplies what both sides say.
+        model: to check that the tower fits it, and to move the tower to its device and dtype.
 
     Raises:
-        UserError: its text side has another embedding width, or its images are normalised otherwise.
+        UserError: the model has another embedding width or another mean and std.
     """
     if model is not None:
         _check(tower, model)
@@ -113,19 +110,19 @@ def _check(tower: SparseFormer, model: nn.Module) -> None:
             f"the tower's embeddings have {config.embed_dim} numbers, those of the model's text side {width}: "
             "take a tower that was bootstrapped from this model's own image tower"
         )
-    theirs = getattr(getattr(model, "visual", None), "preprocess_cfg", None) or {}
-    for what, ours in (("mean", config.image_mean), ("std", config.image_std)):
-        found = theirs.get(what)
-        if found is not None and not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(ours, found, strict=True)):
+    preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", None) or {}
+    for what, own in (("mean", config.image_mean), ("std", config.image_std)):
+        other = preprocess_cfg.get(what)
+        if other is not None and not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(own, other, strict=True)):
             raise UserError(
-                f"the tower was trained on pixels of {what} {ours}, the model's are of {what} {tuple(found)}: take a tower that was "
+                f"the tower was trained on pixels of {what} {own}, the model's have {what} {tuple(other)}: take a tower that was "
                 "bootstrapped from this model's own image tower; or call for_open_clip() without the model, and preprocess by the "
-                "preprocess_cfg of what it returns"
+                "preprocess_cfg of the result"
             )
 
 
 def _text_width(model: nn.Module) -> int | None:
-    """Width of the text side's embeddings; None where it does not say."""
+    """Width of the text side's embeddings; None where it is unknown."""
     text = getattr(model, "text", None)
     if text is not None:  # CustomTextCLIP and CoCa, with open_clip's own or a Hugging Face text tower
         return getattr(text, "output_dim", None)

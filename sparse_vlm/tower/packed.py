@@ -1,4 +1,4 @@
-"""Linear layers of an inference tower: weights laid out once for the products that are to read them."""
+"""Linear layers for inference on a CPU, with weights packed once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sparse_vlm.tower.layers import ACTIVATIONS
 if TYPE_CHECKING:
     from sparse_vlm.tower.config import Activation
 
-# oneDNN's names of what is applied to a layer's output in the same pass: (operation, algorithm)
+# oneDNN's names of fused activations: (operation, algorithm)
 FUSED: dict[Activation, tuple[str, str]] = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "quick_gelu": ("swish", "")}
 
 
-def packs(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN here, and that has kernels of this dtype for this processor."""
+def onednn_is_supported(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN, with kernels of this dtype for this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -30,12 +30,12 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights are laid out for our own products or for oneDNN's, where those are to be had.
+    """A linear layer with weights packed for the C++ kernel or for oneDNN, where one of them is supported.
 
     Args:
-        weight, bias: (outer, inner) and (outer), which are left as they are.
-        activation: of the output, in the same pass; of `quick_gelu` only silu, whose factors are the caller's.
-        norm: of the input, in the same call where products are our own.
+        weight, bias: (outer, inner) and (outer), not modified.
+        activation: fused; for `quick_gelu` only silu is applied, and the caller applies its factors.
+        norm: applied to the input; fused in the C++ kernel.
     """
 
     def __init__(
@@ -43,39 +43,39 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm
-        self.ours = self.packed = None
+        self.native = self.packed = None
         self.fused = ("none", "") if activation is None else FUSED[activation]
         self.activation = {None: None, "quick_gelu": F.silu}.get(activation, ACTIVATIONS.get(activation))
         # attributes, not buffers: a packed tensor cannot be saved, moved or converted
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        if kernels.multiplies(weight):
-            self.ours = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation, norm)
+        if kernels.has_cpu_linear(weight):
+            self.native = native.Linear(weight, bias, "silu" if activation == "quick_gelu" else activation, norm)
             self.weight = self.bias = self.norm = None
-        elif packs(weight.dtype):
+        elif onednn_is_supported(weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
             self.weight = None
 
-    def forward(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
-        """(..., inner) to (..., outer), times `factor` and added onto that where it is given."""
-        if self.ours is not None:
-            return self.ours(x, onto, factor)
+    def forward(self, x: Tensor, residual: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """(..., inner) to (..., outer); with a residual, residual + factor * output."""
+        if self.native is not None:
+            return self.native(x, residual, factor)
         x = x if self.norm is None else self.norm(x)
         if self.packed is not None:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.fused[0], [], self.fused[1])
         else:
             y = F.linear(x, self.weight, self.bias)
             y = y if self.activation is None else self.activation(y)
-        return y if onto is None else torch.add(onto, y, alpha=factor)
+        return y if residual is None else torch.add(residual, y, alpha=factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
-        raise RuntimeError("this tower is optimized for inference and can no longer be moved or converted; do that before optimizing it")
+        raise RuntimeError("this tower is optimized for inference and cannot be moved or converted; do that before optimizing it")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
-        raise RuntimeError("this tower is optimized for inference and can no longer be saved; save it before optimizing it")
+        raise RuntimeError("this tower is optimized for inference and cannot be saved; save it before optimizing it")
 
 
 def pack(module: nn.Module) -> nn.Module:
-    """The same module with packed linear layers, here or in its children; one that follows a norm takes it in."""
+    """Replace the linear layers of a module; a layer right after a norm is fused with it."""
     if isinstance(module, nn.Linear):
         return PackedLinear(module.weight, module.bias)
     if isinstance(module, nn.Sequential):

@@ -1,6 +1,7 @@
-"""Reading released checkpoints: their json to our configuration, and their state dict, strictly.
+"""The seven published configurations, and reading released checkpoints: their json to a `SparseFormerConfig`, their state dict strictly.
 
-Our modules carry the released names, so loading is a comparison of names and shapes, not a translation.
+Modules have the released parameter names, so loading compares names and shapes and translates nothing.
+Sources: SparseFormer (arXiv 2304.03768, table 1) and Bootstrapping SparseFormers (arXiv 2312.01987, section 3).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_vlm.tower.config import SparseFormerConfig, UnitConfig
+from sparse_vlm.tower.config import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, SparseFormerConfig, UnitConfig
 
 _CONV_HEADS = {1: 64, 2: None}
 _TOP = {
@@ -36,7 +37,7 @@ def config_from_released(data: Mapping[str, Any]) -> SparseFormerConfig:
     if not len(data["width_configs"]) == len(data["repeats"]) == len(data["ops_list"]):
         raise ValueError("released configuration: width_configs, repeats and ops_list differ in length")
     units = tuple(
-        # QuickGELU belongs to the teacher's blocks, and only the cortex is made of those
+        # QuickGELU is that of the teacher's blocks, which are those of ATTN and MLP alone
         UnitConfig(
             width,
             tuple(ops),
@@ -71,20 +72,20 @@ def config_from_released(data: Mapping[str, Any]) -> SparseFormerConfig:
 
 
 def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy a state dict into a module that has exactly these tensors.
+    """Load a state dict into a module that must have exactly these tensors.
 
     Raises:
-        ValueError: naming every missing, unexpected and misshapen tensor; the module is left as it was.
+        ValueError: missing, unexpected or misshapen tensors, by name; the module is not changed.
     """
     check_names(module, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, source)
     module.load_state_dict(dict(state_dict))
 
 
 def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Make sure that tensors of these names and shapes are exactly a module's.
+    """Check that names and shapes of tensors are exactly those of a module.
 
     Raises:
-        ValueError: naming every missing, unexpected and misshapen tensor.
+        ValueError: missing, unexpected or misshapen tensors, by name.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [f"missing tensor {name}" for name in own if name not in shapes]
@@ -95,3 +96,58 @@ def check_names(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"{source}: {'; '.join(problems[:8])}{more}")
+
+
+def _v1(tokens: int, focus: int, width: int, blocks: int) -> SparseFormerConfig:
+    ops = ("ATTN", "ROI_ADJ", "SAMPLING_M", "MLP")
+    cortex = [UnitConfig(width, ops), *[UnitConfig(width, ("ATTN", "MLP"))] * blocks]
+    return SparseFormerConfig(
+        units=(UnitConfig(focus, ops, repeats=4), *cortex),
+        num_latent_tokens=tokens,
+        embed_dim=1000,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+        conv_dim=96,
+        num_points=36,
+        head="avg",
+        head_bias=True,
+        token_init="each",
+        rois_init="released",
+        num_heads=64,
+        generator_dim=0.25,
+        mixing_bias=True,
+        transition_norm=True,
+        stage_embedding=False,
+        adjust_hidden=False,
+        padding="zeros",
+        ln_eps=1e-6,
+    )
+
+
+def _bootstrapped(tokens: int, focus: int, width: int, blocks: int, embed_dim: int, clip: bool) -> SparseFormerConfig:
+    cortex = [UnitConfig(width, ("ATTN", "MLP"), activation="quick_gelu" if clip else "gelu")] * blocks
+    return SparseFormerConfig(
+        units=(
+            UnitConfig(focus, ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ"), repeats=4),
+            UnitConfig(width, ("SAMPLING_M", "PE_INJECT")),
+            *cortex,
+        ),
+        num_latent_tokens=tokens - 1,
+        embed_dim=embed_dim,
+        image_mean=CLIP_MEAN if clip else HALF,
+        image_std=CLIP_STD if clip else HALF,
+        cls_before_unit=2,
+        head_bias=not clip,
+        rois_init="released",
+    )
+
+
+PUBLISHED: dict[str, SparseFormerConfig] = {
+    "sparseformer_v1_tiny": _v1(49, 256, 512, 7),
+    "sparseformer_v1_small": _v1(64, 320, 640, 7),
+    "sparseformer_v1_base": _v1(81, 384, 768, 9),
+    "sparseformer_btsp_augreg_base": _bootstrapped(49, 384, 768, 8, 1000, clip=False),
+    "sparseformer_btsp_augreg_large": _bootstrapped(49, 512, 1024, 16, 1000, clip=False),
+    "sparseformer_btsp_openai_clip_base": _bootstrapped(49, 384, 768, 8, 512, clip=True),
+    "sparseformer_btsp_openai_clip_large": _bootstrapped(64, 512, 1024, 16, 768, clip=True),
+}

@@ -1,12 +1,12 @@
-"""What a tower's tokens look at, as numbers and as a figure over the photo. Of a tower with a focus: the cells, the map that placed
-them, and the pixels that tokens begin with. Of any other: regions and sampling points at every look.
+"""Token regions of a tower on a photo, as data and as a figure. With a focus: the cells, the map that placed them, and the pixels of
+each initial token. Without: RoIs and sampling points at every sampling.
 
 Shape legend: n latent tokens, P sampling points a token, M x M the predicted map, p x p pixels of a patch. RoIs (x0, y0, x1, y1) and
-points (x, y) are relative to what the tower sees, the whole photo or its centre crop, (0, 0) its top-left corner; the figure shows them
+points (x, y) are relative to the tower's input, the whole photo or its centre crop, (0, 0) its top-left corner; the figure shows them
 over the whole photo.
 
-Notable: a unit may look several times, and then only its points tell where its RoIs stood in between. Since points are spread around
-their RoI's centre with a standard deviation of a third of its size, centre and size can be read back from them exactly.
+Notable: the RoIs between the repeats of a unit are recovered from its sampling points: points have the RoI's centre as mean and a third
+of its size as standard deviation.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from torch import Tensor
 
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.preprocess import Preprocessor
-from sparse_vlm.roi import crop_rois
+from sparse_vlm.roi import crop_rois, image_extent
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
-from sparse_vlm.tower.model import image_extent
 from sparse_vlm.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-MOVED = 0.02  # of the frame's side: movement is shown where some token moved at least so far
+MOVED = 0.02  # of the input's side: movement is shown where some token moved at least this far
 INK, PAPER, MUTED = "#22262b", "#ffffff", "#6b7280"
 DIM = 0.5  # lightness of the photo in the largest cells
 SAMPLE = "#2dd4bf"
@@ -47,7 +46,7 @@ SHOWN_SIDE = 1024  # pixels of the photo behind a panel; more cannot be seen
 
 @dataclass(frozen=True)
 class SamplingStep:
-    """One look: the RoIs (n, 4) from which the tokens looked, and the points (n, P, 2) that they sampled."""
+    """One sampling: the RoIs (n, 4) of the tokens and their sampling points (n, P, 2)."""
 
     rois: Tensor
     points: Tensor
@@ -55,35 +54,35 @@ class SamplingStep:
 
 @dataclass(frozen=True)
 class TokenRegions:
-    """How the tokens went over one photo.
+    """The RoIs of the tokens on one photo.
 
     Attributes:
         photo: the whole photo.
-        crop: what the tower saw of it: (x0, y0, x1, y1) in the photo's pixels.
-        start: RoIs before anything was looked at, (n, 4).
-        looks: every look in order.
+        crop: the tower's input: (x0, y0, x1, y1) in the photo's pixels.
+        start: initial RoIs, (n, 4).
+        samplings: in order.
         end: RoIs after the last unit, (n, 4).
-        variation: of a tower with a focus, (M, M): how much it predicts that the teacher's features vary around each place, in windows of
-            the two smaller scales; 1 is their variance over all images.
-        patches: of a tower with a focus, (n, 3, p, p), 0 to 1: the pixels that each token begins with.
+        variation: of a tower with a focus, (M, M): predicted variance of the teacher's features around each place, in windows of the two
+            smaller scales; 1 is their variance over all images.
+        patches: of a tower with a focus, (n, 3, p, p), 0 to 1: the pixels of each initial token.
     """
 
     photo: Image.Image
     crop: tuple[float, float, float, float]
     start: Tensor
-    looks: tuple[SamplingStep, ...]
+    samplings: tuple[SamplingStep, ...]
     end: Tensor
     variation: Tensor | None = None
     patches: Tensor | None = None
 
     @property
     def moved(self) -> Tensor:
-        """How far each RoI's centre moved, (n,), relative to the side of what the tower sees."""
+        """Distance that each RoI's centre moved, (n,), relative to the input's side."""
         return ((self.end - self.start)[:, :2] + (self.end - self.start)[:, 2:]).div(2).norm(dim=-1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for json; RoIs are relative to `crop`."""
-        steps = [("start", self.start), *((f"look {i}", look.rois) for i, look in enumerate(self.looks, 1)), ("end", self.end)]
+        steps = [("start", self.start), *((f"look {i}", step.rois) for i, step in enumerate(self.samplings, 1)), ("end", self.end)]
         return {
             "size": list(self.photo.size),
             "crop": [round(number, 2) for number in self.crop],
@@ -93,7 +92,7 @@ class TokenRegions:
 
 @torch.inference_mode()
 def trace_regions(tower: SparseFormer, photo: Image.Image) -> TokenRegions:
-    """Run a tower over a photo and keep where its tokens looked."""
+    """Encode a photo and record the RoIs and sampling points of the tokens."""
     config = tower.config
     inputs = Preprocessor.of(config)(photo).to(tower.initial_roi.weight.device)
     start, variation, patches = tower.first_cells(*inputs), None, None
@@ -103,12 +102,12 @@ def trace_regions(tower: SparseFormer, photo: Image.Image) -> TokenRegions:
         variation = tower.focus(inputs.pixels, extent=extent)[0, -2:].mean(0).exp().cpu()
         mean, std = (torch.tensor(of, device=inputs.pixels.device).view(3, 1, 1) for of in (config.image_mean, config.image_std))
         patches = (crop_rois(inputs.pixels, start, config.glance.patch_size, extent)[0] * std + mean).clamp(0, 1).cpu()
-    looks = tuple(SamplingStep(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.points_per_look)
-    return TokenRegions(photo, seen_box(config, photo.size), start[0].cpu(), looks, output.rois[0].cpu(), variation, patches)
+    samplings = tuple(SamplingStep(rois_of_points(points[0]).cpu(), points[0].cpu()) for points in output.sampling_points)
+    return TokenRegions(photo, seen_box(config, photo.size), start[0].cpu(), samplings, output.rois[0].cpu(), variation, patches)
 
 
 def rois_of_points(points: Tensor) -> Tensor:
-    """RoIs (..., 4) from the points (..., P, 2) that were spread in them: mean is the centre, three standard deviations the size."""
+    """RoIs (..., 4) of sampling points (..., P, 2): the mean is the centre, three standard deviations the size."""
     centre, half = points.mean(dim=-2), 1.5 * points.std(dim=-2)
     return torch.cat([centre - half, centre + half], dim=-1)
 
@@ -129,22 +128,22 @@ def crop_box(photo_size: tuple[int, int], side: int) -> tuple[float, float, floa
 
 
 def draw(regions: TokenRegions, title: str) -> Figure:
-    """A figure of panels: of a tower with a focus its cells, the map and the patches; else the start and each look. The last one is how far
-    every token moved, where one did."""
+    """A figure: with a focus its cells, the map and the patches; else the initial RoIs and each sampling. The last panel shows the movement
+    of tokens, where they move."""
     from matplotlib.figure import Figure
 
     panels: list[Callable[[Axes], None]] = []
     if regions.variation is None:
         panels += [
             partial(_start, regions=regions),
-            *(partial(_look, regions=regions, number=number) for number in range(len(regions.looks))),
+            *(partial(_sampling, regions=regions, number=number) for number in range(len(regions.samplings))),
         ]
     else:
         panels += [partial(draw_panel, regions=regions) for draw_panel in (_cells, _variation, _patches)]
     if regions.moved.max() >= MOVED:
         panels.append(partial(_movement, regions=regions))
     aspect = regions.photo.width / regions.photo.height
-    columns = min((3, 4), key=lambda columns: -len(panels) % columns)  # whichever leaves fewer places empty
+    columns = min((3, 4), key=lambda columns: -len(panels) % columns)  # whichever leaves fewer empty panels
     columns = min(len(panels), columns if aspect < WIDE else 1)
     rows = -(-len(panels) // columns)
     width = max(4.2 * columns, 7.0)
@@ -164,16 +163,19 @@ def draw(regions: TokenRegions, title: str) -> Figure:
 
 
 def as_label(name: str) -> str:
-    """A name as matplotlib shows it and no otherwise: a dollar begins no formula, and an underscore hides nothing from a legend."""
+    """A name that matplotlib shows literally: no formulas between dollars, and no hidden labels after an underscore."""
     shown = printable(name).replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure aside and rename it; the suffix decides the format.
+def save_figure(figure: Figure, path: str | Path, dpi: float | None = None) -> None:
+    """Write a figure atomically; the suffix decides the format.
+
+    Args:
+        dpi: the figure's own by default.
 
     Raises:
-        UserError: a suffix that matplotlib cannot write, or a place that cannot be written to.
+        UserError: a suffix that matplotlib does not support, or a path that cannot be written to.
     """
     path = Path(path)
     form = path.suffix.lower().lstrip(".")
@@ -182,13 +184,13 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         raise UserError(f"{path}: cannot draw {path.suffix or 'without a suffix'}; use one of {', '.join(sorted(known))}")
     try:
         with atomic_path(path) as part:
-            figure.savefig(part, format=form)
+            figure.savefig(part, format=form, dpi=dpi or figure.dpi)
     except OSError as error:
         raise UserError(f"{path}: cannot write here ({error.strerror or error})") from None
 
 
 def token_colours(rois: Tensor) -> np.ndarray:
-    """A colour (n, 3) for each token by where its RoI (n, 4) stands: hue goes round the image, pale in the middle, strong outside."""
+    """A colour (n, 3) for each token by the position of its RoI (n, 4): hue by angle, saturation by distance from the middle."""
     from matplotlib.colors import hsv_to_rgb
 
     across, down = ((rois[:, :2] + rois[:, 2:]) / 2 - 0.5).numpy().T
@@ -204,7 +206,7 @@ def _to_photo(points: Tensor, crop: tuple[float, float, float, float]) -> np.nda
 
 
 def _panel(axis: Axes, regions: TokenRegions, title: str, light: float = 0.72) -> None:
-    """The photo, paler and darker so that colours stand out, darkest where the tower does not see it."""
+    """The photo, desaturated and darkened so that colours stand out, darkest outside of the tower's input."""
     from matplotlib.patches import Rectangle
 
     width, height = regions.photo.size
@@ -224,7 +226,7 @@ def _panel(axis: Axes, regions: TokenRegions, title: str, light: float = 0.72) -
 
 
 def _shown(photo: Image.Image) -> np.ndarray:
-    """The pixels of a photo as far as they can be seen in a panel, (h, w, 3) float32, 0 to 1."""
+    """The pixels of a photo at the resolution of a panel, (h, w, 3) float32, 0 to 1."""
     shown = photo.copy()
     shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return np.asarray(shown, dtype=np.float32) / 255
@@ -234,7 +236,7 @@ def _cells(axis: Axes, regions: TokenRegions) -> None:
     """The photo, from `DIM` in the largest cells to its own lightness in the smallest."""
     area = (regions.start[:, 2:] - regions.start[:, :2]).prod(dim=-1).log()
     spread = area.max() - area.min()
-    # rows of a grid may differ by a cell; a split makes cells four times as small
+    # rows of a grid may differ by a cell; a split makes cells four times smaller
     finer = ((area.max() - area) / spread if spread > math.log(2) else torch.ones_like(area)).tolist()
     _panel(axis, regions, f"{len(regions.start)} tokens, each with its cell", light=DIM)
     photo, pixels = _shown(regions.photo), axis.images[0].get_array().copy()
@@ -247,12 +249,12 @@ def _cells(axis: Axes, regions: TokenRegions) -> None:
 
 
 def _variation(axis: Axes, regions: TokenRegions) -> None:
-    """The map in colours, as light as the photo, with a bar for them."""
+    """The predicted map in colours over the photo, with a colour bar."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    _panel(axis, regions, "Prediction: where there is much to see", light=DIM)
+    _panel(axis, regions, "Predicted detail", light=DIM)
     x0, y0, x1, y1 = regions.crop
     seen = _shown(regions.photo.crop(tuple(round(side) for side in regions.crop))).mean(-1)
     fine = F.interpolate(100 * regions.variation[None, None], size=seen.shape, mode="bicubic")[0, 0].clamp(min=0).numpy()
@@ -264,9 +266,9 @@ def _variation(axis: Axes, regions: TokenRegions) -> None:
 
 
 def _patches(axis: Axes, regions: TokenRegions) -> None:
-    """Each cell as the few pixels that it is scaled to."""
+    """Each cell at the resolution to which it is scaled."""
     side = regions.patches.shape[-1]
-    _panel(axis, regions, f"What each token begins with: {side} x {side} pixels")
+    _panel(axis, regions, f"The pixels of each initial token: {side} x {side}")
     for (low, high), patch in zip(_to_photo(regions.start.view(-1, 2, 2), regions.crop), regions.patches, strict=True):
         pixels = patch.permute(1, 2, 0).numpy()
         axis.imshow(pixels, extent=(low[0], high[0], high[1], low[1]), interpolation="nearest", zorder=2)
@@ -276,16 +278,16 @@ def _patches(axis: Axes, regions: TokenRegions) -> None:
 
 def _start(axis: Axes, regions: TokenRegions) -> None:
     sides = regions.start[:, 2:] - regions.start[:, :2]
-    cover = max(1.0, float(sides.prod(dim=-1).sum()))  # regions over a place, on average
+    cover = max(1.0, float(sides.prod(dim=-1).sum()))  # mean number of regions over a pixel
     _panel(axis, regions, f"Start: {len(regions.start)} tokens, each with its region")
     _regions(axis, regions, regions.start, token_colours(regions.start), fill=0.45 / cover)
 
 
-def _look(axis: Axes, regions: TokenRegions, number: int) -> None:
-    look, colours = regions.looks[number], token_colours(regions.start)
-    _panel(axis, regions, f"SamplingStep {number + 1}: {look.points.shape[1]} points a token")
-    _regions(axis, regions, look.rois, colours)
-    at = _to_photo(look.points, regions.crop)
+def _sampling(axis: Axes, regions: TokenRegions, number: int) -> None:
+    step, colours = regions.samplings[number], token_colours(regions.start)
+    _panel(axis, regions, f"Sampling {number + 1}: {step.points.shape[1]} points a token")
+    _regions(axis, regions, step.rois, colours)
+    at = _to_photo(step.points, regions.crop)
     dots = np.repeat(colours, at.shape[1], axis=0)
     axis.scatter(*at.reshape(-1, 2).T, s=7, c=dots, linewidths=0.35, edgecolors="black", zorder=3)
 
@@ -299,7 +301,7 @@ def _regions(axis: Axes, regions: TokenRegions, rois: Tensor, colours: np.ndarra
 
 
 def _movement(axis: Axes, regions: TokenRegions) -> None:
-    """Arrows from where each RoI's centre was to where it is, coloured by how far that is."""
+    """Arrows from the initial to the final centre of each RoI, coloured by length."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -322,13 +324,13 @@ def _movement(axis: Axes, regions: TokenRegions) -> None:
         zorder=3,
     )
     axis.scatter(*centres[0].T, s=9, color="white", linewidths=0, zorder=4)
-    _bar(axis, scale, "distance from its dot at the start, % of the frame's side")
+    _bar(axis, scale, "distance from the initial centre (dot), % of the input's side")
 
 
 def _bar(axis: Axes, scale: ScalarMappable, label: str) -> None:
     """A colour bar below a panel."""
     bar = axis.figure.colorbar(scale, cax=axis.inset_axes([0, -0.05, 1, 0.025]), orientation="horizontal")
-    axis.set_xlabel(label, fontsize=8.5, color=MUTED, labelpad=30)  # the panel's, so that the layout leaves room for it
+    axis.set_xlabel(label, fontsize=8.5, color=MUTED, labelpad=30)  # on the panel, so that the layout leaves room
     bar.ax.tick_params(labelsize=8, colors=MUTED)
     bar.outline.set_visible(False)
 
@@ -338,10 +340,10 @@ def _legend(figure: Figure, regions: TokenRegions) -> None:
     from matplotlib.patches import Patch
 
     entries = [
-        Line2D([], [], color="#9ca3af", linewidth=1.6, label="white frame: what the tower sees"),
-        Patch(facecolor="none", edgecolor=SAMPLE, linewidth=1.4, label="a token's region, in the colour of its place at the start"),
-        Line2D([], [], color=SAMPLE, marker="o", markersize=4, markeredgecolor="black", linestyle="", label="a point it reads"),
+        Line2D([], [], color="#9ca3af", linewidth=1.6, label="white frame: the tower's input"),
+        Patch(facecolor="none", edgecolor=SAMPLE, linewidth=1.4, label="a token's region, coloured by its initial place"),
+        Line2D([], [], color=SAMPLE, marker="o", markersize=4, markeredgecolor="black", linestyle="", label="a sampling point"),
     ]
     if regions.variation is not None:
-        return  # titles and the bar say it all
+        return  # titles and the bar suffice
     figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=9.5, labelcolor=INK)

@@ -39,7 +39,7 @@ def set_cpu_threads(threads: int | None = None, keep_memory: bool = True) -> Non
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor; without glibc nothing happens.
 
-    By default glibc returns each tensor above 32 MB to the system, which zeroes every page again for the next one (cost: docs/speed.md).
+    By default glibc returns each tensor above 32 MB to the system, which zeroes every page again for the next one (cost: lab/speed.md).
     The process keeps its peak size until `trim_memory_if_scarce`.
     """
     if sys.platform != "linux":

@@ -29,7 +29,7 @@ SAVE_FORMAT = "sparse-vlm/chat/1"
 
 
 @dataclass(frozen=True)
-class Picture:
+class ChatImage:
     """A decoded image and where it came from.
 
     Attributes:
@@ -43,7 +43,7 @@ class Picture:
     size: tuple[int, int] | None = None
 
     @classmethod
-    def read(cls, path: Path, preprocessor: Preprocessor) -> Picture:
+    def read(cls, path: Path, preprocessor: Preprocessor) -> ChatImage:
         """Read a file, decoding no more of it than a tower of this preprocessing sees.
 
         Raises:
@@ -84,7 +84,7 @@ class Answer:
 class Turn:
     """A question with the images shown beside it, and its answer."""
 
-    pictures: tuple[Picture, ...]
+    images: tuple[ChatImage, ...]
     question: str
     answer: Answer
 
@@ -95,26 +95,26 @@ class Conversation:
     Args:
         vlm: whoever answers.
         model_name: what the model is called in saved conversations.
-        pictures: shown with the first question, and again after `reset`.
+        images: shown with the first question, and again after `reset`.
         max_new_tokens: the longest answer.
     """
 
-    def __init__(self, vlm: VLM, model_name: str, pictures: list[Picture] | None = None, max_new_tokens: int = 128) -> None:
+    def __init__(self, vlm: VLM, model_name: str, images: list[ChatImage] | None = None, max_new_tokens: int = 128) -> None:
         self.vlm = vlm
         self.model_name = model_name
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
-        self._opening = tuple(pictures or ())
+        self._opening = tuple(images or ())
         self._waiting = list(self._opening)
 
     @property
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[ChatImage]:
         """Every image of the conversation in the order shown, those of the next question last."""
-        return [picture for turn in self.turns for picture in turn.pictures] + self._waiting
+        return [image for turn in self.turns for image in turn.images] + self._waiting
 
-    def add_picture(self, picture: Picture) -> None:
+    def add_image(self, image: ChatImage) -> None:
         """Show an image with the next question."""
-        self._waiting.append(picture)
+        self._waiting.append(image)
 
     def reset(self) -> None:
         """Back to the start: no question, no answer, and only the opening images."""
@@ -125,7 +125,7 @@ class Conversation:
         """The turns so far, in the form that `VLM.stream` takes."""
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
-            messages.append(_user_message(turn.pictures, turn.question))
+            messages.append(_user_message(turn.images, turn.question))
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.answer}]})
         return messages
 
@@ -142,10 +142,10 @@ class Conversation:
         question = question.strip()
         if not question:
             raise UserError("the question is empty; ask something about the image")
-        pictures = tuple(self._waiting)
+        images = tuple(self._waiting)
         stopped = False
         said = ""
-        stream = self.vlm.stream([*self.messages(), _user_message(pictures, question)], max_new_tokens=self.max_new_tokens)
+        stream = self.vlm.stream([*self.messages(), _user_message(images, question)], max_new_tokens=self.max_new_tokens)
         try:
             for piece in stream:
                 piece = piece if said else piece.lstrip()
@@ -157,17 +157,17 @@ class Conversation:
         finally:
             stream.close()
         timings = stream.timings
-        decode_ms = sum(picture.decode_ms for picture in pictures)
+        decode_ms = sum(image.decode_ms for image in images)
         milliseconds = (decode_ms, timings.tower_ms, timings.prefill_ms, decode_ms + timings.first_token_ms)
         answer = Answer(
             answer=said.rstrip(),
-            image_tokens=len(self.pictures) * self.vlm.tokens_per_image,
+            image_tokens=len(self.images) * self.vlm.tokens_per_image,
             answer_tokens=timings.answer_tokens,
             ms=AnswerTimes(*(round(number, 2) for number in milliseconds)),
             tokens_per_second=round(timings.tokens_per_second, 2),
             stopped=stopped,
         )
-        self.turns.append(Turn(pictures, question, answer))
+        self.turns.append(Turn(images, question, answer))
         self._waiting.clear()
         return answer
 
@@ -191,19 +191,19 @@ class Conversation:
             raise UserError(f"{shown}: cannot write here ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _user_message(pictures: tuple[Picture, ...], question: str) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": picture.image} for picture in pictures]
+def _user_message(images: tuple[ChatImage, ...], question: str) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": image.image} for image in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
-def _relative(picture: Picture, folder: Path) -> str:
-    return Path(os.path.relpath(picture.path, folder)).as_posix()
+def _relative(image: ChatImage, folder: Path) -> str:
+    return Path(os.path.relpath(image.path, folder)).as_posix()
 
 
 def _to_json(conversation: Conversation, folder: Path) -> str:
     messages: list[dict[str, Any]] = []
     for turn in conversation.turns:
-        shown = [{"type": "image", "image": _relative(picture, folder)} for picture in turn.pictures]
+        shown = [{"type": "image", "image": _relative(image, folder)} for image in turn.images]
         messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]})
         cost = asdict(turn.answer)
         text = cost.pop("answer")
@@ -215,7 +215,7 @@ def _to_json(conversation: Conversation, folder: Path) -> str:
 def _to_markdown(conversation: Conversation, folder: Path) -> str:
     parts = [f"# Conversation with {conversation.model_name}"]
     for turn in conversation.turns:
-        parts += [f"![{picture.path.name}](<{_relative(picture, folder)}>)" for picture in turn.pictures]
+        parts += [f"![{image.path.name}](<{_relative(image, folder)}>)" for image in turn.images]
         parts.append(f"**You:** {turn.question}")
         parts.append(f"**{conversation.model_name}:** {turn.answer.answer}" + (" *(stopped)*" if turn.answer.stopped else ""))
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""`VLM`: a tower, a projector and an LLM that answers about images.
+"""`VLM`: a tower, a projector and an LLM that answers questions about images.
 
 Shape legend: B images, M tokens of the tower, N tokens an image in the LLM (M unless a projector reduces them), d width of the tower, D
 width of the LLM.

@@ -214,16 +214,16 @@ class Renderer:
         """Every image token N times."""
         return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.tokens_per_image)
 
-    def check_count(self, ids: Sequence[int], pictures: int, sample: str) -> None:
+    def check_count(self, ids: Sequence[int], images: int, sample: str) -> None:
         """Make sure that a sample has N placeholders an image.
 
         Raises:
             UserError: naming the sample and both counts.
         """
         found = sum(token == self.image_id for token in ids)
-        expected = pictures * self.tokens_per_image
+        expected = images * self.tokens_per_image
         if found != expected:
-            raise UserError(f"{sample}: {found} image placeholders, but {pictures} images give {expected} tokens")
+            raise UserError(f"{sample}: {found} image placeholders, but {images} images give {expected} tokens")
 
     @cached_property
     def keeps_history(self) -> bool:
@@ -269,8 +269,8 @@ class Renderer:
             stop = ids.index(end, start) + 1
             supervised[start:stop] = [True] * (stop - start)
         contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
-        pictures = sum(part["type"] == "image" for content in contents for part in content)
-        self.check_count(ids, pictures, sample)
+        images = sum(part["type"] == "image" for content in contents for part in content)
+        self.check_count(ids, images, sample)
         return Rendered(tuple(ids), tuple(supervised))
 
     def _refuse_control(self, conversation: Sequence[Message], ends: set[str], sample: str) -> None:
@@ -280,7 +280,7 @@ class Renderer:
             if found is None:
                 continue
             whose = f"the assistant's turn {turn}" if message["role"] == "assistant" else f"a {message['role']} message"
-            why = "stands for a picture" if found[0] == IMAGE_TOKEN else "ends a turn" if found[0] in ends else "is a control token"
+            why = "stands for an image" if found[0] == IMAGE_TOKEN else "ends a turn" if found[0] in ends else "is a control token"
             raise UserError(f"{sample}: {whose} contains the text {found[0]!r}, which {why}; leave it out")
 
     def renderings(self, conversation: Sequence[Message], sample: str = "conversation") -> list[Rendered]:
@@ -372,9 +372,9 @@ def images_of(conversation: Sequence[Message]) -> list[Image.Image]:
     return [part["image"] for content in contents for part in content if part["type"] == "image"]
 
 
-def user(text: str, pictures: int = 0) -> Message:
+def user(text: str, images: int = 0) -> Message:
     """A user's message with so many images before the text."""
-    return {"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
 
 
 def assistant(text: str) -> Message:

@@ -36,7 +36,7 @@ class _Grown:
 
     tree: TokenTree
     owners: tuple[tuple[int, int], ...]
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def score(vlm: VLM, conversations: Sequence[Sequence[Message]], answers: Sequenc
     for start in range(0, len(grown), batch_size):
         chosen = grown[start : start + batch_size]
         batch = collate([one.tree for one in chosen], vlm.tokenizer.pad_token_id).to(vlm.model.device)
-        values = target_log_probs(vlm.model, batch, _look(vlm, [image for one in chosen for image in one.pictures], features))
+        values = target_log_probs(vlm.model, batch, _encode(vlm, [image for one in chosen for image in one.images], features))
         for value, (tree, sequence) in zip(values.tolist(), batch.target_owners.tolist(), strict=True):
             found.setdefault(chosen[tree].owners[sequence], []).append(value)
     return [
@@ -61,7 +61,7 @@ def score(vlm: VLM, conversations: Sequence[Sequence[Message]], answers: Sequenc
     ]
 
 
-def _look(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -> Tensor | None:
+def _encode(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -> Tensor | None:
     """Features of images, each looked at once."""
     if not images:
         return None
@@ -73,8 +73,8 @@ def _look(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -> 
 
 def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[str]]) -> Iterator[_Grown]:
     """Trees of conversations about the same images."""
-    pictures = tuple(images_of(conversations[group[0]]))
-    expected = len(pictures) * vlm.tokens_per_image
+    images = tuple(images_of(conversations[group[0]]))
+    expected = len(images) * vlm.tokens_per_image
     sequences: list[Rendered] = []
     owners: list[tuple[int, int]] = []
     tree: TokenTree | None = None
@@ -86,13 +86,13 @@ def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Messa
         # images that stand behind different words are not shared, and would be in the tree twice
         apart = sum(token == vlm.renderer.image_id for token in grown.ids) != expected
         if tree is not None and (apart or len(grown) > TREE_TOKENS):
-            yield _Grown(tree, tuple(owners), pictures)
+            yield _Grown(tree, tuple(owners), images)
             sequences, owners, grown = [], [], merge(new)
         sequences += new
         owners += [(i, k) for k in range(len(new))]
         tree = grown
     if tree is not None:
-        yield _Grown(tree, tuple(owners), pictures)
+        yield _Grown(tree, tuple(owners), images)
 
 
 def _candidate(vlm: VLM, conversation: Sequence[Message], answer: str, name: str) -> Rendered:

@@ -302,13 +302,15 @@ def test_cells_are_averaged_from_patches_that_another_run_kept(teacher: Teacher,
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from types import SimpleNamespace
 
-    from sparse_vlm.train.run import MarkWhole, latest_checkpoint
+    from sparse_vlm.train.run import MarkComplete, latest_checkpoint
 
     for step in (100, 20, 200):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(range(step)))
-        MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+        MarkComplete().on_save(
+            SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=step, is_world_process_zero=True), None
+        )
     for step in (30, 300):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-200"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_fakes import FakeVLM, asked, photos_of, write_tar
+from eval_fakes import FakeVLM, asked, evaluate, photos_of, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_vlm import save_llm, save_tower
@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparse_vlm import SparseFormer
 from sparse_vlm.data.conversations import MIXTURES, examples_of_photos
 from sparse_vlm.errors import UserError, naming
-from sparse_vlm.eval import run
 from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.teachers import load_teacher
 from sparse_vlm.utils.files import locked
@@ -210,7 +209,7 @@ def test_questions_of_another_form_are_named(tmp_path, monkeypatch, task, change
     monkeypatch.setattr("sparse_vlm.vlm.VLM.from_pretrained", lambda name, device, num_tokens: FakeVLM())
     monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
     with pytest.raises(UserError, match=f"coco_vqa.tar: .*{what}"):
-        run.evaluate(["m"], [task], tmp_path, controls=["none"])
+        evaluate(["m"], [task], tmp_path, controls=["none"])
 
 
 # ---- what killed runs leave

@@ -42,7 +42,7 @@ GET_RECIPE, CHANGED, RECIPE = (
     "sparse_vlm.distill.recipes:changed",
     "sparse_vlm.distill.recipes:Recipe",
 )
-PUBLISHED_TOWERS = "sparse_vlm.tower.config:PUBLISHED"
+PUBLISHED_TOWERS = "sparse_vlm.tower.released:PUBLISHED"
 TABLES = {  # what can be chosen by name, and what of each entry is pinned beside the name
     "recipe": ("sparse_vlm.distill.recipes:RECIPES", lambda recipe: numbers_of(recipe)),
     "eval task": ("sparse_vlm.eval.tasks:TASKS", lambda task: " ".join(task.files)),

@@ -53,7 +53,7 @@ def alone(tower: SparseFormer, one: Photo | Image.Image) -> torch.Tensor:
 
 def test_a_learning_tower_is_given_images_of_many_shapes_at_once(folder: str, photos: list[Photo], tmp_path: Path) -> None:
     from sparse_vlm.data.samples import Sample
-    from sparse_vlm.train.loss_module import Collator, LiveImages, LossModule, Samples
+    from sparse_vlm.train.loss_module import Collator, LiveImages, LossModule
     from sparse_vlm.vlm.prompts import assistant, user
     from sparse_vlm.vlm.tree import merge
 
@@ -61,19 +61,18 @@ def test_a_learning_tower_is_given_images_of_many_shapes_at_once(folder: str, ph
     stir(vlm, 0.1)
     vlm.tower.requires_grad_(True)
     said = merge([vlm.renderer.render([user("What?", 1), assistant("This.")])])
-    samples = [Sample(f"sample {i}", (i,), said) for i in range(len(photos))]
-    shown = Samples(samples, LiveImages(vlm.tower.config, photos))
-    batch = Collator(vlm)([shown[i] for i in range(len(photos))])
-    assert isinstance(batch["pictures"], Inputs)
-    assert batch["pictures"].image_sizes.tolist() == [[60, 90], [96, 40], [10, 96]]
+    images = LiveImages(vlm.tower.config, photos)
+    batch = Collator(vlm)([Sample(f"sample {i}", (i,), said, (images[i],)) for i in range(len(photos))])
+    assert isinstance(batch["images"], Inputs)
+    assert batch["images"].image_sizes.tolist() == [[60, 90], [96, 40], [10, 96]]
     learner = LossModule(vlm)
     with torch.no_grad():
-        for features, one in zip(learner.features(batch["pictures"]), photos, strict=True):
+        for features, one in zip(learner.features(batch["images"]), photos, strict=True):
             torch.testing.assert_close(features, vlm.image_features([one.load()])[0], atol=1e-4, rtol=1e-4)
-    learner(batch["trees"], batch["pictures"].to("cpu"), batch["chains"])["loss"].backward()
+    learner(batch["trees"], batch["images"].to("cpu"), batch["chains"])["loss"].backward()
     assert vlm.tower.glance.patch_embed.weight.grad.abs().max() > 0
-    text = Collator(vlm)([(Sample("text", (), merge([vlm.renderer.render([user("Hello?"), assistant("Yes.")])])), [])])
-    assert text["pictures"] is None and learner(text["trees"], None, text["chains"])["loss"].isfinite()
+    text = Collator(vlm)([Sample("text", (), merge([vlm.renderer.render([user("Hello?"), assistant("Yes.")])]))])
+    assert text["images"] is None and learner(text["trees"], None, text["chains"])["loss"].isfinite()
 
 
 def test_kept_tokens_are_those_of_whole_images(tower: SparseFormer, photos: list[Photo], tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_towers_are_measured_on_whole_photos_and_on_squares_for_comparison(folde
     assert inputs.image_sizes.tolist() == [[60, 90], [96, 40], [10, 96]]
     with torch.no_grad():
         expected = tower(inputs.pixels.float(), image_sizes=inputs.image_sizes).image_embeds
-    assert torch.nn.functional.cosine_similarity(whole.answer(inputs), expected).min() > 0.99
+    assert torch.nn.functional.cosine_similarity(whole.encode(inputs), expected).min() > 0.99
     assert square.name == f"{folder}, crop" and square.pixels(photos).image_sizes is None
     with pytest.raises(UserError, match="sees centre squares as it is"):
         tower_embedder(save_tower(tmp_path / "crop"), "crop")
@@ -115,7 +114,7 @@ def test_the_benchmark_gives_a_tower_of_whole_images_its_whole_canvas(folder: st
     inputs = vision.pixels([photo(90, 60)])
     assert inputs.pixels.shape == (1, 3, 96, 96) and inputs.image_sizes.tolist() == [[60, 90]]
     assert vision.prepared == prepared_as(96, "whole") != prepared_as(96, "crop") == "96"
-    torch.testing.assert_close(vision.see(inputs), alone(vision.module, photo(90, 60))[None, -7:], **CLOSE)
+    torch.testing.assert_close(vision.encode(inputs), alone(vision.module, photo(90, 60))[None, -7:], **CLOSE)
 
 
 def test_look_shows_cells_on_the_whole_photo(tower: SparseFormer) -> None:
@@ -180,12 +179,12 @@ def test_an_export_says_what_the_tower_says_of_whole_images(folder: str, tmp_pat
 
 
 def test_chat_decodes_no_more_than_the_tower_sees(tower: SparseFormer, tmp_path: Path) -> None:
-    from sparse_vlm.vlm.chat import Picture
+    from sparse_vlm.vlm.chat import ChatImage
 
     photo(2400, 1600).save(tmp_path / "large.jpg", quality=90)
     prepare = Preprocessor.of(tower.config)
-    shown = Picture.read(tmp_path / "large.jpg", prepare)
+    shown = ChatImage.read(tmp_path / "large.jpg", prepare)
     assert shown.size == (2400, 1600) and shown.image.size == (96, 64) and shown.decode_ms > 0
     assert prepare.scale(shown.image) is shown.image, "nothing is left to do for the model"
     with pytest.raises(UserError, match=r"gone\.jpg: no such file"):
-        Picture.read(tmp_path / "gone.jpg", prepare)
+        ChatImage.read(tmp_path / "gone.jpg", prepare)

@@ -1,198 +1,122 @@
-"""Looks, the map, cells, the focus, attention and layers of few rows on a CPU, of an inference tower, in C++.
+"""C++ CPU kernels for inference: sampling and mixing, early convolution, cells, focus, attention, small-batch linear layers.
 
 Shape legend: B images, n tokens, P points a token, C channels of the map, O points after mixing, d width of a token, H x W the map.
-
-Notable: `cpp/` is compiled by the machine's own compiler when it is first wanted, in about ten seconds, and kept where torch keeps what
-it compiles (`$TORCH_EXTENSIONS_DIR`), under a name that is a hash of the source, the compiler and the processor. Where that cannot be
-done, torch computes the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_vlm.kernels.cpu.library import TYPES, call, load
 from sparse_vlm.roi import Padding, crop_level
-from sparse_vlm.utils import files
 
-FOLDER = Path(__file__).with_name("cpp")
-# no -ffast-math: linked into a library, it would make the whole process round its smallest numbers to zero
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-fno-math-errno",
-         "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math")  # fmt: skip
-TIMEOUT_S = 180  # of the compiler, on a busy machine
 PADDING = 16  # as in vectors.h
 PANEL = 32  # as in linear.h
-FEW_TOKENS = 128  # that attention is faster for than torch's
-MOST_TOKENS = 1025  # the same, with AVX-512 (in bfloat16 with pairs); more were not measured
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# what the functions take: addresses, longs, ints and floats; the threads come last
-ARGUMENTS = {
-    "linear": "aaafaaafiiiiaa",
-    "attend": "aaiiiiia",
-    "attention": "aaafaaaaaiiiiiaa",
-    "feed": "aaafaaiaafiiiaa",
-    "convolve": "aaafiiiia",
-    "points": "alaaafiiiia",
-    "positions": "aaaaflial",
-    "adjust": "alaaiiia",
-    "mix": "aaiaiaaiiiiiiiial",
-    "cut": "aaaiiiiiia",
-    "average": "aaiiiia",
-    "predict": "aaafiiiiiiiia",
-    "place": "aafiiiiia",
-}
-_KINDS = {"a": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+MAX_TOKENS = 128  # up to which this attention is faster than torch's
+MAX_TOKENS_AVX512 = 1025  # the same with AVX-512 (bfloat16: AVX-512 BF16); more tokens were not measured
 
 
-def usable(dtype: torch.dtype, channels: int) -> bool:
-    """Whether the functions below take tokens of this dtype and a map of so many channels; compiles them when first asked."""
-    return dtype in TYPES and channels % PADDING == 0 and _library() is not None
+def is_supported(dtype: torch.dtype, channels: int) -> bool:
+    """Whether the kernels support tokens of this dtype and a map of C channels; compiles them at the first call."""
+    return dtype in TYPES and channels % PADDING == 0 and load() is not None
 
 
 @functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `Linear` is for this processor and dtype: for AVX-512, and in bfloat16 where that multiplies it and no AMX does."""
-    return dtype in TYPES and _library() is not None and bool(getattr(_library(), f"multiplies_{TYPES[dtype]}")())
+def linear_is_supported(dtype: torch.dtype) -> bool:
+    """Whether `Linear` supports this CPU and dtype: AVX-512 for float32; AVX-512 BF16 without AMX for bfloat16."""
+    return dtype in TYPES and load() is not None and bool(getattr(load(), f"linear_is_supported_{TYPES[dtype]}")())
 
 
-def attends(qkv: Tensor, heads: int) -> bool:
-    """Whether `attend` takes queries, keys and values (B, N, 3 d), and is faster than torch."""
-    return _attends(qkv.dtype, qkv.shape[1], qkv.shape[2] // 3 // heads)
+def attention_is_supported(qkv: Tensor, heads: int) -> bool:
+    """Whether `attention` supports queries, keys and values (B, N, 3 d) and is faster than torch."""
+    return _attention_is_supported(qkv.dtype, qkv.shape[1], qkv.shape[2] // 3 // heads)
 
 
-def _attends(dtype: torch.dtype, tokens: int, size: int) -> bool:
-    return tokens <= (MOST_TOKENS if multiplies(dtype) else FEW_TOKENS) and size % PADDING == 0
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled source; None where there is no compiler that takes it, or what it makes cannot be kept or loaded."""
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    if compiler is None or platform.system() != "Linux":
-        return None
-    # torch's own OpenMP first, so that both share one set of threads instead of waiting for each other's
-    runtime = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    command = [compiler, *FLAGS, *map(str, [*sorted(FOLDER.glob("*.cpp")), *runtime])]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT_S).stdout
-        made_of = b"\0".join([*(path.read_bytes() for path in sorted(FOLDER.iterdir())), version, " ".join(command).encode(), _processor()])
-        path = _folder() / f"towers-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.atomic_path(path) as part:
-                subprocess.run([*command, "-o", str(part)], capture_output=True, check=True, timeout=TIMEOUT_S)
-        return _declared(ctypes.CDLL(str(path)))
-    return None
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, letters in ARGUMENTS.items():
-        for kind in TYPES.values():
-            function = getattr(library, f"{name}_{kind}", None)
-            if function is None:  # for other CPUs
-                continue
-            function.argtypes, function.restype = [*(_KINDS[letter] for letter in letters), ctypes.c_int], None
-    return library
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser() / "sparse_vlm"
-
-
-def _processor() -> bytes:
-    """What tells one processor's instructions from another's: machines may share a home."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU part"))}))
+def _attention_is_supported(dtype: torch.dtype, tokens: int, size: int) -> bool:
+    return tokens <= (MAX_TOKENS_AVX512 if linear_is_supported(dtype) else MAX_TOKENS) and size % PADDING == 0
 
 
 class Convolution:
-    """An early convolution, pooling, ReLU and norm.
+    """The early convolution with pooling, ReLU and norm.
 
     Args:
-        plain: 7 x 7, stride 2, of 3 to C channels.
-        eps: of the norm over C.
+        convolution: 7 x 7, stride 2, from 3 to C channels.
+        eps: of the norm over the C channels.
     """
 
-    def __init__(self, plain: nn.Conv2d, eps: float) -> None:
-        # a line of the window as numbers that lie beside each other, and one more, so that they are pairs
-        weight = plain.weight.detach().permute(2, 3, 1, 0).flatten(1, 2)  # (7, 21, C)
-        self.weight, self.bias, self.eps = F.pad(weight, (0, 0, 0, 1)).contiguous(), _numbers(plain.bias), eps
+    def __init__(self, convolution: nn.Conv2d, eps: float) -> None:
+        # each row of the window is contiguous, padded to an even length for bfloat16 pairs
+        weight = convolution.weight.detach().permute(2, 3, 1, 0).flatten(1, 2)  # (7, 21, C)
+        self.weight, self.bias, self.eps = F.pad(weight, (0, 0, 0, 1)).contiguous(), _float32(convolution.bias), eps
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, h, w) to the map (B, C, ceil(ceil(h / 2) / 2), ceil(ceil(w / 2) / 2)), which lies channels last in memory.
+        """(B, 3, h, w) to the map (B, C, ceil(ceil(h / 2) / 2), ceil(ceil(w / 2) / 2)), channels last in memory.
 
         Raises:
-            RuntimeError: another dtype than the weight's.
+            RuntimeError: the dtype differs from the weight's.
         """
-        _same(pixels.dtype, self.weight.dtype)
+        _check_dtype(pixels.dtype, self.weight.dtype)
         batch, _, height, width = pixels.shape
         channels = self.weight.shape[2]
         out = torch.empty(batch, -(-height // 4), -(-width // 4), channels, dtype=pixels.dtype)
         given = pixels.contiguous(), self.weight, self.bias, self.eps
-        _call("convolve", pixels.dtype, *given, batch, height, width, channels, out)
+        call("convolve", pixels.dtype, *given, batch, height, width, channels, out)
         return out.permute(0, 3, 1, 2)
 
 
 class Focus:
-    """Where tokens begin, of `plain.stem` to `plain.head` as `sparse_vlm.tower.focus.Focus` has them, and the cells.
+    """The network of a `sparse_vlm.tower.focus.Focus`.
 
     Args:
-        plain: its channels are multiples of 16 (see `takes`).
+        focus: supported (see `is_supported`).
     """
 
-    def __init__(self, plain: nn.Module) -> None:
-        layers = [*plain.stem, *plain.body, plain.coarse]
-        self.size, self.eps, self.channels = plain.config.size, plain.norm.eps, plain.config.channels
-        # each line of a window as numbers that lie beside each other
-        self.weight = torch.cat([_numbers(layer.weight.permute(2, 3, 1, 0)).flatten() for layer in layers])
+    def __init__(self, focus: nn.Module) -> None:
+        layers = [*focus.stem, *focus.body, focus.coarse]
+        self.size, self.eps, self.channels = focus.config.size, focus.norm.eps, focus.config.channels
+        # each row of a window is contiguous
+        self.weight = torch.cat([_float32(layer.weight.permute(2, 3, 1, 0)).flatten() for layer in layers])
         parts = [
-            *(layer.bias for layer in plain.stem), plain.norm.weight, plain.norm.bias, *(layer.bias for layer in plain.body),
-            plain.context.bias, plain.context.weight.mT, plain.coarse.bias, plain.head.weight, plain.head.bias,
+            *(layer.bias for layer in focus.stem), focus.norm.weight, focus.norm.bias, *(layer.bias for layer in focus.body),
+            focus.context.bias, focus.context.weight.mT, focus.coarse.bias, focus.head.weight, focus.head.bias,
         ]  # fmt: skip
-        self.numbers, self.scales = torch.cat([_numbers(part).flatten() for part in parts]), len(plain.head.bias)
+        self.numbers, self.scales = torch.cat([_float32(part).flatten() for part in parts]), len(focus.head.bias)
 
     @staticmethod
-    def takes(plain: nn.Module) -> bool:
-        """Whether its shapes are those of the functions."""
-        return all(channels % PADDING == 0 for channels in plain.config.channels)
+    def is_supported(focus: nn.Module) -> bool:
+        """Whether all channel counts are multiples of 16."""
+        return all(channels % PADDING == 0 for channels in focus.config.channels)
 
     def predict(self, pixels: Tensor, boxes: Tensor, extent: Tensor | None, side: int) -> Tensor:
-        """Images (B, 3, H, W), and boxes (B, 1, 4) in them, to maps (B, S, side, side) float32."""
-        thumbnails = cut(pixels, boxes, self.size, extent).float()
+        """Images (B, 3, H, W) and one box in each (B, 1, 4) to maps (B, S, side, side) float32."""
+        thumbnails = crop_rois(pixels, boxes, self.size, extent).float()
         out = torch.empty(len(pixels), self.scales, side, side)
         given = thumbnails, self.weight, self.numbers, self.eps
-        _call("predict", torch.float32, *given, len(pixels), self.size, *self.channels, side, self.scales, out)
+        call("focus", torch.float32, *given, len(pixels), self.size, *self.channels, side, self.scales, out)
         return out
 
 
-def place(maps: Tensor, aspects: Tensor, num_tokens: int, coarse: int, evenness: float) -> Tensor:
-    """As `Focus.place`: maps (B, S, M, M) and aspects (B,) to (B, n, 4), of a grid of `coarse` cells that is split."""
+def place_cells(maps: Tensor, aspects: Tensor, num_tokens: int, coarse: int, evenness: float) -> Tensor:
+    """`sparse_vlm.tower.focus.Focus.place`: maps (B, S, M, M), aspects (B,) to cells (B, n, 4), splits of a grid of `coarse` cells."""
     batch, scales, side = maps.shape[:3]
     out = torch.empty(batch, num_tokens, 4)
-    _call("place", torch.float32, _numbers(maps), _numbers(aspects), evenness, batch, num_tokens, coarse, side, scales, out)
+    call("place_cells", torch.float32, _float32(maps), _float32(aspects), evenness, batch, num_tokens, coarse, side, scales, out)
     return out
 
 
 class Linear:
-    """A linear layer, best at few rows.
+    """A linear layer for few rows.
 
     Args:
-        weight, bias: (outer, inner) and (outer), which are left as they are; inner is even.
+        weight, bias: (outer, inner) and (outer), not modified; inner is even.
         activation: a key of `ACTIVATIONS`.
-        norm: of the input, if it is to be normalised before.
+        norm: applied to the input before the layer.
     """
 
     ACTIVATIONS: ClassVar[dict[str | None, int]] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
@@ -201,34 +125,34 @@ class Linear:
         self.dtype, self.outer, self.inner = weight.dtype, *weight.shape
         panels = -(-self.outer // PANEL)
         padded = F.pad(weight.detach(), (0, 0, 0, panels * PANEL - self.outer))
-        together = 2 if weight.dtype == torch.bfloat16 else 1  # numbers that are multiplied at once
+        together = 2 if weight.dtype == torch.bfloat16 else 1  # bfloat16 is multiplied in pairs
         self.weight = padded.view(panels, PANEL, self.inner // together, together).transpose(1, 2).contiguous()
         self.bias = torch.zeros(panels * PANEL)
         if bias is not None:
             self.bias[: self.outer] = bias.detach().float()
         self.activation = self.ACTIVATIONS[activation]
-        self.norm = (None, None, 0.0) if norm is None else _affine(norm)
+        self.norm = (None, None, 0.0) if norm is None else _norm_arguments(norm)
 
-    def __call__(self, x: Tensor, onto: Tensor | None = None, factor: float = 1.0) -> Tensor:
-        """(..., inner) to (..., outer), times `factor` and added onto that where it is given.
+    def __call__(self, x: Tensor, residual: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """(..., inner) to (..., outer); with a residual, residual + factor * output.
 
         Raises:
-            RuntimeError: another dtype than the weight's.
+            RuntimeError: the dtype differs from the weight's.
         """
-        _same(x.dtype, self.dtype)
+        _check_dtype(x.dtype, self.dtype)
         out = torch.empty(*x.shape[:-1], self.outer, dtype=x.dtype)
         x, rows = x.contiguous(), x.numel() // self.inner
-        if onto is not None:
-            _same(onto.dtype, self.dtype)
-            onto = onto.expand_as(out).contiguous()
-        room = None if self.norm[0] is None else torch.empty_like(x)
-        layer = self.weight, self.bias, onto, factor, self.activation
-        _call("linear", x.dtype, x, *self.norm, *layer, rows, self.inner, self.outer, room, out)
+        if residual is not None:
+            _check_dtype(residual.dtype, self.dtype)
+            residual = residual.expand_as(out).contiguous()
+        scratch = None if self.norm[0] is None else torch.empty_like(x)
+        layer = self.weight, self.bias, residual, factor, self.activation
+        call("linear", x.dtype, x, *self.norm, *layer, rows, self.inner, self.outer, scratch, out)
         return out
 
 
 class Points:
-    """Where tokens look, as `Unit.points`.
+    """Sampling points of tokens, as `sparse_vlm.tower.layers.Unit.points`.
 
     Args:
         norm: of tokens (d); its affine part is folded into the layer.
@@ -247,59 +171,59 @@ class Points:
         """Latents (B, n, d) and RoIs (B or 1, n, 4) to points (B, n, P, 2)."""
         batch, n, width = latents.shape
         out = torch.empty(batch, n, self.count, 2)
-        latents, picture = _rows(latents)
-        rois = _numbers(rois.expand(batch, n, 4))
-        _call("points", latents.dtype, latents, picture, rois, self.weight, self.bias, self.eps, batch, n, width, self.count, out)
+        latents, image_stride = _contiguous_rows(latents)
+        rois = _float32(rois.expand(batch, n, 4))
+        call("points", latents.dtype, latents, image_stride, rois, self.weight, self.bias, self.eps, batch, n, width, self.count, out)
         return out
 
 
 class Positions:
-    """What RoIs say of themselves, normalised.
+    """Position encodings of RoIs, normalised.
 
     Args:
-        norm: of positions (d).
-        frequencies: (d / 4), as `encode_rois` has them.
+        norm: of the encodings (d).
+        frequencies: (d / 4), as `roi.encoding_frequencies` returns them.
     """
 
     def __init__(self, norm: nn.LayerNorm, frequencies: Tensor) -> None:
-        self.gain, self.shift, self.eps, self.frequencies = _numbers(norm.weight), _numbers(norm.bias), norm.eps, frequencies
+        self.gain, self.shift, self.eps, self.frequencies = _float32(norm.weight), _float32(norm.bias), norm.eps, frequencies
 
     def __call__(self, rois: Tensor, out: Tensor) -> None:
-        """(B, n, 4) into the last d numbers of each row of `out` (B, n, at least d), which lies whole in memory."""
-        batch, n, apart = out.shape
+        """Encode RoIs (B, n, 4) into the last d columns of `out`, contiguous (B, n, at least d)."""
+        batch, n, stride = out.shape
         width = len(self.gain)
-        given = _numbers(rois.expand(batch, n, 4)), self.frequencies, self.gain, self.shift, self.eps, batch * n, width
-        _call("positions", out.dtype, *given, out[..., -width:], apart)
+        given = _float32(rois.expand(batch, n, 4)), self.frequencies, self.gain, self.shift, self.eps, batch * n, width
+        call("positions", out.dtype, *given, out[..., -width:], stride)
 
 
-class _Half:
-    """Half of a transformer's block: tokens (B, N, d), and what becomes of their norm, as one call.
+class _Block:
+    """A pre-norm residual block of two linear layers, x + f(norm(x)), as one call; x is (B, N, d).
 
     Args:
-        norm: of tokens, of any dtype.
-        first, last: linear layers, the last one's output as wide as the first one's input.
+        norm: of the tokens, of any dtype.
+        first, last: linear layers; the last output is as wide as the first input.
 
     Raises:
-        RuntimeError: when called with another dtype than the layers'.
+        RuntimeError: when called with a dtype that differs from the layers'.
     """
 
     def __init__(self, norm: nn.LayerNorm, first: Linear, last: Linear) -> None:
-        self.norm, self.first, self.last = _affine(norm), first, last
+        self.norm, self.first, self.last = _norm_arguments(norm), first, last
 
-    def _compute(self, name: str, x: Tensor, room: int, *given: Tensor | float) -> Tensor:
-        """A function of x (B, N, d), into a new one; `room` numbers a token are needed on the way."""
-        _same(x.dtype, self.first.dtype)
+    def _compute(self, name: str, x: Tensor, scratch: int, *given: Tensor | float) -> Tensor:
+        """Call the C++ function `name` on x (B, N, d) with `scratch` numbers of working memory a token."""
+        _check_dtype(x.dtype, self.first.dtype)
         x = x.contiguous()
-        out, between = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1] * room, dtype=x.dtype)
-        _call(name, x.dtype, x, *self.norm, *given, between, out)
+        out, buffer = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1] * scratch, dtype=x.dtype)
+        call(name, x.dtype, x, *self.norm, *given, buffer, out)
         return out
 
 
-class Attention(_Half):
-    """Attention, its norm, and what it adds onto, of a layer that makes queries, which are scaled, keys and values, and another.
+class Attention(_Block):
+    """The attention block: norm, queries (scaled by the layer), keys and values, attention, output projection, residual addition.
 
     Args:
-        heads: each a multiple of 16 wide.
+        heads: of a size that is a multiple of 16.
     """
 
     def __init__(self, norm: nn.LayerNorm, qkv: Linear, proj: Linear, heads: int) -> None:
@@ -307,20 +231,20 @@ class Attention(_Half):
         self.heads, self.size = heads, proj.inner // heads
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, d) to the same, with what they attend to; `bias` (B, n) is added to the scores of the last n keys."""
+        """(B, N, d) to (B, N, d); `bias` (B, n) is added to the scores of the last n keys."""
         layers = self.first.weight, self.first.bias, self.last.weight, self.last.bias
-        return self._compute("attention", x, 4 * x.shape[2], *layers, *_of_keys(bias), *x.shape[:2], self.heads, self.size)
+        return self._compute("attention_block", x, 4 * x.shape[2], *layers, *_key_bias(bias), *x.shape[:2], self.heads, self.size)
 
-    def takes(self, tokens: int) -> bool:
-        """Whether it is faster than torch for so many."""
-        return _attends(self.first.dtype, tokens, self.size)
+    def is_supported(self, tokens: int) -> bool:
+        """Whether this is faster than torch for so many tokens."""
+        return _attention_is_supported(self.first.dtype, tokens, self.size)
 
 
-class Feed(_Half):
-    """An MLP, its norm, and what it adds onto.
+class Mlp(_Block):
+    """The MLP block: norm, two layers, residual addition.
 
     Args:
-        factor: what its output is multiplied with.
+        factor: of the output before the addition.
     """
 
     def __init__(self, norm: nn.LayerNorm, fc1: Linear, fc2: Linear, factor: float) -> None:
@@ -328,54 +252,55 @@ class Feed(_Half):
         self.factor = factor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, d) to the same, with what the MLP makes of them."""
+        """(B, N, d) to (B, N, d)."""
         first, last = self.first, self.last
+        rows, scratch = x.shape[0] * x.shape[1], x.shape[2] + first.outer
         layers = first.weight, first.bias, first.activation, last.weight, last.bias
-        return self._compute("feed", x, x.shape[2] + first.outer, *layers, self.factor, x.shape[0] * x.shape[1], first.inner, first.outer)
+        return self._compute("mlp_block", x, scratch, *layers, self.factor, rows, first.inner, first.outer)
 
 
-def cut(pixels: Tensor, rois: Tensor, size: int, extent: Tensor | None = None) -> Tensor:
-    """As `crop_rois`, of images of three colours: (B, 3, H, W) and RoIs (B, n, 4) to (B, n, 3, size, size)."""
+def crop_rois(pixels: Tensor, rois: Tensor, size: int, extent: Tensor | None = None) -> Tensor:
+    """`sparse_vlm.roi.crop_rois` for three channels: (B, 3, H, W) and RoIs (B, n, 4) to (B, n, 3, size, size)."""
     (batch, _, height, width), n = pixels.shape, rois.shape[1]
     out = torch.empty(batch, n, 3, size, size, dtype=pixels.dtype)
     whole = torch.tensor([[width, height]], dtype=torch.float32)
     whole = (whole.expand(batch, 2) if extent is None else (whole * extent).round()).contiguous()
     levels = crop_level(height, width, size)
-    _call("cut", pixels.dtype, pixels.contiguous(), _numbers(rois), whole, batch, n, height, width, size, levels, out)
+    call("crop_rois", pixels.dtype, pixels.contiguous(), _float32(rois), whole, batch, n, height, width, size, levels, out)
     return out
 
 
-def average(rois: Tensor, positions: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
-    """The mean of positions (G * G, d), float32, in RoIs (B, n, 4), as `roi_average_weights` weighs them: (B, n, d)."""
+def average_positions(rois: Tensor, positions: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+    """Average position embeddings (G * G, d) float32 over RoIs (B, n, 4) with `roi_average_weights`: (B, n, d)."""
     (count, width), n = positions.shape, rois.shape[:-1].numel()
     out = torch.empty(*rois.shape[:-1], width, dtype=dtype)
-    _call("average", dtype, _numbers(rois), positions, n, math.isqrt(count), samples, width, out)
+    call("average_positions", dtype, _float32(rois), positions, n, math.isqrt(count), samples, width, out)
     return out
 
 
-def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """Queries, which are scaled, keys and values (B, N, 3 d) to what each token attends to (B, N, d).
+def attention(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Attention without projections: scaled queries, keys and values (B, N, 3 d) to (B, N, d).
 
     Args:
-        heads: each a multiple of 16 wide.
+        heads: of a size that is a multiple of 16.
         bias: (B, n), added to the scores of the last n keys.
     """
     batch, n, width = qkv.shape
     out = torch.empty(batch, n, width // 3, dtype=qkv.dtype)
-    _call("attend", qkv.dtype, qkv.contiguous(), *_of_keys(bias), batch, n, heads, width // 3 // heads, out)
+    call("attention_core", qkv.dtype, qkv.contiguous(), *_key_bias(bias), batch, n, heads, width // 3 // heads, out)
     return out
 
 
-def adjust(hidden: Tensor, weight: Tensor, rois: Tensor) -> Tensor:
-    """RoIs (B or 1, n, 4) moved and scaled by what a layer `weight` (4, d), float32, says of hidden tokens (B, n, d), as `adjust_rois`."""
+def adjust_rois(hidden: Tensor, weight: Tensor, rois: Tensor) -> Tensor:
+    """`sparse_vlm.roi.adjust_rois` of RoIs (B or 1, n, 4) by a linear layer `weight` (4, d) float32 on hidden tokens (B, n, d)."""
     batch, n, width = hidden.shape
     out = torch.empty(batch, n, 4)
-    hidden, picture = _rows(hidden)
-    _call("adjust", hidden.dtype, hidden, picture, weight, _numbers(rois.expand(batch, n, 4)), batch, n, width, out)
+    hidden, image_stride = _contiguous_rows(hidden)
+    call("adjust_rois", hidden.dtype, hidden, image_stride, weight, _float32(rois.expand(batch, n, 4)), batch, n, width, out)
     return out
 
 
-def mix(
+def sample_and_mix(
     feature_map: Tensor,
     points: Tensor,
     generated: Tensor,
@@ -383,58 +308,52 @@ def mix(
     s_beta: Tensor | None,
     out_points: int,
     padding: Padding,
-    beside: int = 0,
+    padding_columns: int = 0,
 ) -> Tensor:
-    """Sample a map, and mix what was sampled.
+    """Sample a map at points and mix the samples with generated parameters: over channels, then over points.
 
     Args:
-        feature_map: (B, C, H, W), read as it is where it lies channels last.
+        feature_map: (B, C, H, W); not copied where it is channels last in memory.
         points: (B, n, P, 2), or (1, n, P, 2) for all images.
         generated: (B, n, C * C + O * P), or (1, n, ...) for all images.
-        m_beta, s_beta: (C,) and (O,), or None both.
-        beside: how many numbers each row has room for besides, which are not set.
+        m_beta, s_beta: (C,) and (O,), or both None.
+        padding_columns: columns appended to each row and left uninitialised.
 
     Returns:
-        (B, n, O * C + beside) in the dtype of `generated`, after the last GELU.
+        (B, n, O * C + padding_columns) in the dtype of `generated`, after the last GELU.
     """
     batch, channels, height, width = feature_map.shape
     n, count = points.shape[1:3]
-    apart = out_points * channels + beside
-    out = torch.empty(batch, n, apart, dtype=generated.dtype)
+    stride = out_points * channels + padding_columns
+    out = torch.empty(batch, n, stride, dtype=generated.dtype)
     cells = feature_map.permute(0, 2, 3, 1).to(generated.dtype).contiguous()
-    betas = (None if beta is None else _numbers(beta) for beta in (m_beta, s_beta))
-    _call(
-        "mix", generated.dtype, cells, _numbers(points), len(points) == 1, generated.contiguous(), len(generated) == 1, *betas,
-        batch, n, count, channels, out_points, height, width, padding == "border", out, apart,
+    betas = (None if beta is None else _float32(beta) for beta in (m_beta, s_beta))
+    call(
+        "sample_and_mix", generated.dtype, cells, _float32(points), len(points) == 1, generated.contiguous(), len(generated) == 1, *betas,
+        batch, n, count, channels, out_points, height, width, padding == "border", out, stride,
     )  # fmt: skip
     return out
 
 
-def _same(given: torch.dtype, expected: torch.dtype) -> None:
+def _check_dtype(given: torch.dtype, expected: torch.dtype) -> None:
     if given != expected:
         raise RuntimeError(f"expected {expected}, not {given}")
 
 
-def _numbers(given: Tensor) -> Tensor:
+def _float32(given: Tensor) -> Tensor:
     return given.detach().float().contiguous()
 
 
-def _of_keys(bias: Tensor | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if bias is None else (_numbers(bias), bias.shape[1])
+def _key_bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if bias is None else (_float32(bias), bias.shape[1])
 
 
-def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return _numbers(norm.weight), _numbers(norm.bias), norm.eps
+def _norm_arguments(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return _float32(norm.weight), _float32(norm.bias), norm.eps
 
 
-def _rows(tokens: Tensor) -> tuple[Tensor, int]:
-    """Tokens that are whole in memory, one behind the other in each image, and how far apart those of two images lie."""
+def _contiguous_rows(tokens: Tensor) -> tuple[Tensor, int]:
+    """Tokens whose rows are contiguous within each image, and the stride between two images."""
     if tokens.stride()[1:] != (tokens.shape[2], 1):
         tokens = tokens.contiguous()
     return tokens, tokens.stride(0)
-
-
-def _call(name: str, dtype: torch.dtype, *given: Tensor | float | None) -> None:
-    function = getattr(_library(), f"{name}_{TYPES[dtype]}")
-    # `given` holds the tensors until the call is over
-    function(*(each.data_ptr() if isinstance(each, Tensor) else each for each in given), torch.get_num_threads())

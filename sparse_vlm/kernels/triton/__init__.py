@@ -1,1 +1,1 @@
-"""Sampling and mixing, and the early convolution, as Triton kernels; needs triton."""
+"""Sampling and mixing, sampling alone, and the early convolution as Triton kernels; needs triton."""

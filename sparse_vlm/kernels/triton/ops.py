@@ -1,10 +1,10 @@
-"""The kernels as torch operators, so that torch.compile, CUDA graphs, checkpointing and `torch.library.opcheck` know them.
+"""The kernels as torch operators, for torch.compile, CUDA graphs, checkpointing and `torch.library.opcheck`.
 
 Shape legend: B images of h x w pixels, n tokens, P points a token, C channels, O points after mixing, G width of the hidden vector,
 J = C * C + O * P parameters a token, H x W the map.
 
-Notable: triton is imported when an operator first runs. Inputs are contiguous and of the dtypes that `dispatch` sees to: points float32,
-the map float32 or bfloat16, all else of one dtype of the two.
+Notable: triton is imported when an operator first runs. `dispatch` makes the inputs contiguous and sets their dtypes: float32 points, a map
+of float32 or bfloat16, all others of one of the two.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LOOK = (
+_SAMPLE_AND_MIX = (
     "(Tensor feature_map, Tensor points, Tensor hidden, Tensor weight, Tensor bias, Tensor? m_beta, Tensor? s_beta, int out_points, "
-    "bool border, bool save) -> (Tensor, Tensor, Tensor)"
-)
-_MIXING_BACKWARD = (
-    "(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor? m_beta, Tensor? s_beta, Tensor sampled, Tensor mixed, bool "
-    "parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool border) -> Tensor"
 )
 _SAMPLING_BACKWARD = (
     "(Tensor grad_sampled, Tensor feature_map, Tensor points, bool border, bool of_map, bool of_points) -> (Tensor, Tensor)"
 )
 
 
-@torch.library.custom_op("sparse_vlm::look", mutates_args=(), schema=_LOOK)
-def look(
+@torch.library.custom_op("sparse_vlm::sample_and_mix", mutates_args=(), schema=_SAMPLE_AND_MIX)
+def sample_and_mix(
     feature_map: Tensor,
     points: Tensor,
     hidden: Tensor,
@@ -38,28 +34,26 @@ def look(
     s_beta: Tensor | None,
     out_points: int,
     border: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One look.
+) -> Tensor:
+    """Sampling and mixing, for inference.
 
     Args:
         feature_map: (B, H, W, C).
         points: (B, n, P, 2) relative to the image.
-        hidden: (B, n, G), of which weight (J, G) and bias (J,) make the channel matrix (C, C) and the point matrix (O, P) of each token.
-        m_beta, s_beta: (C,) and (O,); both or none. With them there is a GELU between the two products.
+        hidden: (B, n, G); weight (J, G) and bias (J,) generate the channel matrix (C, C) and the point matrix (O, P) of each token from it.
+        m_beta, s_beta: (C,) and (O,), or both None. With them there is a GELU between the two products.
         out_points: O.
-        border: what lies outside the map: its border, or zeros.
-        save: whether to return what the backward pass needs.
+        border: outside the map its border is read, else zeros.
 
     Returns:
-        (B, n, O * C); what was sampled and what channel mixing made of it, each (B, n, P, C), or empty.
+        (B, n, O * C).
     """
     from sparse_vlm.kernels.triton import launch
 
-    return launch.forward(feature_map, points, hidden, weight, bias, m_beta, s_beta, out_points, border, save)
+    return launch.sample_and_mix(feature_map, points, hidden, weight, bias, m_beta, s_beta, out_points, border)
 
 
-@look.register_fake
+@sample_and_mix.register_fake
 def _(
     feature_map: Tensor,
     points: Tensor,
@@ -70,63 +64,15 @@ def _(
     s_beta: Tensor | None,
     out_points: int,
     border: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, count, _ = points.shape
-    channels = feature_map.shape[-1]
-    kept = (batch, tokens, count, channels) if save else (0,)
-    return hidden.new_empty(batch, tokens, out_points * channels), hidden.new_empty(kept), hidden.new_empty(kept)
-
-
-@torch.library.custom_op("sparse_vlm::mixing_backward", mutates_args=(), schema=_MIXING_BACKWARD)
-def mixing_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    m_beta: Tensor | None,
-    s_beta: Tensor | None,
-    sampled: Tensor,
-    mixed: Tensor,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of mixing.
-
-    Args:
-        grad: (B, n, O * C), of the result of `look`; sampled and mixed are its other results.
-        parameters: whether to make those of weight, bias and betas, which are empty otherwise.
-
-    Returns:
-        Gradients of what was sampled, hidden, weight, bias, m_beta and s_beta.
-    """
-    from sparse_vlm.kernels.triton import launch
-
-    return launch.mixing_backward(grad, hidden, weight, bias, m_beta, s_beta, sampled, mixed, parameters)
-
-
-@mixing_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    m_beta: Tensor | None,
-    s_beta: Tensor | None,
-    sampled: Tensor,
-    mixed: Tensor,
-    parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    of_parameters = [
-        torch.empty_like(each) if parameters and each is not None else hidden.new_empty(0) for each in (weight, bias, m_beta, s_beta)
-    ]
-    return torch.empty_like(sampled), torch.empty_like(hidden), *of_parameters
+) -> Tensor:
+    return hidden.new_empty(*hidden.shape[:2], out_points * feature_map.shape[-1])
 
 
 @torch.library.custom_op("sparse_vlm::sampling_backward", mutates_args=(), schema=_SAMPLING_BACKWARD)
 def sampling_backward(
     grad_sampled: Tensor, feature_map: Tensor, points: Tensor, border: bool, of_map: bool, of_points: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the feature map and of the points, each empty where it is not asked for; equal to the last bit on each run."""
+    """Gradients of the feature map and of the points, each empty where it is not requested; bitwise reproducible."""
     from sparse_vlm.kernels.triton import launch
 
     return launch.sampling_backward(grad_sampled, feature_map, points, border, of_map, of_points)
@@ -140,35 +86,11 @@ def _(grad_sampled: Tensor, feature_map: Tensor, points: Tensor, border: bool, o
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    feature_map, points, hidden, weight, bias, m_beta, s_beta, _, ctx.border, _ = inputs
-    _, sampled, mixed = output
-    ctx.mark_non_differentiable(sampled, mixed)
-    ctx.save_for_backward(feature_map, points, hidden, weight, bias, m_beta, s_beta, sampled, mixed)
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    feature_map, points, hidden, weight, bias, m_beta, s_beta, sampled, mixed = ctx.saved_tensors
-    of_map, of_points = ctx.needs_input_grad[:2]
-    parameters = any(ctx.needs_input_grad[3:7])
-    grad_sampled, grad_hidden, *grads = torch.ops.sparse_vlm.mixing_backward(
-        grad.contiguous(), hidden, weight, bias, m_beta, s_beta, sampled, mixed, parameters
-    )
-    grad_map = grad_points = None
-    if of_map or of_points:
-        grad_map, grad_points = torch.ops.sparse_vlm.sampling_backward(grad_sampled, feature_map, points, ctx.border, of_map, of_points)
-    made = [grad_map, grad_points, grad_hidden, *grads]
-    return *(each if needed else None for each, needed in zip(made, ctx.needs_input_grad[:7], strict=True)), None, None, None
-
-
-look.register_autograd(_backward, setup_context=_setup_context)
-
-
 @torch.library.custom_op(
     "sparse_vlm::sample", mutates_args=(), schema="(Tensor feature_map, Tensor points, bool border, ScalarType dtype) -> Tensor"
 )
 def sample(feature_map: Tensor, points: Tensor, border: bool, dtype: torch.dtype) -> Tensor:
-    """A map (B, H, W, C) at points (B, n, P, 2) to (B, n, P, C) of a dtype."""
+    """Sample a map (B, H, W, C) at points (B, n, P, 2) to (B, n, P, C) of a dtype."""
     from sparse_vlm.kernels.triton import launch
 
     return launch.sample(feature_map, points, border, dtype)
@@ -186,9 +108,9 @@ def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     feature_map, points = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:2]
-    made = torch.ops.sparse_vlm.sampling_backward(grad.contiguous(), feature_map, points, ctx.border, *wanted)
-    return *(each if needed else None for each, needed in zip(made, wanted, strict=True)), None, None
+    needed = ctx.needs_input_grad[:2]
+    grads = torch.ops.sparse_vlm.sampling_backward(grad.contiguous(), feature_map, points, ctx.border, *needed)
+    return *(each if one else None for each, one in zip(grads, needed, strict=True)), None, None
 
 
 sample.register_autograd(_sample_backward, setup_context=_sample_context)
@@ -213,12 +135,12 @@ def _convolution_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 
 def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """By torch: a library has these gradients; those of pixels nobody asks for."""
+    """By torch, with cuDNN; pixels get no gradient."""
     pixels, weight = ctx.saved_tensors
-    made = torch.ops.aten.convolution_backward(
+    grads = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), pixels, weight, [weight.shape[0]], [2, 2], [3, 3], [1, 1], False, [0, 0], 1, [False, True, True]
     )
-    return None, *(each if needed else None for each, needed in zip(made[1:], ctx.needs_input_grad[1:], strict=True))
+    return None, *(each if needed else None for each, needed in zip(grads[1:], ctx.needs_input_grad[1:], strict=True))
 
 
 early_convolution.register_autograd(_convolution_backward, setup_context=_convolution_context)

@@ -15,11 +15,10 @@ from tiny_vlm import save_llm, save_tower
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_vlm.bench import llms, machine, run
+from sparse_vlm.bench import BenchConfig, llms, machine, measure, run
 from sparse_vlm.bench.llms import SHAPES, Language, Shape, plan_llm
 from sparse_vlm.bench.machine import higher, peak_bytes
 from sparse_vlm.bench.pruner import ClsPruner, cls_attention
-from sparse_vlm.bench.run import Bench, Settings
 from sparse_vlm.bench.summary import saturation
 from sparse_vlm.bench.timing import WARM_UP, TimedCall, take_turns
 from sparse_vlm.bench.vision import BASELINES, BOX, REDUCTIONS, Baseline, count_weights, load_visions, projector_work
@@ -41,18 +40,18 @@ QUICK: dict[str, Any] = {"dtypes": ("float32",), "rounds": 3, "copied_bytes": 1 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rival and a shape that take no time, and peaks that take little."""
+    """A baseline and a shape that take no time, and peaks that take little."""
     monkeypatch.setitem(BASELINES, "vit", Baseline("a small ViT", get_recipe("vit").config(VIT), VIT))
     monkeypatch.setitem(SHAPES, "shape", SHAPE)
     monkeypatch.setattr(machine, "MATRIX_SIDES", {"cpu": (128,)})
 
 
-def settings(**changes: Any) -> Settings:
-    return Settings(**{"models": ("vit",), "llms": ("shape",), "batches": (1,), **QUICK, **changes})
+def settings(**changes: Any) -> BenchConfig:
+    return BenchConfig(**{"models": ("vit",), "llms": ("shape",), "batches": (1,), **QUICK, **changes})
 
 
 def document_of(**changes: Any) -> dict[str, Any]:
-    return Bench(settings(**changes), lambda document: None).run()
+    return measure(settings(**changes))
 
 
 # ---- counts
@@ -80,7 +79,7 @@ def test_macs_are_those_that_torch_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip-b32", "clip-b16", "clip-l14", "clip-l14-336", "siglip-b16"])
-def test_rivals_are_as_large_as_in_their_own_library(name: str) -> None:
+def test_baselines_are_as_large_as_in_their_own_library(name: str) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
     spec, config = BASELINES[name].vit, BASELINES[name].config
@@ -143,7 +142,7 @@ def test_an_llm_that_does_not_fit_stands_in_blocks_and_counts_as_whole() -> None
 
 def test_a_pruner_keeps_what_the_cls_token_attends_to_most_in_the_second_to_last_block() -> None:
     (seen,), (pruned,) = load_visions(["vit"]), load_visions(["vit+prune"], [5])
-    pruner = pruned.look
+    pruner = pruned.encoder
     assert isinstance(pruner, ClsPruner)
     pruner.tower.load_state_dict({k: v + 0.1 * torch.randn_like(v) for k, v in pruner.tower.state_dict().items()})
     seen.module.load_state_dict(pruner.tower.state_dict())
@@ -154,8 +153,8 @@ def test_a_pruner_keeps_what_the_cls_token_attends_to_most_in_the_second_to_last
     whole = torch.softmax(q @ k.mT / 8, dim=-1).mean(1)
     assert torch.allclose(cls_attention(unit, before), whole[:, 0, 1:], atol=1e-6)
     kept = whole[:, 0, 1:].topk(5).indices.sort().values
-    every = seen.see(pixels)
-    assert torch.allclose(pruned.see(pixels), torch.stack([every[i, kept[i]] for i in range(2)]), atol=1e-5)
+    every = seen.encode(pixels)
+    assert torch.allclose(pruned.encode(pixels), torch.stack([every[i, kept[i]] for i in range(2)]), atol=1e-5)
     assert pruned.tokens == 5 and pruned.work.macs > seen.work.macs
 
 
@@ -172,7 +171,7 @@ def test_a_model_is_measured_at_each_number_of_tokens_it_can_serve() -> None:
     ]
     assert count_weights(seen.module for seen in visions) == count_weights([visions[0].module]), "one tower serves them all"
     for seen in visions:
-        assert seen.projector(8)(seen.see(torch.zeros(1, 3, 32, 32))).shape == (1, seen.tokens, 8)
+        assert seen.projector(8)(seen.encode(torch.zeros(1, 3, 32, 32))).shape == (1, seen.tokens, 8)
 
 
 def test_the_box_holds_what_there_is() -> None:
@@ -188,20 +187,20 @@ def test_towers_of_the_zoo_and_teachers_are_models_too(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
     own, teacher, elastic = load_visions([save_tower(tmp_path / "tower"), f"{timm_name}@{weights}", "tiny"], [9])
     assert (own.weights, own.tokens) == ("trained", 5)
-    assert (teacher.weights, teacher.see(torch.zeros(1, 3, 224, 224)).shape) == ("trained", (1, 196, 192))
-    assert (elastic.name, elastic.tokens, elastic.see(torch.zeros(1, 3, 224, 224)).shape) == ("tiny, 9 tokens", 9, (1, 9, 384))
+    assert (teacher.weights, teacher.encode(torch.zeros(1, 3, 224, 224)).shape) == ("trained", (1, 196, 192))
+    assert (elastic.name, elastic.tokens, elastic.encode(torch.zeros(1, 3, 224, 224)).shape) == ("tiny, 9 tokens", 9, (1, 9, 384))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": ("tinny",)}, "--model tinny: no such folder and no such model; .* rivals are clip-b32"),
+        ({"models": ("tinny",)}, "--model tinny: no such folder and no such model; .* baselines are clip-b32"),
         ({"models": ("tiny-chat",)}, "--model tiny-chat: is projector and adapters of a vision-language model"),
         ({"models": ("vit+pooled",)}, "pooled does not make tokens fewer; known are pool, stride"),
         ({"models": ("vit+pool",), "tokens": (5,)}, "from 16 tokens to 5: both must be squares"),
         ({"models": ("vit+prune",), "tokens": (17,)}, "pruning to 17 tokens: the tower has 16"),
         ({"models": ("siglip-b16+prune",)}, "needs a ViT with a CLS token"),
-        ({"models": ("tiny",), "tokens": (100,)}, "tiny: 100 tokens: this tower was made for 9 to 64"),
+        ({"models": ("tiny",), "tokens": (100,)}, "tiny: .*9 to 64 tokens, not 100"),
         ({"llms": ("14b",)}, "--llm 14b: no such folder and no such model; .*shapes of random weights are 135m"),
         ({"dtypes": ("float16",)}, "--dtype float16: known are float32, bfloat16"),
         ({"device": "mps"}, "--device mps: known are cpu and cuda"),
@@ -212,7 +211,7 @@ def test_towers_of_the_zoo_and_teachers_are_models_too(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said_before_anything_is_measured(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "take_turns", lambda *arguments: pytest.fail("measured"))
     with pytest.raises(UserError, match=message):
-        Bench(settings(**changes), lambda document: pytest.fail("saved"))
+        measure(settings(**changes), on_document=lambda document: pytest.fail("saved"))
 
 
 # ---- timing
@@ -241,8 +240,8 @@ def test_pieces_take_turns_and_factors_count() -> None:
     assert (len(one.seconds), len(two.seconds)) == (3, 3), "each has taken its time, and is spared what it need not do"
     assert len(told) == 2 * (WARM_UP + 6), "progress goes on all the same"
     assert min(one.seconds) >= 0.021 and min(two.seconds) >= 0.03, "what is prepared is out of the time, and a factor in it"
-    quarters = one.milliseconds()
-    assert 21 <= quarters["low"] <= quarters["median"] <= quarters["high"] and quarters["rounds"] == 3
+    quartiles = one.quartiles()
+    assert 21 <= quartiles["low"] <= quartiles["median"] <= quartiles["high"]
 
 
 def test_memory_is_what_is_held_at_once() -> None:
@@ -289,7 +288,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         saved: list[str] = []
         done: list[int] = []
-        found = Bench(asked, lambda document: saved.append(json.dumps(document))).run(done.append)
+        found = measure(asked, done.append, lambda document: saved.append(json.dumps(document)))
         assert sum(done) == 1000 and len(saved) > 20 and json.loads(saved[-1]) == json.loads(json.dumps(found))
         return json.loads(saved[-1]) | {"half": json.loads(saved[len(saved) // 2])}
 
@@ -407,7 +406,7 @@ def test_what_ends_a_run_leaves_what_was_finished(monkeypatch: pytest.MonkeyPatc
     ):
         calls = 0
         with pytest.raises(raised):
-            Bench(settings(), lambda document: saved.append(json.loads(json.dumps(document)))).run()
+            measure(settings(), on_document=lambda document: saved.append(json.loads(json.dumps(document))))
         assert saved[-1]["state"] == state
         assert [m["stage"] for m in saved[-1]["measurements"]] == ["decode_image", "preprocess", "tower", "projector", "prefill"]
         assert saved[-1]["requests"] == []
@@ -471,12 +470,12 @@ def test_a_broken_picture_is_one_line_and_an_earlier_document_stays(tmp_path: Pa
 
 
 def test_ctrl_c_leaves_the_document_and_shows_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def interrupt(self: Bench, *arguments: Any) -> None:
+    def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Bench, "_measure_llm", interrupt)
+    monkeypatch.setattr(run, "Language", interrupt)
     monkeypatch.setattr(run, "COPIED_BYTES", 1 << 20)
-    monkeypatch.setattr(Settings, "copied_bytes", 1 << 20)
+    monkeypatch.setattr(BenchConfig, "copied_bytes", 1 << 20)
     file = tmp_path / "deeper" / "bench.json"
     with pytest.raises(KeyboardInterrupt):
         bench(model=["vit"], llm=["shape"], batch=[1], dtype=["float32"], json_file=str(file), prompt_tokens=3, rounds=3, seconds=1)
@@ -489,7 +488,7 @@ def test_ctrl_c_leaves_the_document_and_shows_the_tables(tmp_path: Path, monkeyp
 def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
-        Bench(dataclasses.replace(settings(), device="cuda"), lambda document: None)
+        measure(dataclasses.replace(settings(), device="cuda"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

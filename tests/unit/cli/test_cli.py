@@ -162,7 +162,18 @@ def test_long_work_without_a_terminal_says_how_far_it_is(monkeypatch: pytest.Mon
         advance(15)
     lines = console.file.getvalue().splitlines()
     assert [line.split(" photos,")[0] for line in lines] == ["looking: 25/40", "looking: 40/40"]
-    assert lines[1].endswith("photos/s, 0 min left")
+    assert lines[1].endswith("photos/s, 0 s left")
+
+
+def test_a_second_set_of_the_same_name_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_vlm.cli import progress
+
+    console, clock = Console(file=io.StringIO(), force_terminal=False), iter([0, 0, 100, 200, 240, 241])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.showing(console, brief=True) as tell:
+        for done in (0, 400, 0, 100, 400):
+            tell("set", done, 400)
+    assert console.file.getvalue() == "set: 400/400, 4.0 /s, 0 s left\nset: 100/400, 2.5 /s, 120 s left\n".replace("120 s", "2 min")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -184,7 +184,7 @@ def test_what_is_read_is_what_the_model_reads(tmp_path):
     assert renderer.render(conversation) == vlm.renderer.render(conversation)
     vlm.save_pretrained(tmp_path / "vlm")
     assert parts_of(tmp_path / "vlm") == (tower, llm, None, "mlp")
-    with pytest.raises(UserError, match="made for 4 tokens alone"):
+    with pytest.raises(UserError, match="4 tokens only"):
         renderer_of(tower, llm, num_tokens=9)
     shutil.rmtree(tmp_path / "vlm")
     with pytest.raises(UserError, match="vlm: not a tower folder"):

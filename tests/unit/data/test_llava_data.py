@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sparse_vlm.data.bad_images import blank, resolve_bad_images
 from sparse_vlm.data.conversations import MIXTURES
 from sparse_vlm.data.dataset import ConversationDataset, drawn, files_of, photos_of, read_conversations, weighted
 from sparse_vlm.data.llava import LlavaFile
-from sparse_vlm.data.samples import FeatureCache, arrange, build_samples, report
+from sparse_vlm.data.samples import FeatureCache, arrange, build_samples, summarize
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.preprocess import preprocess
 from sparse_vlm.train import vocabulary
@@ -127,7 +128,7 @@ def test_marks_stay_where_they_stand(vlm, tmp_path):
         sample("Hello", image=None),
     )
     assert [[photo.key for photo in example.photos] for example in examples] == [["red.png", "blue.png", "red.png"], ["blue.png"], []]
-    assert [examples.shown(i) for i in range(3)] == [(0, 1, 0), (1,), ()]
+    assert [examples.photo_numbers(i) for i in range(3)] == [(0, 1, 0), (1,), ()]
     assert [photo.load().getpixel((0, 0)) for photo in examples.photos] == [(255, 0, 0), (0, 0, 255)]
     assert examples[0].name == f"{tmp_path / 'data.json'}:0 (id 9)"
     assert vlm.renderer.text(examples[0].conversations[0]) == (
@@ -137,7 +138,7 @@ def test_marks_stay_where_they_stand(vlm, tmp_path):
     )
     built = build_samples(examples, vlm.renderer)
     assert [len(one.photos) * vlm.tokens_per_image for one in built] == [one.tree.ids.count(vlm.renderer.image_id) for one in built]
-    assert report(built)["answers"] == 4 and report(built)["photos"] == 2
+    assert summarize(built)["answers"] == 4 and summarize(built)["photos"] == 2
 
 
 @torch.no_grad()
@@ -149,17 +150,12 @@ def test_every_picture_stands_at_its_own_mark(vlm, tmp_path):
     )
     examples = dataset_of(tmp_path, *entries)
     features_cache = torch.randn(2, vlm.tokens_per_image, 32, generator=torch.Generator().manual_seed(0))
-    batch = Collator(vlm)(
-        [
-            (one, torch.stack([features_cache[i] for i in one.photos]) if one.photos else None)
-            for one in build_samples(examples, vlm.renderer)
-        ]
-    )
+    batch = Collator(vlm)(list(build_samples(examples, vlm.renderer).with_images(features_cache)))
     seen = []
     hook = vlm.model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    target_log_probs(vlm.model, batch["trees"], batch["pictures"])
+    target_log_probs(vlm.model, batch["trees"], batch["images"])
     hook.remove()
     ids = batch["trees"].input_ids
     [embeds] = seen
@@ -174,9 +170,9 @@ def test_a_step_names_the_sample_whose_pictures_do_not_fit(vlm, tmp_path):
     picture("red").save(tmp_path / "red.png")
     [one] = build_samples(dataset_of(tmp_path, sample("<image> or <image>?", id="x", image=["red.png"] * 2)), vlm.renderer)
     tokens = torch.zeros(2, 5, 64)
-    assert Collator(vlm)([(one, tokens)])["names"] == [one.name]
+    assert Collator(vlm)([replace(one, images=tuple(tokens))])["names"] == [one.name]
     with pytest.raises(UserError, match=r"data.json:0 \(id x\): 10 image placeholders, but 1 images give 5 tokens"):
-        Collator(vlm)([(one, tokens[:1])])
+        Collator(vlm)([replace(one, images=(tokens[0],))])
 
 
 @pytest.mark.parametrize(
@@ -269,7 +265,7 @@ def test_files_and_tars_are_mixed_by_weight(tmp_path):
         assert all(
             examples.photos[number] == photo
             for i, example in enumerate(examples)
-            for number, photo in zip(examples.shown(i), example.photos, strict=True)
+            for number, photo in zip(examples.photo_numbers(i), example.photos, strict=True)
         )
         return [text_of(example.conversations[0][int(".tar:" in example.name)]) for example in examples]
 
@@ -296,9 +292,9 @@ def test_a_large_set_is_rendered_when_it_is_needed(vlm, tmp_path, monkeypatch):
     examples = dataset_of(tmp_path, *(sample("Hi", "word " * (1 + 7 * i % 50)) for i in range(200)))
     built = build_samples(examples, vlm.renderer)
     assert len(rendered) == len(set(rendered)) == 10
-    assert report(built)["answers"] == 200
+    assert summarize(built)["answers"] == 200
     exact = [len(one.tree) for one in built]
-    assert report(built)["tokens"] == pytest.approx(sum(exact), rel=0.5)
+    assert summarize(built)["tokens"] == pytest.approx(sum(exact), rel=0.5)
     # lengths that are only about right group as well as exact ones
     in_order = arrange(built, 4, seed=3)
     assert len(in_order) == 200 and {one.name for one in in_order} == {one.name for one in built}
@@ -311,7 +307,7 @@ def test_a_large_set_is_rendered_when_it_is_needed(vlm, tmp_path, monkeypatch):
 
 def test_words_of_many_talks_come_from_some(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "MIN_PHOTOS", 1)
-    monkeypatch.setattr(vocabulary, "MAX_TALKS", 5)
+    monkeypatch.setattr(vocabulary, "MAX_EXAMPLES", 5)
     picture("red").save(tmp_path / "red.png")
     examples = dataset_of(tmp_path, *(sample("<image>", f"word{'abcdefghijkl'[i]}", image=f"{i}.png") for i in range(12)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_fakes import FakeEmbedder, write_tar
+from eval_fakes import FakeEmbedder, evaluate, write_tar
 from PIL import Image
 from tiny_tower import elastic
 
@@ -39,7 +39,7 @@ class Brightest(FakeEmbedder):
         super().__init__(name)
         self.kind, self.width, self.size = kind, width, seen
 
-    def answer(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
         flat = inputs.pixels.flatten(2)
         strongest = (flat.amax(1) - flat.amin(1)).topk(4).indices
         colour = flat.gather(2, strongest.unsqueeze(1).expand(-1, 3, -1)).mean(2) / 255
@@ -61,7 +61,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEmbedder]:
 
 
 def test_small_objects_are_found_by_who_sees_them(data: Path, models: dict[str, FakeEmbedder]) -> None:
-    report = run.evaluate(["sharp", "blind", "local-dir:other"], ["small-objects"], data, teacher="teacher")
+    report = evaluate(["sharp", "blind", "local-dir:other"], ["small-objects"], data, teacher="teacher")
     of = {column.model: result for column, result in report.results["small-objects"].items()}
     assert list(of) == ["sharp", "blind", "local-dir:other", "teacher"], "the teacher is measured too, and a ViT of another width"
     assert list(of["sharp"].metrics) == [f"{scene.name} R@1" for scene in small_objects.SCENES]
@@ -73,13 +73,13 @@ def test_small_objects_are_found_by_who_sees_them(data: Path, models: dict[str, 
     assert set(of["sharp"].details) == {f"{scene.name} R@5" for scene in small_objects.SCENES}
     assert report.paired("small-objects", "112 px on plain R@1", run.Column("sharp"), run.Column("blind")).low > 0
     with pytest.raises(UserError, match="wide embeds into 3 dimensions, the teacher teacher into 4"):
-        run.evaluate(["wide"], ["small-objects"], data, teacher="teacher")
+        evaluate(["wide"], ["small-objects"], data, teacher="teacher")
 
 
 def test_small_objects_are_as_many_as_the_limit(data: Path, models: dict[str, FakeEmbedder], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_objects, "CANDIDATES", 10)
     for limit, count in ((None, 10), (4, 4)):
-        (result,) = run.evaluate([], ["small-objects"], data, teacher="teacher", limit=limit).results["small-objects"].values()
+        (result,) = evaluate([], ["small-objects"], data, teacher="teacher", limit=limit).results["small-objects"].values()
         assert len(result.predictions) == count
 
 
@@ -101,7 +101,7 @@ def test_ties_count_against_the_model() -> None:
 class Reader(FakeEmbedder):
     """Embeds how much of a grey photo is written on."""
 
-    def answer(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, inputs: Inputs, region: torch.Tensor | None = None) -> torch.Tensor:
         written = ((inputs.pixels - 128).abs() > 16).float().mean((1, 2, 3))
         return torch.stack([written, 1 - written], 1)
 
@@ -112,7 +112,7 @@ def test_large_letters_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(rendered_words, "WORDS", ("I", "MW"))
     monkeypatch.setattr(rendered_words, "HEIGHTS", (1, 40))
     monkeypatch.setattr(run, "tower_embedder", lambda name, control, count, teacher: Reader(name))
-    (result,) = run.evaluate(["reader"], ["rendered-words"], tmp_path).results["rendered-words"].values()
+    (result,) = evaluate(["reader"], ["rendered-words"], tmp_path).results["rendered-words"].values()
     assert result.metrics["letters of 40 % top-1"].value > 0.95
     assert result.metrics["letters of 1 % top-1"].value < 0.8
     assert len(result.predictions) == 120 and {row["word"] for row in result.predictions} == {"I", "MW"}
@@ -215,7 +215,7 @@ def test_controls_hold_in_optimized_towers(control: str, tmp_path: Path) -> None
     placement.replace_focus(plain, "t", control, teacher)
     with torch.no_grad():
         expected = plain(inputs.pixels.float(), num_tokens=9, image_sizes=inputs.image_sizes).image_embeds
-    found = embedder.answer(inputs)
+    found = embedder.encode(inputs)
     assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))
 
 

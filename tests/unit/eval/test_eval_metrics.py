@@ -12,7 +12,7 @@ from sparse_vlm.eval.metrics import (
     bootstrap,
     cosine,
     difference,
-    grouped_share,
+    grouped_mean,
     image_to_text_ranks,
     mean,
     ratio,
@@ -67,7 +67,7 @@ def test_yes_no() -> None:
 
 
 def test_questions_weigh_alike_and_photos_are_resampled() -> None:
-    metric = grouped_share([True, True, True, False], [7, 7, 7, 9])
+    metric = grouped_mean([True, True, True, False], [7, 7, 7, 9])
     assert metric.value == 0.75
     assert metric.units == 2
     assert (metric.low, metric.high) == (0.0, 1.0)

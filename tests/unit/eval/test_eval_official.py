@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from eval_fakes import COLOURS, NAMES, FakeEmbedder, FakeText, FakeVLM, Score, photos_of, write_tar
+from eval_fakes import COLOURS, NAMES, FakeEmbedder, FakeText, FakeVLM, Score, evaluate, photos_of, write_tar
 from PIL import Image
 
 from sparse_vlm.errors import UserError
@@ -19,7 +19,8 @@ from sparse_vlm.eval import run
 from sparse_vlm.eval.multiple_choice import MMBench
 from sparse_vlm.eval.report import as_json, as_markdown, as_tables, save
 from sparse_vlm.eval.task import Data
-from sparse_vlm.eval.vqa import SHORT_ANSWER, pope_says_yes
+from sparse_vlm.eval.vqa import SHORT_ANSWER
+from sparse_vlm.eval.yes_no import pope_says_yes
 
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -43,7 +44,7 @@ def measure(monkeypatch: pytest.MonkeyPatch, models: dict[str, FakeVLM], task: s
 
     monkeypatch.setattr("sparse_vlm.vlm.VLM", Loader)
     monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
-    return run.evaluate(list(models), [task], data, **{"controls": ["none"], **options})
+    return evaluate(list(models), [task], data, **{"controls": ["none"], **options})
 
 
 def picture(path: Path, name: str) -> None:
@@ -208,7 +209,7 @@ def test_files_of_pope_that_are_not_right(pope: Path, monkeypatch: pytest.Monkey
 def test_difficult_questions_alone(aokvqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = aokvqa / "aokvqa/aokvqa_v1p0_val.json"
     write_json(path, [row | {"difficult_direct_answer": True} for row in json.loads(path.read_text())])
-    with pytest.raises(UserError, match="every question is marked as difficult"):
+    with pytest.raises(UserError, match="every question is left out"):
         measure(monkeypatch, {"m": Says(colour)}, "aokvqa-val-direct", aokvqa)
 
 
@@ -325,7 +326,7 @@ def test_towers_choose_the_nearer_sentence(sentences: Path, monkeypatch: pytest.
     made = {"good": FakeEmbedder("good"), "blind": FakeEmbedder("blind", 1.0)}
     monkeypatch.setattr(run, "tower_embedder", lambda name, control, count, teacher: made[name])
     monkeypatch.setattr(run, "text_side", lambda text, teacher: FakeText())
-    report = run.evaluate(["good", "blind"], ["sugarcrepe", "valse"], sentences, text="words")
+    report = evaluate(["good", "blind"], ["sugarcrepe", "valse"], sentences, text="words")
     for task in ("sugarcrepe", "valse"):
         good, blind = (report.results[task][run.Column(name)] for name in ("good", "blind"))
         assert good.metrics["accuracy"].value == 1, "a foil that its annotators do not call one is not counted"
@@ -398,7 +399,7 @@ def test_what_is_finished_outlives_an_error(vqav2: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sparse_vlm.vlm.VLM.from_pretrained", lambda name, device, num_tokens: model)
     monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
     with pytest.raises(UserError, match="COCO_val2014_000000000008.jpg: not an image"):
-        run.evaluate(["m"], ["mmbench", "vqav2"], vqav2, controls=["none"], on_result=keep)
+        evaluate(["m"], ["mmbench", "vqav2"], vqav2, controls=["none"], on_result=keep)
     (row,) = json.loads((folder / "report.json").read_text())["results"]
     assert row["task"] == "mmbench"
     assert len((folder / "mmbench.m.none.jsonl").read_text().splitlines()) == 15
@@ -442,12 +443,12 @@ def test_mistakes(vqav2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_byte_order_mark_and_cells_of_nan_say_nothing(tmp_path: Path) -> None:
     write_mmbench(tmp_path, rotated=False)
-    _, plain = MMBench().asked(Data(tmp_path))
+    plain = MMBench().items(Data(tmp_path))
     table = tmp_path / "mmbench/MMBench_DEV_EN.tsv"
     first, *others = table.read_text().splitlines()
     cells = [line.split("\t") for line in others]
     text = "\n".join("\t".join(cell or "nan" for cell in row) for row in cells)
     table.write_text(f"{first}\n{text}\n", encoding="utf-8-sig")
-    _, asked = MMBench().asked(Data(tmp_path))
-    assert [entry.question for _, entry in asked] == [entry.question for _, entry in plain]
-    assert [len(entry.truth["options"]) for _, entry in asked] == [3, 4, 4, 4]
+    items = MMBench().items(Data(tmp_path))
+    assert [item.text for item in items] == [item.text for item in plain]
+    assert [len(item.truth["options"]) for item in items if item.about["round"] == 0] == [3, 4, 4, 4]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_vlm.eval.lettered_options import LETTERS, lettered, mmbench_choice, science_choice
+from sparse_vlm.eval.multiple_choice import LETTERS, lettered, mmbench_choice, science_choice
 from sparse_vlm.eval.normalise import CONTRACTIONS, gqa_answer, human_accuracy, m4c_answer, vqa_answer
 
 

@@ -256,7 +256,7 @@ def test_backbone_returns_the_tokens_as_maps(tmp_path):
 
 def test_backbone_of_no_square_is_refused(tmp_path):
     SparseFormerHostModel.wrap(SparseFormer(tower_config(7))).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the 6 of this tower are no square; take a tower of 4 or 9, or AutoModel"):
+    with pytest.raises(ValueError, match="6; use a tower of 4 or 9, or AutoModel"):
         AutoBackbone.from_pretrained(tmp_path)
 
 

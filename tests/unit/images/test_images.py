@@ -15,10 +15,12 @@ from torch.nn.functional import cosine_similarity
 from sparse_vlm import SparseFormer
 from sparse_vlm.images.decode import ImageError, decode_image, draft_image, load_image
 from sparse_vlm.images.photos import Photo
-from sparse_vlm.images.preprocess import OVERSAMPLING, load_crop, load_crops, preprocess, resize_and_crop
+from sparse_vlm.images.preprocess import OVERSAMPLING, Preprocessor, load_crop, preprocess, resize_and_crop
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 BOUND = 0.999  # of the cosine between embeddings of a draft and of the whole image, as lab/image-decoding.md says
+
+PREPROCESSOR = Preprocessor(32, (0.5,) * 3, (0.25,) * 3)
 
 
 def jpeg(image: Image.Image, **options: object) -> bytes:
@@ -136,9 +138,9 @@ def test_bad_files_are_refused_as_ever(tmp_path, options, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_several_are_read_in_order(tmp_path, threads):
     photos = [file(tmp_path, jpeg(Image.new("RGB", (60, 50), (10 * i, 0, 0))), f"{i}.jpg") for i in range(8)]
-    crops = load_crops(photos, 32, threads)
+    crops = PREPROCESSOR.load_all(photos, threads)
     assert [round(np.asarray(crop)[16, 16, 0] / 10) for crop in crops] == list(range(8))
-    assert all(crop.size == (32, 32) for crop in crops) and load_crops([], 32, threads) == []
+    assert all(crop.size == (32, 32) for crop in crops) and PREPROCESSOR.load_all([], threads) == []
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -147,9 +149,9 @@ def test_a_bad_one_among_several(tmp_path, threads):
     for i in (1, 3):
         photos[i].source.write_bytes(b"milk")
     with pytest.raises(ImageError, match=r"1.jpg: not an image"):
-        load_crops(photos, 32, threads)
+        PREPROCESSOR.load_all(photos, threads)
     told: list[tuple[int, str]] = []
-    crops = load_crops(photos, 32, threads, lambda place, error: told.append((place, str(error))))
+    crops = PREPROCESSOR.load_all(photos, threads, lambda place, error: told.append((place, str(error))))
     assert [crop is None for crop in crops] == [False, True, False, True, False]
     assert [(place, "not an image" in why) for place, why in told] == [(1, True), (3, True)]
 
@@ -165,4 +167,4 @@ def test_threads_work_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Photo, "read", reads)
     photos = [file(tmp_path, jpeg(ramp(40, 40)), f"{i}.jpg") for i in range(2)]
-    assert len(load_crops(photos, 32, 2)) == 2
+    assert len(PREPROCESSOR.load_all(photos, 2)) == 2

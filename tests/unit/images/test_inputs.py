@@ -16,7 +16,7 @@ from PIL import Image
 
 from sparse_vlm.data.conversations import MIXTURES, examples_of_photos
 from sparse_vlm.data.dataset import files_of, photos_of, read_conversations
-from sparse_vlm.data.llava import Fence, LlavaFile, mistakes_of, picture
+from sparse_vlm.data.llava import Fence, LlavaFile, image_in, mistakes_of
 from sparse_vlm.data.records import scan
 from sparse_vlm.errors import UserError, printable
 from sparse_vlm.images.photos import PhotoSet
@@ -232,7 +232,7 @@ def test_the_image_folder_is_a_fence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data.json:1 \(id link/a.jpg\): 'link/a.jpg' leads out of .*--allow-outside"):
         LlavaFile(tmp_path / "data.json", folder, {})
     assert len(LlavaFile(tmp_path / "data.json", folder, {}, allow_outside=True)) == 2
-    assert picture(folder, "a\0b.jpg").size == picture(folder, "in").size == -1
+    assert image_in(folder, "a\0b.jpg").size == image_in(folder, "in").size == -1
 
 
 def dataset_of(path: Path, folder: Path):
@@ -299,7 +299,7 @@ def test_cached_tokens_are_those_of_the_pictures_that_are_there(tmp_path):
     tower = SparseFormer.from_pretrained("tiny")
 
     def tokens(folder: str, cache: str = "cache") -> np.ndarray:
-        features_cache = FeatureCache(tmp_path / cache, tower, [picture(tmp_path / folder, name) for name in ("0.bmp", "1.bmp")])
+        features_cache = FeatureCache(tmp_path / cache, tower, [image_in(tmp_path / folder, name) for name in ("0.bmp", "1.bmp")])
         missing = len(features_cache.missing([0, 1]))
         features_cache.fill([0, 1])
         return np.stack([features_cache[0].float().numpy(), features_cache[1].float().numpy()]), missing

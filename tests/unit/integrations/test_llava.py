@@ -148,7 +148,7 @@ print(*tower(pixels)[0, :, 0].tolist())
 
 def test_where_there_is_no_llava_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "llava").is_dir()])
-    with pytest.raises(UserError, match="LLaVA's code base is not here"):
+    with pytest.raises(UserError, match="LLaVA is not installed"):
         install()
 
 
@@ -158,9 +158,9 @@ def test_where_there_is_no_llava_one_line_says_so(monkeypatch: pytest.MonkeyPatc
         ("?tokens=many", "tokens=many: expected a number"),
         ("?tokens=0", "tokens=0: expected a number"),
         ("?unfreeze=1", "unfreeze=1: expected true or false"),
-        ("?layer=3", "no option is called 'layer'; there are tokens, unfreeze"),
+        ("?layer=3", "'layer'"),
         ("?tokens", "not of the form tokens=25&unfreeze=true"),
-        ("?tokens=99", "made for 4 to 16"),
+        ("?tokens=99", "4 to 16 tokens"),
     ],
 )
 def test_a_name_that_says_nothing_sensible_is_refused(name: str, query: str, said: str) -> None:
@@ -182,10 +182,10 @@ def test_names_are_read() -> None:
     [
         ({"mm_vision_select_layer": -2}, "set --mm_vision_select_layer -1, not -2"),
         ({"mm_vision_select_feature": "cls"}, "is patch or cls_patch, not cls"),
-        ({"s2": True}, "does not do S2"),
+        ({"s2": True}, "does not support S2"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(336, 672)]"}, "multiples of 32 pixels"),
         ({"image_aspect_ratio": "anyres"}, "not None"),
-        ({"mm_patch_merge_type": "spatial", "mm_vision_select_feature": "cls_patch"}, "its 10 tokens lie in no square grid"),
+        ({"mm_patch_merge_type": "spatial", "mm_vision_select_feature": "cls_patch"}, "its 10 tokens are no square grid"),
     ],
 )
 def test_settings_that_would_need_something_else_are_refused(name: str, changes: dict, said: str) -> None:
@@ -210,7 +210,7 @@ def test_a_tower_without_cls_gives_none(tmp_path: Path) -> None:
     assert (later.num_patches, later.hidden_size) == (49, 512)  # known where there are no weights at all
     with pytest.raises(RuntimeError, match=r"is not loaded; call load_model\(\) first"):
         later(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(UserError, match="its 49 tokens lie in no square grid"):  # they begin as the published models' do
+    with pytest.raises(UserError, match="its 49 tokens are no square grid"):  # they begin as the published models' do
         _ = later.num_patches_per_side
     with pytest.raises(UserError, match=r"model\.safetensors"):
         later.load_model()
@@ -226,7 +226,7 @@ def test_published_towers_give_48_patches_or_49_with_cls(tmp_path: Path) -> None
 
 def test_loading_twice_changes_nothing_and_goes_where_it_is_told(name: str) -> None:
     tower = SparseFormerVisionTower(name, PLAIN, delay_load=True)
-    with pytest.raises(UserError, match="stays in one piece"):
+    with pytest.raises(UserError, match="cannot be split"):
         tower.load_model({"a": "cpu", "b": "meta"})
     tower.load_model({"": "cpu"})
     first = tower.vision_tower
@@ -287,7 +287,7 @@ def test_the_image_processor_takes_pictures_alone() -> None:
     assert processor.preprocess([picture] * 2, return_tensors="pt")["pixel_values"].shape == (2, 3, 224, 224)
     with pytest.raises(UserError, match="takes PIL images, not Tensor"):
         processor(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(UserError, match="return_tensors='pt', not 'np'"):
+    with pytest.raises(UserError, match="return_tensors='pt'"):
         processor(picture, return_tensors="np")
 
 

@@ -172,7 +172,7 @@ def test_settings_of_a_task() -> None:
 
 def test_mistakes(model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapter = model("SparseVLMChat")
-    with pytest.raises(UserError, match="photos, document 2: holds video; sparse_vlm takes images and text"):
+    with pytest.raises(UserError, match="photos, document 2: holds video; sparse_vlm supports"):
         adapter.generate_until([chat(2, {}, part={"type": "video", "url": "a.mp4"})])
     with pytest.raises(UserError, match="document 0: an image is a bytes, expected an image or a path"):
         adapter.generate_until([chat(0, {}, part={"type": "image", "url": b"png"})])

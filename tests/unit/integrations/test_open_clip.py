@@ -105,7 +105,7 @@ def test_text_side_of_another_width_is_refused(tower, kind):
 def test_pictures_of_another_model_are_refused(tower):
     model = clip()
     open_clip.set_model_preprocess_cfg(model, {"mean": tower.config.image_mean, "std": (0.2, 0.3, 0.35)})
-    with pytest.raises(UserError, match=r"std \(0.2, 0.3, 0.25\), the model's are of std \(0.2, 0.3, 0.35\)"):
+    with pytest.raises(UserError, match=r"std \(0.2, 0.3, 0.25\), the model's have std \(0.2, 0.3, 0.35\)"):
         tower.for_open_clip(model)
     open_clip.set_model_preprocess_cfg(model, {"mean": tower.config.image_mean, "std": tower.config.image_std})
     model.visual = tower.for_open_clip(model)

@@ -1,4 +1,4 @@
-"""The kernels of a look where there is no GPU: through Triton's interpreter, and not at all.
+"""The Triton kernels where there is no GPU: through Triton's interpreter, and not at all.
 
 The interpreter has to be chosen before triton is imported, so `kernel_checks.py` runs in a process of its own.
 """
@@ -36,12 +36,12 @@ def test_under_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_on_a_processor_looks_are_plain_unless_it_interprets():
-    looked = torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 8)
-    assert not kernels.usable(*looked)
+def test_on_a_cpu_torch_samples_and_mixes_unless_triton_interprets():
+    tensors = torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 3, 2), torch.zeros(1, 2, 8)
+    assert not kernels.is_supported(*tensors)
     with kernels.using("kernels"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        kernels.usable(*looked)
-    assert not kernels.usable(*looked), "what `using` chose ends with it"
+        kernels.is_supported(*tensors)
+    assert not kernels.is_supported(*tensors), "what `using` chose ends with it"
 
 
 @pytest.mark.parametrize(("chosen", "path"), [(None, "auto"), ("plain", "plain")])
@@ -59,22 +59,23 @@ def test_the_kernels_can_be_turned_off_for_a_process(chosen, path):
 
 
 def test_by_themselves_they_run_where_they_are_faster(monkeypatch):
-    """A GPU that is not there, with many images, or few of a tower that is captured; not on a CPU, nor where something learns."""
+    """A GPU that is not there, with many images, or few of a tower that is captured; not on a CPU, nor in training."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    still, learning = torch.zeros(1), torch.zeros(1, requires_grad=True)
-    assert dispatch._wanted("cuda", 64, (still,)) and not dispatch._wanted("cuda", 63, (still,))
-    assert not dispatch._wanted("cpu", 64, (still,))
-    assert not dispatch._wanted("cuda", 64, (still, learning))
+    frozen, trained = torch.zeros(1), torch.zeros(1, requires_grad=True)
+    assert dispatch._is_chosen("cuda", 64, (frozen,)) and not dispatch._is_chosen("cuda", 63, (frozen,))
+    assert not dispatch._is_chosen("cpu", 64, (frozen,))
+    assert not dispatch._is_chosen("cuda", 64, (frozen, trained))
     with torch.no_grad():
-        assert dispatch._wanted("cuda", 64, (still, learning))
+        assert dispatch._is_chosen("cuda", 64, (frozen, trained))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert dispatch._wanted("cuda", 1, (still,))
+    assert dispatch._is_chosen("cuda", 1, (frozen,))
 
 
-def test_by_itself_sampling_is_a_kernels_where_a_tower_learns_from_many_points():
+def test_sampling_is_a_kernel_in_training_with_many_points():
     few, many = torch.zeros(64, 49, 16, 2), torch.zeros(256, 49, 16, 2)
-    assert dispatch._pays("cuda", many, learns=True) and not dispatch._pays("cuda", few, learns=True)
-    assert not dispatch._pays("cpu", many, learns=True) and not dispatch._pays("cuda", many, learns=False)
+    faster = dispatch._sampling_is_faster
+    assert faster("cuda", many, needs_grad=True) and not faster("cuda", few, needs_grad=True)
+    assert not faster("cpu", many, needs_grad=True) and not faster("cuda", many, needs_grad=False)
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -105,7 +106,7 @@ def test_on_a_gpu_what_is_verified_is_timed_in_parts_or_whole(monkeypatch, capsy
     """A GPU that is not there, and parts that answer at once."""
     import check_kernels as program
 
-    passed = {"looks": True, "towers": True}
+    passed = {"mixing": True, "towers": True}
 
     def part(name: str):
         times = [program.row(name, 1, {"plain": 2.0, "kernels": 1.0})]
@@ -122,7 +123,7 @@ def test_on_a_gpu_what_is_verified_is_timed_in_parts_or_whole(monkeypatch, capsy
     code, found = run("--only", "towers")
     assert (code, [each["what"] for each in found["times"]]) == (0, ["towers"])
     code, found = run()
-    assert (code, [each["shape"] for each in found["verified"]], len(found["times"])) == (0, ["looks", "towers"], 2)
-    passed["looks"] = False
+    assert (code, [each["shape"] for each in found["verified"]], len(found["times"])) == (0, ["mixing", "towers"], 2)
+    passed["mixing"] = False
     code, found = run()
     assert code == 1 and "times" not in found

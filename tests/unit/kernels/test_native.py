@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_vlm import SparseFormer, SparseFormerConfig, kernels
-from sparse_vlm.kernels.cpu import native
+from sparse_vlm.kernels.cpu import library, native
 from sparse_vlm.roi import (
     adjust_rois,
     encode_rois,
@@ -24,7 +24,8 @@ from sparse_vlm.roi import (
     sample_bilinear,
     standardize_offsets,
 )
-from sparse_vlm.tower import UnitConfig, inference
+from sparse_vlm.tower import UnitConfig
+from sparse_vlm.tower.compiled import CompiledEarlyConvolution, CompiledUnit
 from sparse_vlm.tower.layers import EarlyConvolution
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # what a result may be off by, relative to the largest number of it
@@ -33,7 +34,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture
 def compiled() -> None:
-    if not native.usable(torch.float32, 64):
+    if not native.is_supported(torch.float32, 64):
         pytest.skip("no C++ compiler that takes our sources here")
 
 
@@ -56,13 +57,13 @@ def using_threads(count: int) -> Iterator[None]:
 
 
 def skip_unless_ours(dtype: torch.dtype) -> None:
-    if not native.multiplies(dtype):
+    if not native.linear_is_supported(dtype):
         pytest.skip("this processor's products are left to libraries")
 
 
 def forget() -> None:
-    native._library.cache_clear()
-    native.multiplies.cache_clear()
+    library.load.cache_clear()
+    native.linear_is_supported.cache_clear()
 
 
 def norm(width: int, dtype: torch.dtype) -> nn.LayerNorm:
@@ -144,17 +145,17 @@ def test_mixing(
         mixed = F.gelu(mixed + m_beta.double())
     mixed = over_points.unflatten(-1, (out_points, points)) @ mixed
     wanted = F.gelu(mixed + s_beta.double().unsqueeze(-1) if betas else mixed).flatten(-2)
-    found = native.mix(feature_map, where, generated, m_beta, s_beta, out_points, padding, beside=3)
+    found = native.sample_and_mix(feature_map, where, generated, m_beta, s_beta, out_points, padding, padding_columns=3)
     assert found.dtype == dtype and off_by(found[..., :-3], wanted) < DTYPES[dtype]
 
 
 def test_when_it_attends_by_them(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(native, "linear_is_supported", lambda dtype: True)
     few, many, too_many = (torch.zeros(1, n, 96) for n in (128, 1025, 1026))
-    assert native.attends(few, 2) and not native.attends(few, 4)
-    assert native.attends(many, 2) and not native.attends(too_many, 2)
-    monkeypatch.setattr(native, "multiplies", lambda dtype: False)
-    assert native.attends(few, 2) and not native.attends(many, 2)
+    assert native.attention_is_supported(few, 2) and not native.attention_is_supported(few, 4)
+    assert native.attention_is_supported(many, 2) and not native.attention_is_supported(too_many, 2)
+    monkeypatch.setattr(native, "linear_is_supported", lambda dtype: False)
+    assert native.attention_is_supported(few, 2) and not native.attention_is_supported(many, 2)
 
 
 @dtypes
@@ -205,7 +206,7 @@ def test_layers_take_their_own_dtype_alone(compiled: None) -> None:
     skip_unless_ours(torch.float32)
     layer, x = native.Linear(torch.randn(16, 16), None), torch.randn(1, 1, 16)
     before = norm(16, torch.float32)
-    for function in (layer, native.Attention(before, layer, layer, 1), native.Feed(before, layer, layer, 1.0)):
+    for function in (layer, native.Attention(before, layer, layer, 1), native.Mlp(before, layer, layer, 1.0)):
         with pytest.raises(RuntimeError, match=r"expected torch.float32, not torch.bfloat16"):
             function(x.bfloat16())
     with pytest.raises(RuntimeError, match=r"expected torch.float32, not torch.bfloat16"):
@@ -221,9 +222,9 @@ def test_attention(compiled: None, dtype: torch.dtype, n: int, heads: int, size:
     q, k, v = qkv.double().unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     for bias, mask in key_biases(3, n):
         wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(-2)
-        assert off_by(native.attend(qkv, heads, bias), wanted) < 5 * DTYPES[dtype]  # large scores have large roundings
+        assert off_by(native.attention(qkv, heads, bias), wanted) < 5 * DTYPES[dtype]  # large scores have large roundings
     qkv[0, 0, 0] = torch.nan
-    found = native.attend(qkv, heads)
+    found = native.attention(qkv, heads)
     assert found[0, 0, 0].isnan() and not found[1:].isnan().any()
 
 
@@ -254,7 +255,7 @@ def test_mlp_with_its_norm(compiled: None, dtype: torch.dtype, batch: int, n: in
     fc1, fc2 = linear(hidden, width, dtype), linear(width, hidden, dtype)
     normal = normalised(x, before)
     wanted = x.double() + F.linear(F.silu(F.linear(normal, *(part.double() for part in fc1))), *(part.double() for part in fc2)) / 2
-    found = native.Feed(before, native.Linear(*fc1, activation="silu"), native.Linear(*fc2), 0.5)(x)
+    found = native.Mlp(before, native.Linear(*fc1, activation="silu"), native.Linear(*fc2), 0.5)(x)
     assert found.dtype == dtype and off_by(found, wanted) < DTYPES[dtype]
 
 
@@ -262,7 +263,7 @@ def test_mlp_with_its_norm(compiled: None, dtype: torch.dtype, batch: int, n: in
 def test_adjusting(compiled: None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     hidden, weight, rois = torch.randn(2, 12, 96).to(dtype)[:, 1:], torch.randn(4, 96) / 20, boxes(1, 11)
-    assert off_by(native.adjust(hidden, weight, rois), adjust_rois(rois.double(), hidden.double() @ weight.double().T)) < 1e-5
+    assert off_by(native.adjust_rois(hidden, weight, rois), adjust_rois(rois.double(), hidden.double() @ weight.double().T)) < 1e-5
 
 
 @dtypes
@@ -273,7 +274,7 @@ def test_the_map(compiled: None, dtype: torch.dtype, batch: int, channels: int, 
     plain = EarlyConvolution(channels).requires_grad_(False).to(dtype)
     exact = EarlyConvolution(channels).double().requires_grad_(False)
     exact.load_state_dict(plain.state_dict())
-    ours, pixels = inference.CompiledEarlyConvolution(plain), torch.randn(batch, 3, *size).to(dtype)
+    ours, pixels = CompiledEarlyConvolution(plain), torch.randn(batch, 3, *size).to(dtype)
     wanted = exact(pixels.double())
     with using_threads(threads):
         found = ours(pixels)
@@ -291,7 +292,7 @@ def tower(dtype: torch.dtype = torch.float32, channels: int = 16) -> SparseForme
 
 
 def looks_compiled(made: SparseFormer) -> bool:
-    return isinstance(made.optimize_for_inference().units()[0], inference.CompiledUnit)
+    return isinstance(made.optimize_for_inference().units()[0], CompiledUnit)
 
 
 def test_when_a_tower_looks_by_them(compiled: None) -> None:
@@ -303,14 +304,14 @@ def test_when_a_tower_looks_by_them(compiled: None) -> None:
 
 def test_it_is_compiled_once(compiled: None, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert native.usable(torch.float32, 64)
+    assert native.is_supported(torch.float32, 64)
     (made,) = (tmp_path / "sparse_vlm").iterdir()
     first = made.stat().st_mtime_ns
     forget()
-    assert native.usable(torch.float32, 64) and made.stat().st_mtime_ns == first
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
+    assert native.is_supported(torch.float32, 64) and made.stat().st_mtime_ns == first
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DOTHER"))
     forget()
-    assert native.usable(torch.float32, 64) and len(list(made.parent.iterdir())) == 2
+    assert native.is_supported(torch.float32, 64) and len(list(made.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails", "a compiler that makes no library", "nowhere to keep it"])
@@ -326,7 +327,7 @@ def test_without_a_compiler_torch_looks(fault: str, forgotten: None, tmp_path: P
         monkeypatch.delenv("CXX", raising=False)
     else:
         monkeypatch.setenv("CXX", str(tmp_path / "missing" if fault == "no compiler" else script))
-    assert not native.usable(torch.float32, 64)
+    assert not native.is_supported(torch.float32, 64)
     assert not looks_compiled(tower())
     if kept.is_dir():
         assert not list(kept.rglob("*.tmp"))
@@ -335,5 +336,5 @@ def test_without_a_compiler_torch_looks(fault: str, forgotten: None, tmp_path: P
 def test_small_numbers_stay_as_it_is_loaded(compiled: None) -> None:
     """Flags for faster arithmetic can make a whole process round its smallest numbers to zero."""
     small = "(torch.tensor(1e-40) * 1).item() > 0"
-    code = f"import torch; from sparse_vlm.kernels.cpu.native import usable; print(usable(torch.float32, 64), {small})"
+    code = f"import torch; from sparse_vlm.kernels.cpu.native import is_supported; print(is_supported(torch.float32, 64), {small})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["True", "True"]

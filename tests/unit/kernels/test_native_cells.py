@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_vlm.kernels.cpu import native
 from sparse_vlm.roi import crop_rois, roi_average_weights
-from sparse_vlm.tower import inference
+from sparse_vlm.tower.compiled import CompiledFocus
 from sparse_vlm.tower.config import FocusConfig
 from sparse_vlm.tower.focus import Focus
 
@@ -18,7 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if not native.usable(torch.float32, 64):
+    if not native.is_supported(torch.float32, 64):
         pytest.skip("no C++ compiler that takes our sources here")
     torch.manual_seed(0)
 
@@ -43,7 +43,7 @@ def cells(batch: int) -> Tensor:
 @pytest.mark.parametrize("canvas", [(224, 224), (97, 333), (1, 200), (20, 20)])
 def test_cells_are_cut_as_they_are_sampled(dtype: torch.dtype, size: int, canvas: tuple[int, int], threads: None) -> None:
     pixels, rois = torch.randn(2, 3, *canvas).to(dtype), cells(2)
-    found = native.cut(pixels, rois, size)
+    found = native.crop_rois(pixels, rois, size)
     assert found.dtype == dtype and found.shape == (2, 15, 3, size, size)
     assert (found.double() - crop_rois(pixels.double(), rois, size)).abs().max() < DTYPES[dtype]
 
@@ -55,7 +55,7 @@ def test_nothing_beyond_an_image_is_read(dtype: torch.dtype, sides: tuple[int, i
     extent = torch.tensor([[sides[1] / 128, sides[0] / 96], [1.0, 1.0]])
     alone = torch.randn(3, *sides).to(dtype)
     canvas[0, :, : sides[0], : sides[1]], canvas[1] = alone, 7.0
-    found = native.cut(canvas, rois, 16, extent)
+    found = native.crop_rois(canvas, rois, 16, extent)
     sampled = crop_rois(alone[None].float(), rois[:1], 16)
     on_canvas = crop_rois(canvas.nan_to_num().float(), rois, 16, extent)
     assert (found[1].float() - 7).abs().max() < DTYPES[dtype]
@@ -67,7 +67,7 @@ def test_nothing_beyond_an_image_is_read(dtype: torch.dtype, sides: tuple[int, i
 def test_positions_are_means_over_cells(dtype: torch.dtype, threads: None) -> None:
     positions, rois = torch.randn(16 * 16, 40), cells(3)
     wanted = roi_average_weights(rois, 16, 16, 4) @ positions
-    found = native.average(rois, positions, 4, dtype)
+    found = native.average_positions(rois, positions, 4, dtype)
     assert found.dtype == dtype and (found.float() - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -83,7 +83,7 @@ def focus(**changes: object) -> Focus:
 @pytest.mark.parametrize("changes", [{}, {"size": 75, "channels": (16, 48, 32, 16)}])
 def test_the_focus_predicts_the_same_maps(dtype: torch.dtype, changes: dict[str, object], threads: None) -> None:
     plain, pixels = focus(**changes).to(dtype), torch.randn(4, 3, 96, 120).to(dtype)
-    ours, exact = inference.CompiledFocus(plain), focus(**changes).double()
+    ours, exact = CompiledFocus(plain), focus(**changes).double()
     exact.load_state_dict(plain.state_dict())
     region, extent = torch.tensor([[0.1, 0.2, 0.7, 0.9]]).expand(4, 4), torch.tensor([[0.5, 1.0]]).expand(4, 2)
     for asked in ((None, None), (region, None), (None, extent), (region, extent)):
@@ -98,7 +98,7 @@ def test_the_focus_predicts_the_same_maps(dtype: torch.dtype, changes: dict[str,
 @pytest.mark.parametrize("count", [9, 10, 11, 12, 16, 25, 36, 48, 49, 64])
 def test_cells_are_placed_as_torch_places_them(count: int, threads: None) -> None:
     plain = focus()
-    ours = inference.CompiledFocus(plain)
+    ours = CompiledFocus(plain)
     aspects = torch.cat([torch.tensor([1.0, 4.0, 0.25, 4 / 3, 16 / 9, 0.1]), (torch.randn(58) * 0.7).exp()])
     maps = torch.nn.functional.interpolate(torch.randn(64, 3, 4, 4), 8, mode="bilinear")
     wanted, found = plain.place(maps, aspects, count), ours.place(maps, aspects, count)
@@ -108,9 +108,9 @@ def test_cells_are_placed_as_torch_places_them(count: int, threads: None) -> Non
 
 
 def test_maps_that_are_no_numbers_place_cells_that_tile_the_image(threads: None) -> None:
-    found = inference.CompiledFocus(focus()).place(torch.full((1, 3, 8, 8), torch.nan), torch.ones(1), 49)
+    found = CompiledFocus(focus()).place(torch.full((1, 3, 8, 8), torch.nan), torch.ones(1), 49)
     assert (found[..., 2:] - found[..., :2]).prod(-1).sum().item() == pytest.approx(1)
 
 
 def test_shapes_that_are_not_whole_vectors_are_left_to_torch() -> None:
-    assert native.Focus.takes(focus()) and not native.Focus.takes(focus(channels=(16, 24, 32, 48)))
+    assert native.Focus.is_supported(focus()) and not native.Focus.is_supported(focus(channels=(16, 24, 32, 48)))

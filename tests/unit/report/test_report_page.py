@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import CHATS, PAIRS, TWO, bench_of, eval_of, right, subject_of, write
+from report_files import CHATS, PAIRS, TWO, bench_of, comparison_of, eval_of, right, write
 
-from sparse_vlm.report.frontier import COSTS
-from sparse_vlm.report.notes import where_not
+from sparse_vlm.report.frontier import AXES
+from sparse_vlm.report.notes import notes
 from sparse_vlm.report.page import render
-from sparse_vlm.report.records import Case
+from sparse_vlm.report.records import Scenario
 from sparse_vlm.utils.files import LOCK
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,9 +55,9 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
-    html = render(subject_of(tmp_path, bench_of(TWO), [eval_of(CHATS), eval_of(CHATS, task="gqa")], PAIRS))
+    html = render(comparison_of(tmp_path, bench_of(TWO), [eval_of(CHATS), eval_of(CHATS, task="gqa")], PAIRS))
     page = Page(html)
-    assert page.open == [] and page.tags.count("svg") == 2 * len(COSTS)
+    assert page.open == [] and page.tags.count("svg") == 2 * len(AXES)
     assert not {"script", "link", "iframe", "img"} & set(page.tags) and "@import" not in html
     assert len(set(page.ids)) == len(page.ids) and page.refers
     assert all(target.strip("\"'").startswith("#") and target.strip("\"'")[1:] in page.ids for target in page.refers)
@@ -70,32 +70,32 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
 
 def test_the_page_does_not_run_what_a_name_holds(tmp_path: Path) -> None:
     name = "<script>alert(1)<"
-    html = render(subject_of(tmp_path, bench_of({name: (49, 80.0, 6.0), "tiny": (49, 30.0, 1.6)}), [], []))
+    html = render(comparison_of(tmp_path, bench_of({name: (49, 80.0, 6.0), "tiny": (49, 30.0, 1.6)}), [], []))
     page = Page(html)
     assert "script" not in page.tags and name in page.text
 
 
 def test_a_page_of_the_same_files_is_the_same(tmp_path: Path) -> None:
-    subject = subject_of(tmp_path, bench_of(TWO), [eval_of(CHATS)], PAIRS)
-    assert render(subject) == render(subject)
+    comparison = comparison_of(tmp_path, bench_of(TWO), [eval_of(CHATS)], PAIRS)
+    assert render(comparison) == render(comparison)
 
 
 def test_the_page_is_installed_with_the_package() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read toml")
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
-    assert [p.name for p in (ROOT / "sparse_vlm" / "report").iterdir() if p.suffix not in ("", ".py")] == data["sparse_vlm.report"]
+    assert sorted(p.name for p in (ROOT / "sparse_vlm" / "report").iterdir() if p.suffix not in ("", ".py")) == data["sparse_vlm.report"]
 
 
 def test_folders_do_not_travel_with_the_page(tmp_path: Path) -> None:
     document = bench_of({"models/mine/vit": (256, 80.0, 6.0), "models/mine/tiny": (49, 30.0, 1.6)}, llm="models/mine/llm")
-    subject = subject_of(tmp_path, document, [], [], Case("models/mine/llm", "bfloat16", 1, 64))
-    assert where_not(subject)[0].startswith("tiny (49 tokens) against vit (256 tokens)")
-    assert "models/mine" not in render(subject)
+    comparison = comparison_of(tmp_path, document, [], [], Scenario("models/mine/llm", "bfloat16", 1, 64))
+    assert notes(comparison, "where_not")[0].startswith("tiny (49 tokens) against vit (256 tokens)")
+    assert "models/mine" not in render(comparison)
     chats = {f"chats/mine/{name}": own for name, own in CHATS.items()}
     pairs = [f"{name}={cost}" for name, cost in zip(chats, ("models/mine/vit", "models/mine/tiny"), strict=True)]
     document = bench_of({"models/mine/vit": (49, 80.0, 6.0), "models/mine/tiny": (49, 30.0, 1.6)})
-    html = render(subject_of(tmp_path, document, [eval_of({**chats, "chats/mine/lonely": (9, right(0.5))})], pairs))
-    assert "/mine" not in html and "cost of vit</span>" in html and "The cost of lonely in this case." in html
+    html = render(comparison_of(tmp_path, document, [eval_of({**chats, "chats/mine/lonely": (9, right(0.5))})], pairs))
+    assert "/mine" not in html and "cost of vit</span>" in html and "The cost of lonely in this scenario." in html
 
 
 # ---- the command
@@ -128,4 +128,4 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command: Any, tmp_path: Path, 
 def test_one_model_alone_is_not_compared(command: Any, tmp_path: Path) -> None:
     bench = write(tmp_path, "bench.json", bench_of({"tiny": (49, 30.0, 1.6)}))
     done = command("report", "--bench", str(bench), "--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and "holds tiny alone in this case; measure a second model beside it" in done.stderr
+    assert done.returncode == 2 and "holds tiny alone in this scenario; measure a second model beside it" in done.stderr

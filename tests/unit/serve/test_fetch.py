@@ -1,4 +1,4 @@
-"""Images by URL: which addresses are public, what is refused, and sites that are slow."""
+"""Images by URL: what a server fetches, and what it must not reach."""
 
 from __future__ import annotations
 

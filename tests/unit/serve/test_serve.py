@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny_vlm import picture, save_llm, save_whole_tower
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from sparse_vlm.cli.serve import serve
 from sparse_vlm.errors import UserError
 from sparse_vlm.serve import server
 from sparse_vlm.serve.engine import Engine, Limits
@@ -477,12 +479,6 @@ def test_command_refuses_what_it_cannot_serve(tmp_path: Path):
 
 
 def test_docs_name_every_option_and_path():
-    from inspect import signature
-
-    from sparse_vlm.cli.serve import serve
-
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
-    for name in signature(serve).parameters:
-        assert name == "model" or f"`--{name.replace('_', '-')}" in text or f"--{name.replace('_', '-')}`" in text
-    for path in (CHAT, "/v1/models", "/health", "/metrics"):
-        assert f"{path}`" in text
+    assert [name for name in signature(serve).parameters if name != "model" and f"--{name.replace('_', '-')}" not in text] == []
+    assert [path for path in (CHAT, "/v1/models", "/health", "/metrics") if f"{path}`" not in text] == []

@@ -35,7 +35,7 @@ def test_rows_differ_in_tower_and_projector_alone(tmp_path: Path) -> None:
     assert pool[0][pool[0].index("--projector") + 1] == "pool" and "--projector" not in ours[0]
     for one, other in zip(pool[1:], ours[1:], strict=True):
         assert [word.replace("pool", "tiny") for word in one] == other
-    assert all(rival.projector in {"mlp", *PROJECTORS} for rival in comparison.BASELINES)
+    assert all(baseline.projector in {"mlp", *PROJECTORS} for baseline in comparison.BASELINES)
 
 
 class Commands:

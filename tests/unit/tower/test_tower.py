@@ -17,8 +17,8 @@ from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
 from sparse_vlm.roi import grid_rois, roi_average_weights, sample_bilinear
 from sparse_vlm.tower import RoIPatchConfig, UnitConfig
-from sparse_vlm.tower.config import PUBLISHED
 from sparse_vlm.tower.cost import count_macs
+from sparse_vlm.tower.released import PUBLISHED
 
 PARITY = Path(__file__).resolve().parents[2] / "fixtures" / "parity"
 FAMILIES = ("clip_small", "v1_small")
@@ -158,7 +158,7 @@ def test_token_count_never_depends_on_the_picture(height: int, width: int) -> No
     assert out.image_embeds.shape == (2, 32)
     assert out.rois.shape == (2, 9, 4)
     assert len(out.rois_per_unit) == 2
-    assert [p.shape for p in out.points_per_look] == [(2, 9, 16, 2)]
+    assert [p.shape for p in out.sampling_points] == [(2, 9, 16, 2)]
 
 
 def test_pixels_of_another_shape_are_refused() -> None:

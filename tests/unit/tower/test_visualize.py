@@ -80,11 +80,11 @@ def test_crop_box_is_what_the_tower_sees(size):
 
 def test_follow_has_every_look(tower, photo):
     regions = trace_regions(tower, photo)
-    assert [look.points.shape for look in regions.looks] == [(9, 5, 2)] * 3
+    assert [step.points.shape for step in regions.samplings] == [(9, 5, 2)] * 3
     torch.testing.assert_close(regions.start, grid_rois(9))
-    torch.testing.assert_close(regions.looks[0].rois, regions.start, atol=1e-4, rtol=0)
-    torch.testing.assert_close(regions.looks[2].rois, regions.end, atol=1e-4, rtol=0)  # the last look is after the last adjusting
-    assert (regions.looks[1].rois - regions.start).abs().max() > 0.01
+    torch.testing.assert_close(regions.samplings[0].rois, regions.start, atol=1e-4, rtol=0)
+    torch.testing.assert_close(regions.samplings[2].rois, regions.end, atol=1e-4, rtol=0)  # the last sampling is after the last adjusting
+    assert (regions.samplings[1].rois - regions.start).abs().max() > 0.01
     assert [step["name"] for step in regions.to_dict()["steps"]] == ["start", "look 1", "look 2", "look 3", "end"]
 
 
@@ -177,8 +177,8 @@ def test_figure_of_a_focus_has_cells_map_and_patches(focused, photo, tmp_path):
     titles = [axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")]
     assert titles == [
         "16 tokens, each with its cell",
-        "Prediction: where there is much to see",
-        "What each token begins with: 14 x 14 pixels",
+        "Predicted detail",
+        "The pixels of each initial token: 14 x 14",
     ]
     cells, _, patches = figure.axes[:3]
     assert len(cells.patches) == 16 and len(patches.images) == 1 + 16

@@ -83,10 +83,12 @@ def test_a_complete_run_is_known_by_all_that_it_made(tmp_path: Path, capsys: pyt
     (tmp_path / "tower_adapter").mkdir()
     (tmp_path / "tower_adapter" / "adapter_config.json").write_text("{}")
     assert not run.finished(tmp_path, {"seed": 0})
-    (tmp_path / "training.json").write_text(json.dumps({"settings": {"seed": 0}, "files": run.made(tmp_path)}))
+    (tmp_path / "training.json").write_text(json.dumps({"settings": {"seed": 0}, "files": run.written_files(tmp_path)}))
     assert run.finished(tmp_path, {"seed": 0}) and "is complete" in capsys.readouterr().err
     assert not run.finished(tmp_path, {"seed": 1})
-    (tmp_path / "training.json").write_text(json.dumps({"settings": {"seed": 0, "relation_weight": 0.0}, "files": run.made(tmp_path)}))
+    (tmp_path / "training.json").write_text(
+        json.dumps({"settings": {"seed": 0, "relation_weight": 0.0}, "files": run.written_files(tmp_path)})
+    )
     assert run.finished(tmp_path, {"seed": 0}), "of an earlier version"
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
     assert not run.finished(tmp_path, {"seed": 0})
@@ -189,7 +191,7 @@ def test_a_row_that_is_not_what_was_written_is_never_learnt_from(name: str, teac
     (cache.folder / name).write_bytes(data)
     again = cache_of(tmp_path, teacher, photos)
     again.outputs(0)
-    with pytest.raises(UserError, match=r"row 7 of view 0 is not what was written"):
+    with pytest.raises(UserError, match=r"row 7 of view 0 is damaged"):
         again.outputs(7)
     with pytest.raises(UserError, match=r"row 7 of view 0"):
         again.statistics()
@@ -228,8 +230,8 @@ with locked(Path(sys.argv[1])):
         (lambda out: (out / "README.md").write_text("my notes"), "README.md is not what the export wrote"),
         (lambda out: (out / "mine").mkdir(), "holds mine, which no export wrote"),
         (lambda out: (out / "link").symlink_to("nowhere"), "holds link, which no export wrote"),
-        (lambda out: (out / "export.json").write_text('{"format": "sparse-vlm/export/1", "files": []}'), "is no export of ours"),
-        (lambda out: (out / "export.json").write_text("[1]"), "is no export of ours"),
+        (lambda out: (out / "export.json").write_text('{"format": "sparse-vlm/export/1", "files": []}'), "no export of sparse-vlm"),
+        (lambda out: (out / "export.json").write_text("[1]"), "no export of sparse-vlm"),
         (lambda out: None, None),
     ],
 )

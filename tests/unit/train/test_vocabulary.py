@@ -62,7 +62,7 @@ def test_words_are_single_tokens_that_tell_photos_apart(vlm, tmp_path):
     assert words.names == ("blue", "green", "red")  # always is said of all, "wall" and "thrice" are two tokens, "a" names nothing
     assert words.ids.tolist() == [75, 70, 65]
     assert len(words.photos) == len(dataset.photos) == 39
-    assert words.said[0].tolist() == [0, 0, 1]
+    assert words.frequencies[0].tolist() == [0, 0, 1]
     assert words_of(dataset.select(range(30)), Vocabulary()).names == ()  # ten of each colour are too few
 
 
@@ -137,7 +137,7 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
                 if name in fresh:
                     parameter.copy_(fresh[name])
         folder = tmp_path / "".join(shown[:3])
-        assert train(vlm, groups, stage, samples, pictures, folder, {"stage": "read"})
+        assert train(vlm, groups, stage, samples.with_images(pictures), folder, {"stage": "read"})
         return [entry["loss"] for entry in json.loads((folder / "training.json").read_text())["history"] if "loss" in entry][-1]
 
     assert last_loss(["w"] * 120) - last_loss(letters) > 0.3, "a letter is told from the image alone"

@@ -18,7 +18,7 @@ from torch import nn
 from sparse_vlm import SparseFormer, SparseFormerConfig
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower.config import RoIPatchConfig
-from sparse_vlm.tower.layers import plain
+from sparse_vlm.tower.layers import is_plain
 from sparse_vlm.vlm import VLM
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -90,20 +90,20 @@ def test_adapters_are_heard_where_the_kernels_run():
 
 def test_only_layers_as_torch_made_them_may_be_taken_for_their_weight():
     layer = nn.Linear(2, 2)
-    assert plain(layer)
+    assert is_plain(layer)
     nn.utils.parametrizations.weight_norm(other := nn.Linear(2, 2))
-    assert not plain(other)
+    assert not is_plain(other)
     hook = layer.register_forward_hook(lambda module, inputs, output: output + 1)
-    assert not plain(layer)
+    assert not is_plain(layer)
     hook.remove()
     layer.forward = lambda x: x
-    assert not plain(layer)
-    assert not plain(nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2))
+    assert not is_plain(layer)
+    assert not is_plain(nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2))
 
 
 def test_tower_with_adapters_is_not_folded_without_them():
     tower, folded = with_lora(tower_config())
-    with pytest.raises(RuntimeError, match=r"is a (Linear|Conv2d) with weights beside its own, or hooks, .*merge_and_unload"):
+    with pytest.raises(RuntimeError, match=r"is a (Linear|Conv2d) with adapters, .*merge_and_unload"):
         tower.optimize_for_inference()
     pixels = torch.randn(1, 3, 32, 32)
     with torch.no_grad():

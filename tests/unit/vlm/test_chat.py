@@ -11,7 +11,7 @@ from PIL import Image
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.vlm import Timings
-from sparse_vlm.vlm.chat import Conversation, Picture
+from sparse_vlm.vlm.chat import ChatImage, Conversation
 
 
 class Stream:
@@ -47,8 +47,8 @@ class ScriptedModel:
         return self.last
 
 
-def picture(name: str) -> Picture:
-    return Picture(Path(name), Image.new("RGB", (8, 6)), decode_ms=3.0)
+def picture(name: str) -> ChatImage:
+    return ChatImage(Path(name), Image.new("RGB", (8, 6)), decode_ms=3.0)
 
 
 def shape(messages: list[dict]) -> list[str]:
@@ -60,7 +60,7 @@ def test_messages_grow_at_their_end():
     model = ScriptedModel()
     conversation = Conversation(model, "tiny-chat", [picture("one.png"), picture("two.png")])
     first = conversation.ask(" What is it? ")
-    conversation.add_picture(picture("three.png"))
+    conversation.add_image(picture("three.png"))
     second = conversation.ask("And this?")
     assert shape(model.told[0]) == ["u2:What is it?"]
     assert shape(model.told[1]) == ["u2:What is it?", "a0:A cup of coffee.", "u1:And this?"]
@@ -73,9 +73,9 @@ def test_reset_keeps_the_opening_pictures_only():
     model = ScriptedModel()
     conversation = Conversation(model, "tiny-chat", [picture("one.png")])
     conversation.ask("What is it?")
-    conversation.add_picture(picture("two.png"))
+    conversation.add_image(picture("two.png"))
     conversation.reset()
-    assert [shown.path.name for shown in conversation.pictures] == ["one.png"]
+    assert [shown.path.name for shown in conversation.images] == ["one.png"]
     conversation.ask("Once more?")
     assert shape(model.told[-1]) == ["u1:Once more?"]
 
@@ -98,7 +98,7 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(fail_after):
     model.fail_after = fail_after
     with pytest.raises(UserError, match="too long"):
         conversation.ask("What?")
-    assert conversation.turns == [] and len(conversation.pictures) == 1 and model.last.closed
+    assert conversation.turns == [] and len(conversation.images) == 1 and model.last.closed
     model.fail_after = None
     conversation.ask("Again?")
     assert shape(model.told[-1]) == ["u1:Again?"]

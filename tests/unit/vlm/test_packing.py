@@ -47,7 +47,7 @@ def learning(parts: tuple[str, str]) -> VLM:
     return vlm
 
 
-def items(vlm: VLM, trees: bool = True) -> list[tuple[Sample, torch.Tensor | None]]:
+def items(vlm: VLM, trees: bool = True) -> list[Sample]:
     """Samples of every kind with their images' tokens; without the tree, plain conversations alone."""
     conversations = {"a tree": TREE} if trees else {}
     conversations |= {name: [example] for name, example in CHAINS.items()}
@@ -55,8 +55,8 @@ def items(vlm: VLM, trees: bool = True) -> list[tuple[Sample, torch.Tensor | Non
     made = []
     for name, examples in conversations.items():
         shown = 2 if name == "two photos" else 0 if name == "text" else 1
-        sample = Sample(name, tuple(range(shown)), merge([vlm.renderer.render(example) for example in examples]))
-        made.append((sample, pictures[:shown].detach() if shown else None))
+        tree = merge([vlm.renderer.render(example) for example in examples])
+        made.append(Sample(name, tuple(range(shown)), tree, tuple(pictures[:shown].detach())))
     return made
 
 
@@ -67,7 +67,7 @@ def pixels(vlm: VLM, colour: str) -> torch.Tensor:
 def step(vlm: VLM, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A batch's loss and gradients."""
     vlm.model.zero_grad(set_to_none=True)
-    loss = LossModule(vlm)(batch["trees"], batch["pictures"], batch["chains"])["loss"]
+    loss = LossModule(vlm)(batch["trees"], batch["images"], batch["chains"])["loss"]
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in vlm.model.named_parameters() if p.grad is not None}
 
@@ -150,7 +150,7 @@ def test_no_family_needs_a_mask_under_sdpa(parts, tmp_path, family):
 def test_a_tree_is_not_packed(parts):
     vlm = learning(parts)
     with pytest.raises(ValueError, match="only single conversations"):
-        pack([sample.tree for sample, _ in items(vlm)])
+        pack([sample.tree for sample in items(vlm)])
 
 
 def test_models_with_a_memory_of_their_own_are_padded(parts, monkeypatch):

@@ -372,7 +372,7 @@ def learn(parts, folder, stage: Stage, rank, init=None, max_steps=None, visits=1
     features_cache = FeatureCache(folder.parent / "cache", vlm.tower, dataset.photos)
     features_cache.fill(range(len(dataset.photos)))
     settings = {"stage": "test", "steps": len(samples) // 4}
-    return vlm, train(vlm, groups, stage, samples, features_cache, folder, settings, max_steps)
+    return vlm, train(vlm, groups, stage, samples.with_images(features_cache), folder, settings, max_steps)
 
 
 def losses(folder) -> list[float]:
@@ -405,7 +405,7 @@ def test_a_stage_of_the_projector_alone_bears_batches_without_pictures(parts, tm
     samples = build_samples(ConversationDataset.of(examples), vlm.renderer)
     before = [parameter.clone() for parameter in vlm.projector.parameters()]
     features_cache = FeatureCache(tmp_path / "cache", vlm.tower, photos_of(tmp_path, ["red"]))
-    assert train(vlm, groups, STAGES["align"], samples, features_cache, tmp_path / "run", {"stage": "test"})
+    assert train(vlm, groups, STAGES["align"], samples.with_images(features_cache), tmp_path / "run", {"stage": "test"})
     assert all(torch.equal(one, other) for one, other in zip(before, vlm.projector.parameters(), strict=True))
 
 

@@ -1,7 +1,7 @@
-// Attention among few tokens on a processor, reading queries, keys and values as one layer wrote them.
+// Attention among few tokens on a CPU, reading queries, keys and values as one layer wrote them.
 //
 // Notable: torch's fused attention is made for long sequences; at 49 tokens it takes three times as long
-// (docs/speed.md), of which half is changing layouts before and after. Here a head's keys, scores and values stay in
+// (lab/speed.md), of which half is changing layouts before and after. Here a head's keys, scores and values stay in
 // the first caches.
 
 #pragma once

@@ -1,10 +1,10 @@
-// Cells of any place and size, cut out of an image for an inference tower on a processor, and the positions that belong
-// to them.
+// Cells of any place and size, cropped from an image for an inference tower on a CPU, and the average of the position
+// embeddings in each.
 //
 // Shape legend: B images of 3 x h x w pixels, n cells, S pixels a side of what is made of each, G x G the positions, d
 // their width.
 //
-// Notable: geometry.crop_rois samples pixel by pixel from an atlas of all levels. In an upright cell the columns are the
+// Notable: roi.crop_rois samples pixel by pixel from an atlas of all levels. In an upright cell the columns are the
 // same for all rows and colours; a row of 16 pixels that are read at most 1.4 apart lies within 32 numbers, so that two
 // instructions find all of its neighbours.
 
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int COLOURS = 3, MOST_LEVELS = 32;
 
-// An image and its halves, as geometry.image_pyramid; those of all images and colours of a level lie together.
+// An image and its halves, as roi.image_pyramid; those of all images and colours of a level lie together.
 template <typename T>
 struct Pyramid {
     const T* pixels;
@@ -135,9 +135,9 @@ inline int level_of(float across, float down, int size, int levels) {
 }
 
 // Canvases (B, 3, h, w) and cells (B, n, 4) relative to the images at their top left, of `whole` (B, 2) pixels across and
-// down, to what lies in each (B, n, 3, S, S), as geometry.crop_rois.
+// down, to what lies in each (B, n, 3, S, S), as roi.crop_rois.
 template <typename T>
-void cut(const T* pixels, const float* cells, const float* whole, int batch, int n, int height, int width, int size,
+void crop_rois(const T* pixels, const float* cells, const float* whole, int batch, int n, int height, int width, int size,
          int levels, T* out, int threads) {
     std::vector<int> level(long(batch) * n);
     int most = 0;
@@ -216,14 +216,14 @@ void average(const float* cells, const float* positions, int count, int grid, in
 
 }  // namespace
 
-#define OF_TYPE(NAME, T)                                                                                              \
-    void cut_##NAME(const T* pixels, const float* cells, const float* whole, int batch, int n, int height, int width, \
-                    int size, int levels, T* out, int threads) {                                                      \
-        cut(pixels, cells, whole, batch, n, height, width, size, levels, out, threads);                               \
-    }                                                                                                                 \
-    void average_##NAME(const float* cells, const float* positions, int count, int grid, int samples, int width,      \
-                        T* out, int threads) {                                                                        \
-        average(cells, positions, count, grid, samples, width, out, threads);                                         \
+#define OF_TYPE(NAME, T)                                                                                                    \
+    void crop_rois_##NAME(const T* pixels, const float* cells, const float* whole, int batch, int n, int height, int width, \
+                    int size, int levels, T* out, int threads) {                                                            \
+        crop_rois(pixels, cells, whole, batch, n, height, width, size, levels, out, threads);                               \
+    }                                                                                                                       \
+    void average_positions_##NAME(const float* cells, const float* positions, int count, int grid, int samples, int width,  \
+                        T* out, int threads) {                                                                              \
+        average(cells, positions, count, grid, samples, width, out, threads);                                               \
     }
 
 extern "C" {

@@ -1,9 +1,9 @@
-// The map that tokens look at, of an inference tower on a processor: a convolution of 7 x 7 pixels, pooling, ReLU and
-// norm in one pass.
+// The early convolution of an inference tower on a CPU: a convolution of 7 x 7 pixels, pooling, ReLU and norm in one
+// pass.
 //
-// Shape legend: B pictures of h x w pixels; C channels; rows x columns cells of the convolution, H x W of the map.
+// Shape legend: B images of h x w pixels; C channels; rows x columns cells of the convolution, H x W of the map.
 //
-// Notable: lines of a picture are laid out channels last, with their padding (windows.h). In pairs of bfloat16 a cell
+// Notable: lines of an image are laid out channels last, with their padding (windows.h). In pairs of bfloat16 a cell
 // reads one number more, times 0: a pixel that is not finite spoils that cell too. Three rows of the convolution are
 // kept, as they are pooled along a row.
 
@@ -34,15 +34,15 @@ void lay_out(const bfloat16* from, uint32_t* to, int channels) {
 }
 #endif
 
-// Lines of a picture (3, h, w) from `first` on, of which EDGE lie above it, as (count, length) of channels last
+// Lines of an image (3, h, w) from `first` on, of which EDGE lie above it, as (count, length) of channels last
 template <typename T, typename N>
-void lay_lines(const T* picture, int first, int count, int height, int width, long length, N* to) {
+void lay_lines(const T* image, int first, int count, int height, int width, long length, N* to) {
     std::fill(to, to + count * length, N());
     for (int i = 0; i < count; i++) {
         int line = first + i - EDGE;
         if (line < 0 || line >= height) continue;
         for (int colour = 0; colour < COLOURS; colour++) {
-            const T* from = picture + (long(colour) * height + line) * width;
+            const T* from = image + (long(colour) * height + line) * width;
             N* into = to + i * length + EDGE * COLOURS + colour;
             for (int x = 0; x < width; x++) put(into + long(x) * COLOURS, get(from + x));
         }
@@ -70,7 +70,7 @@ void convolve(const T* pixels, const T* weight, const float* bias, float eps, in
     int map_rows = (rows - 1) / 2 + 1, map_columns = (columns - 1) / 2 + 1;
     long length = (long(width + 2 * EDGE) * COLOURS + 2) / 2 * 2, row_size = long(map_columns) * channels;
     Window<M> window{length / M::TOGETHER};
-    int bands = std::min(map_rows, batch % threads ? threads : 1);  // of a picture, of one thread each
+    int bands = std::min(map_rows, batch % threads ? threads : 1);  // of an image, of one thread each
 #pragma omp parallel num_threads(threads)
     {
         std::vector<typename M::Element> weights(long(SIDE) * Window<M>::each * channels);

@@ -1,5 +1,5 @@
-// Where tokens of an inference tower begin, on a processor: the network that predicts variation, and the cells that are
-// placed by it; as sparse_vlm/tower/focus.py.
+// The focus module of an inference tower on a CPU: the network that predicts variation, and the placement of cells; as
+// sparse_vlm/tower/focus.py.
 //
 // Shape legend: B images, T pixels a side of a thumbnail, M x M the map, S scales, n cells, b cells of the coarse grid.
 //
@@ -178,17 +178,17 @@ void predict(const float* pixels, const float* weight, const float* numbers, flo
     if (batch >= threads) {
 #pragma omp parallel num_threads(threads)
         {
-            Room room(channels, size, side);
+            Room scratch(channels, size, side);
 #pragma omp for
             for (int b = 0; b < batch; b++)
-                Passage{room, 0, 1}.run(pixels + b * image, of, eps, scales, out + b * map);
+                Passage{scratch, 0, 1}.run(pixels + b * image, of, eps, scales, out + b * map);
         }
         return;
     }
-    Room room(channels, size, side);
+    Room scratch(channels, size, side);
 #pragma omp parallel num_threads(threads)
     for (int b = 0; b < batch; b++)
-        Passage{room, omp_get_thread_num(), omp_get_num_threads()}.run(pixels + b * image, of, eps, scales,
+        Passage{scratch, omp_get_thread_num(), omp_get_num_threads()}.run(pixels + b * image, of, eps, scales,
                                                                           out + b * map);
 }
 
@@ -205,7 +205,7 @@ struct Cell {
     }
 };
 
-// A grid of `count` cells, near square in an image of this aspect, as geometry.grid_rois_for.
+// A grid of `count` cells, near square in an image of this aspect, as roi.grid_rois_for.
 inline std::vector<Cell> grid_of(int count, float aspect) {
     int rows = int(within(std::nearbyint(std::sqrt(count / aspect)), 1, count));
     std::vector<Cell> cells;
@@ -296,7 +296,7 @@ inline std::vector<Cell> cells_of_image(const Maps& maps, float aspect, int n, i
 
 extern "C" {
 // Maps (B, S, M, M) and aspects (B) to cells (B, n, 4); `coarse` of the n are those of the grid that is split.
-void place_float32(const float* maps, const float* aspects, float evenness, int batch, int n, int coarse, int side,
+void place_cells_float32(const float* maps, const float* aspects, float evenness, int batch, int n, int coarse, int side,
                    int scales, float* out, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int b = 0; b < batch; b++) {
@@ -306,7 +306,7 @@ void place_float32(const float* maps, const float* aspects, float evenness, int 
     }
 }
 
-void predict_float32(const float* pixels, const float* weight, const float* numbers, float eps, int batch, int size,
+void focus_float32(const float* pixels, const float* weight, const float* numbers, float eps, int batch, int size,
                      int first, int second, int third, int width, int side, int scales, float* out, int threads) {
     predict(pixels, weight, numbers, eps, batch, size, first, second, third, width, side, scales, out, threads);
 }

@@ -1,8 +1,8 @@
-// Linear layers of few rows on a processor: weights in panels of 32 outputs, each of which stays in a near cache while
+// Linear layers of few rows on a CPU: weights in panels of 32 outputs, each of which stays in a near cache while
 // all rows pass.
 //
-// Notable: oneDNN reaches the processor's peak with hundreds of rows, and half to three quarters of it with the 49 of a
-// tower (docs/speed.md). This is for AVX-512, and in bfloat16 for processors that multiply pairs of it and have no AMX,
+// Notable: oneDNN reaches the CPU's peak with hundreds of rows, and half to three quarters of it with the 49 of a
+// tower (lab/speed.md). This is for AVX-512, and in bfloat16 for CPUs that multiply pairs of it and have no AMX,
 // which oneDNN uses well.
 
 #pragma once
@@ -44,13 +44,13 @@ inline int elements(const bfloat16*, int k) { return k / 2; }
 #endif
 
 template <typename T>
-inline void finish(Vector value, const T* onto, float factor, T* out) {
-    put(out, onto ? get_wide(onto) + factor * value : value);
+inline void finish(Vector value, const T* residual, float factor, T* out) {
+    put(out, residual ? get_wide(residual) + factor * value : value);
 }
 
 // R rows by panel p; `step` bytes of what lies `ahead` come near at each product.
 template <int R, typename T>
-ALONE void rows(const Layer<T>& of, int p, const T* x, const T* onto, float factor, T* out, const char* ahead,
+ALONE void rows(const Layer<T>& of, int p, const T* x, const T* residual, float factor, T* out, const char* ahead,
                 int step) {
     Vector sum[R][2];
     const float* bias = of.bias + p * PANEL;
@@ -60,25 +60,25 @@ ALONE void rows(const Layer<T>& of, int p, const T* x, const T* onto, float fact
                [&](int i) { __builtin_prefetch(ahead + long(i) * step, 0, 2); });
     for (int r = 0; r < R; r++) {
         Vector left = activated(sum[r][0], of.activation), right = activated(sum[r][1], of.activation);
-        const T* under = onto ? onto + long(r) * of.outputs : onto;
+        const T* under = residual ? residual + long(r) * of.outputs : residual;
         T* to = out + long(r) * of.outputs;
         if (here == PANEL) {
             finish(left, under, factor, to);
-            finish(right, onto ? under + LANES : onto, factor, to + LANES);
+            finish(right, residual ? under + LANES : residual, factor, to + LANES);
         } else {
             T there[PANEL] = {}, made[PANEL];
-            if (onto) std::memcpy(there, under, here * sizeof(T));
-            finish(left, onto ? there : onto, factor, made);
-            finish(right, onto ? there + LANES : onto, factor, made + LANES);
+            if (residual) std::memcpy(there, under, here * sizeof(T));
+            finish(left, residual ? there : residual, factor, made);
+            finish(right, residual ? there + LANES : residual, factor, made + LANES);
             std::memcpy(to, made, here * sizeof(T));
         }
     }
 }
 
-// x (count, k) to out (count, outputs): activated, or times `factor` and added onto `onto` where that is not null.
+// x (count, k) to out (count, outputs): activated, or times `factor` and added residual `residual` where that is not null.
 // Called by all threads of a region together.
 template <typename T>
-void linear(const Layer<T>& of, const T* x, const T* onto, float factor, int count, T* out, int threads) {
+void linear(const Layer<T>& of, const T* x, const T* residual, float factor, int count, T* out, int threads) {
     int panels = of.panels(), blocks = blocks_of<BLOCK>(count);
     // rows stay in the second cache while all panels pass; few panels are shared by rows as well
     long parts = std::max(long(long(count) * of.k * sizeof(T) / KEPT + 1), long(2 * threads + panels - 1) / panels);
@@ -92,7 +92,7 @@ void linear(const Layer<T>& of, const T* x, const T* onto, float factor, int cou
             int step = std::min(LINE, int(PANEL * sizeof(float)) / (last - block));
             each_block<BLOCK>(count, block, last, [&](long row, auto height) {
                 long to = row * of.outputs + p * PANEL;
-                rows<decltype(height)::value>(of, p, x + row * of.k, onto ? onto + to : onto, factor, out + to, next,
+                rows<decltype(height)::value>(of, p, x + row * of.k, residual ? residual + to : residual, factor, out + to, next,
                                               step);
                 next += long(elements(x, of.k)) * step;
             });

@@ -1,4 +1,4 @@
-// Convolutions on a processor: cells that each read a window of an image that lies channels last, with its padding.
+// Convolutions on a CPU: cells that each read a window of an image that lies channels last, with its padding.
 //
 // Notable: what a cell reads of a line then lies together, and what cells beside each other read lies evenly apart, so
 // that a product reads it as it lies there.

@@ -1,11 +1,11 @@
-// A look of an inference tower on a processor: where tokens look, what they read there, and how it is mixed; one pass
-// over tokens each.
+// Sampling and mixing of an inference tower on a CPU: the sampling points of each token, the samples and how they are
+// mixed, positions and RoI adjustment; one pass over the tokens each.
 //
-// Shape legend: B pictures, n tokens, P points a token, C channels of the map, O points after mixing, d width of a
+// Shape legend: B images, n tokens, P points a token, C channels of the map, O points after mixing, d width of a
 // token, H x W the map.
 //
-// Notable: torch computes the same in some sixty operators a look, each of which takes longer to call than to carry out
-// for one picture (docs/speed.md). Here a token's samples, weights and mixed points stay in the first cache. Plain C++
+// Notable: torch computes the same in some sixty operators, each of which takes longer to call than to carry out
+// for one image (lab/speed.md). Here a token's samples, weights and mixed points stay in the first cache. Plain C++
 // without torch's headers, so that it compiles in two seconds; sparse_vlm/kernels/cpu/native.py compiles and calls it.
 
 #include "vectors.h"
@@ -46,11 +46,11 @@ inline void point_of(const float* roi, float x, float y, float* to) {
     to[1] = (roi[1] + roi[3]) / 2 + y * (roi[3] - roi[1]);
 }
 
-// Latents (B, n, d), of which a picture's lie `picture` apart and a token's are whole, to points (B, n, P, 2) in RoIs
+// Latents (B, n, d), of which an image's lie `image_stride` apart and a token's are whole, to points (B, n, P, 2) in RoIs
 // (B, n, 4). `weight` (d, padded) and `bias` (padded) have the norm's affine part in them; padded is 2 P rounded up to
 // whole vectors.
 template <typename T>
-void points(const T* latents, long picture, const float* rois, const float* weight, const float* bias, float eps,
+void points(const T* latents, long image_stride, const float* rois, const float* weight, const float* bias, float eps,
             int batch, int n, int width, int count, float* out, int threads) {
     int padded = (2 * count + PADDING - 1) / PADDING * PADDING, blocks = (n + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(threads)
@@ -61,7 +61,7 @@ void points(const T* latents, long picture, const float* rois, const float* weig
             for (int chunk = 0; chunk < blocks; chunk++) {
                 int first = chunk * ROWS, rows = n - first < ROWS ? n - first : ROWS;
                 for (int r = 0; r < rows; r++)
-                    normalise(latents + b * picture + long(first + r) * width, normal.data() + long(r) * width, width,
+                    normalise(latents + b * image_stride + long(first + r) * width, normal.data() + long(r) * width, width,
                               eps);
                 multiply(normal.data(), width, weight, offsets.data(), rows, width, padded);
                 for (int r = 0; r < rows; r++) {
@@ -145,9 +145,9 @@ void mix(const T* map, const float* where, bool same_points, const T* generated,
         for (int b = 0; b < batch; b++)
             for (int token = 0; token < n; token++) {
                 const float* point = where + (same_points ? token : long(b) * n + token) * count * 2;
-                const T* picture = map + long(b) * height * width * channels;
+                const T* image = map + long(b) * height * width * channels;
                 for (int p = 0; p < count; p++)
-                    read_point(picture, point[2 * p], point[2 * p + 1], height, width, channels, border,
+                    read_point(image, point[2 * p], point[2 * p + 1], height, width, channels, border,
                                at.sampled.data() + long(p) * channels);
                 mix_token(generated + (same_parameters ? token : long(b) * n + token) * parameters, m_beta, count,
                           channels, out_points, at);
@@ -188,15 +188,15 @@ void positions(const float* rois, const float* frequencies, const float* gain, c
     }
 }
 
-// RoIs (B, n, 4) moved and scaled by what a layer `weight` (4, d) says of hidden tokens, of which a picture's lie
-// `picture` apart.
+// RoIs (B, n, 4) moved and scaled by what a layer `weight` (4, d) says of hidden tokens, of which an image's lie
+// `image_stride` apart.
 template <typename T>
-void adjust(const T* hidden, long picture, const float* weight, const float* rois, int batch, int n, int width,
+void adjust(const T* hidden, long image_stride, const float* weight, const float* rois, int batch, int n, int width,
             float* out, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (int b = 0; b < batch; b++)
         for (int token = 0; token < n; token++) {
-            const T* row = hidden + b * picture + long(token) * width;
+            const T* row = hidden + b * image_stride + long(token) * width;
             const float* roi = rois + (long(b) * n + token) * 4;
             float delta[4] = {};
             for (int k = 0; k < 4; k++)
@@ -213,24 +213,24 @@ void adjust(const T* hidden, long picture, const float* weight, const float* roi
 
 }  // namespace
 
-#define OF_TYPE(NAME, T)                                                                                          \
-    void points_##NAME(const T* latents, long picture, const float* rois, const float* weight, const float* bias, \
-                       float eps, int batch, int n, int width, int count, float* out, int threads) {              \
-        points(latents, picture, rois, weight, bias, eps, batch, n, width, count, out, threads);                  \
-    }                                                                                                             \
-    void positions_##NAME(const float* rois, const float* frequencies, const float* gain, const float* shift,     \
-                          float eps, long tokens, int width, T* out, long apart, int threads) {                   \
-        positions(rois, frequencies, gain, shift, eps, tokens, width, out, apart, threads);                       \
-    }                                                                                                             \
-    void adjust_##NAME(const T* hidden, long picture, const float* weight, const float* rois, int batch, int n,   \
-                       int width, float* out, int threads) {                                                      \
-        adjust(hidden, picture, weight, rois, batch, n, width, out, threads);                                     \
-    }                                                                                                             \
-    void mix_##NAME(const T* map, const float* where, int same_points, const T* generated, int same_parameters,   \
-                    const float* m_beta, const float* s_beta, int batch, int n, int count, int channels,          \
-                    int out_points, int height, int width, int border, T* out, long apart, int threads) {         \
-        mix(map, where, same_points, generated, same_parameters, m_beta, s_beta, batch, n, count, channels,       \
-            out_points, height, width, border, out, apart, threads);                                              \
+#define OF_TYPE(NAME, T)                                                                                                   \
+    void points_##NAME(const T* latents, long image_stride, const float* rois, const float* weight, const float* bias,     \
+                       float eps, int batch, int n, int width, int count, float* out, int threads) {                       \
+        points(latents, image_stride, rois, weight, bias, eps, batch, n, width, count, out, threads);                      \
+    }                                                                                                                      \
+    void positions_##NAME(const float* rois, const float* frequencies, const float* gain, const float* shift,              \
+                          float eps, long tokens, int width, T* out, long apart, int threads) {                            \
+        positions(rois, frequencies, gain, shift, eps, tokens, width, out, apart, threads);                                \
+    }                                                                                                                      \
+    void adjust_rois_##NAME(const T* hidden, long image_stride, const float* weight, const float* rois, int batch, int n,  \
+                       int width, float* out, int threads) {                                                               \
+        adjust(hidden, image_stride, weight, rois, batch, n, width, out, threads);                                         \
+    }                                                                                                                      \
+    void sample_and_mix_##NAME(const T* map, const float* where, int same_points, const T* generated, int same_parameters, \
+                    const float* m_beta, const float* s_beta, int batch, int n, int count, int channels,                   \
+                    int out_points, int height, int width, int border, T* out, long apart, int threads) {                  \
+        mix(map, where, same_points, generated, same_parameters, m_beta, s_beta, batch, n, count, channels,                \
+            out_points, height, width, border, out, apart, threads);                                                       \
     }
 
 extern "C" {

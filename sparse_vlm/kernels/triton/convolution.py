@@ -1,10 +1,10 @@
-"""The early convolution, forward: 7 x 7, stride 2, of three colours.
+"""The early convolution, forward: 7 x 7, stride 2, three input channels.
 
-Shape legend: B images, H x W their pixels, H' x W' half of that, C channels, K = 3 * 7 * 7 what one output reads. A program makes TILE_N
-positions of all C channels.
+Shape legend: B images, H x W their pixels, H' x W' half of that, C channels, K = 3 * 7 * 7 inputs of one output. A program computes
+TILE_N positions of all C channels.
 
-Notable: libraries pad three colours to eight and change layouts before and after; here colours are read where they lie and the result is
-written channels last, as the map is read.
+Notable: libraries pad three channels to eight and change layouts before and after; this kernel reads the pixels channels first and writes
+the result channels last, as the map is read.
 """
 
 import triton
@@ -23,8 +23,8 @@ def early_convolution(
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     c = tl.arange(0, TILE_C)
     row, x = n // out_width, n % out_width * 2 - 3
-    picture, y = (row // out_height).to(tl.int64), row % out_height * 2 - 3
-    corner = picture * 3 * height * width + y * width + x
+    image, y = (row // out_height).to(tl.int64), row % out_height * 2 - 3
+    corner = image * 3 * height * width + y * width + x
     # positions last: neighbours in a warp read pixels that are two apart
     total = tl.zeros((TILE_C, TILE_N), tl.float32)
     for first in tl.static_range(0, 147, TILE_K):
