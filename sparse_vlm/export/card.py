@@ -34,7 +34,7 @@ def readme(source: Source, name: str, dtype: str, exporter: Exporter, comparison
         "",
         f"{what}.",
         "",
-        f"This folder holds {exporter.holds}: {config.visual_tokens} tokens {size}, weights in {dtype}. "
+        f"This folder holds {exporter.holds}: {config.visual_tokens} tokens for {size}, weights in {dtype}. "
         f"`sparse-vlm export --format {name}` created it from `{source.name}`.",
         "",
         "```python",

@@ -98,7 +98,7 @@ def test_a_template_that_fails_is_of_an_llm_with_a_name(tmp_path):
         (None, {}, "says [0-9,]+ parameters, the weights beside it are [0-9,]+ bytes; they are of two models"),
         # with a side that cannot be made, the other one would be allocated first
         ("text_cfg", {"width": "wide"}, r"model_cfg\.text_cfg\.width is 'wide'"),
-        ("text_cfg", {"deep": True}, "open_clip cannot make this model .*deep"),
+        ("text_cfg", {"deep": True}, "open_clip cannot create this model .*deep"),
     ],
 )
 def test_an_open_clip_configuration_of_another_model_is_not_allocated(tmp_path, monkeypatch, side, change, line):
@@ -164,7 +164,7 @@ def vit(tmp_path_factory) -> Path:
         ("preprocessor_config.json", {"image_std": 0.5}, "std: is 0.5, and must be a list"),
         ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, r"std: \[1\] is 0, and must be a number above 0"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "mean has 1 numbers"),
-        ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantis"),
+        ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "weights are quantized"),
         ("config.json", {"projection_dim": 24}, "of another shape than its configuration says"),
     ],
 )

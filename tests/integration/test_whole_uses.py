@@ -175,7 +175,7 @@ def test_an_export_says_what_the_tower_says_of_whole_images(folder: str, tmp_pat
     found = export(folder, "transformers", tmp_path / "out")
     assert found["image_size"] == 96 and all(one["agrees"] for one in found["compared"])
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["fit"] == "whole"
-    assert "seen whole" in (tmp_path / "out" / "README.md").read_text()
+    assert "tokens for an image of any aspect" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_chat_decodes_no_more_than_the_tower_sees(tower: SparseFormer, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_one_is_trained_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
     train(**shared, tower=tower, llm=llm, tokens=4, projector="pool", out=tmp_path / "align")
     made = VLM.from_pretrained(tmp_path / "align")
     assert (made.projector_kind, made.tokens_per_image) == ("pool", 4)
-    with pytest.raises(UserError, match="none that transformers' LLaVA knows"):
+    with pytest.raises(UserError, match="projector .pool. is not supported by transformers' LLaVA"):
         export(str(tmp_path / "align"), "transformers", tmp_path / "exported")
     with pytest.raises(UserError, match="--projector pool: is for a new projector"):
         train(**shared, init=str(tmp_path / "align"), projector="pool", out=tmp_path / "again")
