@@ -267,7 +267,7 @@ def _vlm_results(
     config: EvalConfig, report: Report, tasks: dict[str, VLMTask], data: Data, on_progress: Progress
 ) -> Iterator[tuple[str, Column, Result]]:
     from sparse_vlm.vlm import VLM
-    from sparse_vlm.vlm.reader import parts_of
+    from sparse_vlm.vlm.config import parts_of
 
     for name in config.models:
         parts_of(name)  # a wrong name is an error before the first model has answered

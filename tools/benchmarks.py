@@ -39,13 +39,13 @@ def measure(folder: Path, tasks: str) -> Any:
 
     import sparse_vlm.eval.captions
     import sparse_vlm.vlm
-    import sparse_vlm.vlm.reader
+    import sparse_vlm.vlm.config
     from sparse_vlm.eval import EvalConfig, evaluate
     from sparse_vlm.eval.report import as_json, as_tables, save
 
     sparse_vlm.eval.captions.java_usable = lambda: False
     sparse_vlm.vlm.VLM.from_pretrained = lambda *arguments, **options: Mute()
-    sparse_vlm.vlm.reader.parts_of = lambda name: None
+    sparse_vlm.vlm.config.parts_of = lambda name: None
     config = EvalConfig(["mute"], tasks.split(","), folder, controls=["none"])
     report = evaluate(config, on_result=lambda report: save(report, folder / "out"))
     json.dumps(as_json(report), allow_nan=False)

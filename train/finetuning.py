@@ -43,8 +43,9 @@ from sparse_vlm.train.zero import find_config
 from sparse_vlm.utils.devices import own_device, rank, set_cpu_threads
 from sparse_vlm.utils.files import locked
 from sparse_vlm.vlm import VLM
+from sparse_vlm.vlm.config import parts_of
 from sparse_vlm.vlm.projectors import MLP
-from sparse_vlm.vlm.reader import parts_of, renderer_of
+from sparse_vlm.vlm.tokenization import load_renderer
 
 RECORDED_AS = {"text_as_images": "pictures_of_words"}  # settings of a run by the names that earlier versions gave them
 
@@ -271,7 +272,7 @@ def check_data(config: SFTConfig, reporter: Reporter | None = None) -> Report:
         own_tower, llm, own_tokens, own_projector = parts_of(config.init)
         if tower is None:
             tower, tokens, projector = own_tower, tokens or own_tokens, own_projector
-    renderer, context = renderer_of(tower or "tiny", llm, tokens, projector)
+    renderer, context = load_renderer(tower or "tiny", llm, tokens, projector)
     with reporter.fetching() as on_fetched:
         photos = [photo for some in photos_of(config.data, on_fetched).values() for photo in some]
     files = [path for path, _ in files_of(config.data)]

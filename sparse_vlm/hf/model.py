@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlavaConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import AutoBackbone, AutoModel
@@ -31,7 +31,14 @@ from sparse_vlm.roi import sizes_on
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.tower.groups import square_grid
 
-__all__ = ["SparseFormerBackbone", "SparseFormerHostConfig", "SparseFormerHostModel", "SparseFormerImageProcessor", "processor_counts"]
+__all__ = [
+    "SparseFormerBackbone",
+    "SparseFormerHostConfig",
+    "SparseFormerHostModel",
+    "SparseFormerImageProcessor",
+    "llava_config",
+    "processor_counts",
+]
 
 
 class SparseFormerPreTrainedModel(PreTrainedModel):
@@ -138,6 +145,25 @@ class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
                 latent = tokens[:, -(self.side**2) :]
                 maps.append(latent.transpose(1, 2).unflatten(2, (self.side, self.side)).contiguous())
         return (tuple(maps),) if return_dict is False else BackboneOutput(feature_maps=tuple(maps))
+
+
+def llava_config(tower: SparseFormerHostConfig, text_config: Any, image_token_id: int, tokens: int | None = None) -> LlavaConfig:
+    """The configuration of a stock LLaVA with this tower and any causal LM.
+
+    Args:
+        text_config: the LLM's own configuration.
+        image_token_id: id of the image placeholder in the LLM's tokenizer.
+        tokens: tokens per image in the LLM, where a projector reduces the tower's.
+    """
+    return LlavaConfig(
+        vision_config=tower,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_seq_length=tokens or tower.num_tokens,
+        vision_feature_layer=-1,  # LLaVA's default, the layer before the last, and "default", which drops the first token, are for ViTs
+        vision_feature_select_strategy="full",
+        projector_hidden_act="gelu",
+    )
 
 
 def _patch_auto_backbone() -> None:

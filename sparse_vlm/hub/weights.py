@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_vlm.errors import UserError, first_line
 from sparse_vlm.utils.documents import LFS, NOT_FETCHED
+from sparse_vlm.utils.files import atomic_path
 
 LARGEST = 1e18  # absolute value of a weight; squares of larger ones overflow float32 in a norm
 SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json", ".model"}  # files of models that git-lfs may hold
@@ -50,6 +51,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     check_finite(str(path), tensors.items())
     return tensors
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a safetensors file atomically; in their own dtypes unless one is given."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

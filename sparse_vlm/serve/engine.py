@@ -32,7 +32,7 @@ from sparse_vlm.serve.protocol import DEFAULT_MAX_TOKENS, ApiError, ChatRequest
 from sparse_vlm.tower.visualize import seen_box
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.projectors import MLP
-from sparse_vlm.vlm.stream import Memory, Stream
+from sparse_vlm.vlm.stream import PrefixCache, Stream
 
 KEPT_IMAGES = 32  # as the tower takes them, with their tokens
 DECODERS = 2  # threads that fetch and decode images
@@ -175,7 +175,7 @@ class Engine:
         self._admitted = 0
         self._stop_at: float | None = None
         self._images: OrderedDict[bytes, LoadedImage] = OrderedDict()
-        self._memory, self._memory_budget = Memory(), 0
+        self._prefix_cache = PrefixCache()
         # the renderer learns once what is a control token, which its copies share
         vlm.renderer.tokens(vlm.renderer.text([{"role": "user", "content": "<image>"}], answer_next=True))
 
@@ -286,7 +286,7 @@ class Engine:
             view.check_length(prompt + limit)
         except UserError as error:
             raise ApiError(400, str(error), TOO_LONG, "messages") from None
-        return Answer(view, Stream(view, messages, limit, self._memory), limit, images, began)
+        return Answer(view, Stream(view, messages, limit, self._prefix_cache), limit, images, began)
 
     async def run(self, answer: Answer) -> AsyncIterator[str]:
         """The pieces of an answer's text, after an empty one as soon as its images are encoded.
@@ -329,9 +329,6 @@ class Engine:
     def _begin(self, answer: Answer) -> None:
         for image in answer.images:
             answer.view.encode(image)
-        if answer.view.num_tokens != self._memory_budget:  # the same image has other tokens
-            self._memory.ids, self._memory.images, self._memory.cache = [], [], None
-            self._memory_budget = answer.view.num_tokens
 
     def _step(self, answer: Answer) -> str | None:
         piece = next(answer.stream, None)

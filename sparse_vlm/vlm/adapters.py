@@ -1,4 +1,4 @@
-"""PEFT's adapters on a VLM: made, written and read; the LLM's and the tower's are two PEFT models, each in a folder of PEFT's own layout.
+"""LoRA adapters of a VLM, by PEFT: create, save, load and merge. LLM and tower have one PEFT model each, in folders of PEFT's layout.
 
 Source: LoRA (arXiv 2106.09685).
 """
@@ -19,47 +19,46 @@ from torch import Tensor, nn
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub.pretrained import model_errors, refuse_code
-from sparse_vlm.hub.weights import check_shapes, read_tensors
-from sparse_vlm.vlm.files import write_tensors
+from sparse_vlm.hub.weights import check_shapes, read_tensors, write_tensors
 
 CONFIG = "adapter_config.json"
-MOST_RANK = 4096
+MAX_RANK = 4096
 WEIGHTS = "adapter_model.safetensors"
-INNER = "base_model.model."  # how PEFT calls the model that it wraps
+PEFT_PREFIX = "base_model.model."  # of tensor names under PEFT's wrapper
 
 
 def language_layers(model: nn.Module) -> str:
-    """A pattern for PEFT: every linear layer of a LLaVA model's LLM, none of tower and projector."""
+    """Pattern of target modules for PEFT: every linear layer of a LLaVA model's LLM, none of the tower or projector."""
     names = {name.rpartition(".")[2] for name, module in model.model.language_model.named_modules() if isinstance(module, nn.Linear)}
     return rf".*language_model\..*\.({'|'.join(sorted(names))})"
 
 
 def tower_layers(tower: nn.Module) -> str:
-    """A pattern for PEFT: every linear layer of the tower's units and transitions, and none of its head, which no LLM reads."""
+    """Pattern of target modules for PEFT: the linear layers of the tower's units and transitions, not of its head."""
     names = [f"layers.{name}" for name, module in tower.layers.named_modules() if isinstance(module, nn.Linear)]
     return "|".join(map(re.escape, names))
 
 
-def fresh(model: nn.Module, layers: str, rank: int, seed: int, task: str | None = None) -> Any:
-    """PEFT's wrapper with an adapter of this rank on each of the layers, trainable and without effect.
+def create(model: nn.Module, layers: str, rank: int, seed: int, task: str | None = None) -> Any:
+    """Wrap a model with a new, trainable adapter on each of the layers; it changes no output until it is trained.
 
     Args:
-        layers: a pattern, as `language_layers` and `tower_layers` make it.
+        layers: pattern of target modules, from `language_layers` or `tower_layers`.
         seed: of the adapters' weights.
-        task: PEFT's name of what the model is for, where it has one.
+        task: PEFT's task type, such as "CAUSAL_LM".
     """
     from peft import LoraConfig
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, lora_dropout=0.0, task_type=task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return wrapped(model, config)
+        return wrap(model, config)
 
 
-def wrapped(model: nn.Module, config: Any) -> Any:
-    """PEFT's wrapper, without its warnings about a property that transformers has renamed since, and about the tower's own adapters.
+def wrap(model: nn.Module, config: Any) -> Any:
+    """`get_peft_model`, without its warnings about a property that transformers renamed and about the tower's adapters.
 
-    Its layers take no second adapter: PEFT would write that over the first one where the two meet, and save a mixture of both.
+    The wrapped layers refuse a second adapter: PEFT would overwrite the first where both target a layer, and save a mixture of the two.
     """
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -71,49 +70,57 @@ def wrapped(model: nn.Module, config: Any) -> Any:
         peft = get_peft_model(model, config)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and id(module) not in before:
-            module.update_layer = _no_second
-    peft.own_config = copy.deepcopy(config)  # PEFT keeps one for all that wrap a model, and changes it before it asks a layer
+            module.update_layer = _refuse_second
+    peft.own_config = copy.deepcopy(config)  # PEFT shares one object among all wrappers of a model, and modifies it before it asks a layer
     return peft
 
 
-def _no_second(*_: Any, **__: Any) -> NoReturn:
+def _refuse_second(*_: Any, **__: Any) -> NoReturn:
     raise UserError(
-        "the model has adapters of its own, and PEFT would write a second one over them; train those (`vlm.peft`, `sparse-vlm train`), or "
-        "fold them into the weights before (`vlm.merge_adapter()`, or VLM.from_pretrained(FOLDER), which does)"
+        "the model already has adapters, and PEFT would overwrite them with a second one; train those (`vlm.peft`, `sparse-vlm train`), or "
+        "merge them into the weights first (`vlm.merge_adapter()`; VLM.from_pretrained(FOLDER) does it)"
     )
 
 
 @dataclass(frozen=True)
-class Folded:
-    """Adapters that were added to a model's weights, as they are saved."""
+class Merged:
+    """Adapters that were merged into a model's weights, kept for saving."""
 
     config: Any
     state: dict[str, Tensor]
 
 
-def fold(peft: Any) -> Folded:
-    """Add adapters to the weights; what PEFT wrapped is plain layers again."""
+def merge(peft: Any) -> Merged:
+    """Merge adapters into the weights and remove PEFT's layers."""
     from peft import get_peft_model_state_dict
 
     state = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(peft, save_embedding_layers=False).items()}
     model = peft.merge_and_unload()
     if hasattr(model, "peft_config"):
         del model.peft_config
-    return Folded(peft.own_config, state)
+    return Merged(peft.own_config, state)
 
 
-def has_any(module: nn.Module) -> bool:
-    """Whether a layer of PEFT is inside."""
+def refuse_foreign(part: str, module: nn.Module) -> None:
+    """Check that a part of a VLM to which the VLM added no adapters has none.
+
+    Raises:
+        UserError: it contains layers of PEFT.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return any(isinstance(inner, BaseTunerLayer) for inner in module.modules())
+    if any(isinstance(inner, BaseTunerLayer) for inner in module.modules()):
+        raise UserError(
+            f"the {part} has adapters that were not added by this VLM; save them with PEFT's save_pretrained (to be loaded onto "
+            "VLM.from_pretrained(FOLDER).model), or merge and unload them first"
+        )
 
 
 def read(model: nn.Module, folder: Path, trainable: bool) -> Any:
-    """The adapters of a folder on a model.
+    """Load the adapters of a folder onto a model.
 
     Raises:
-        UserError: they cannot be read, or are not those of this model.
+        UserError: they cannot be read, or do not fit this model.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -123,10 +130,10 @@ def read(model: nn.Module, folder: Path, trainable: bool) -> Any:
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A.weight") and tensor.ndim == 2}
     if ranks != {config.r} and not config.rank_pattern:  # before anything of that rank is allocated
         raise UserError(
-            f"{folder / CONFIG}: says rank {config.r}, the tensors beside it are of {', '.join(map(str, sorted(ranks))) or 'none'}"
+            f"{folder / CONFIG}: rank {config.r}, but the tensors beside it have rank {', '.join(map(str, sorted(ranks))) or 'none'}"
         )
     with model_errors(folder / CONFIG, "adapters of this model"):
-        peft = wrapped(model, config)
+        peft = wrap(model, config)
         own = get_peft_model_state_dict(peft, save_embedding_layers=False)
     check_shapes(folder / WEIGHTS, shapes(own), shapes(state))
     set_peft_model_state_dict(peft, state)
@@ -134,16 +141,16 @@ def read(model: nn.Module, folder: Path, trainable: bool) -> Any:
 
 
 def _config(folder: Path) -> Any:
-    """PEFT's configuration of a folder's adapters: such as it makes weights of, and nothing that it would import or begin them with."""
+    """PEFT's configuration of a folder's adapters, reduced to what shapes them: nothing that PEFT would import or initialize from."""
     from peft import LoraConfig, PeftConfig
 
     refuse_code(folder)
     with model_errors(folder / CONFIG, "PEFT's configuration of adapters"):
         config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
-        raise UserError(f"{folder / CONFIG}: is of {type(config).__name__}; only LoRA's adapters can be read")
-    if type(config.r) is not int or not 1 <= config.r <= MOST_RANK or not isinstance(config.target_modules, str | set | list):
-        raise UserError(f"{folder / CONFIG}: r {config.r!r} and target_modules {config.target_modules!r:.40} are not those of adapters")
+        raise UserError(f"{folder / CONFIG}: {type(config).__name__} is not supported; only LoRA adapters are")
+    if type(config.r) is not int or not 1 <= config.r <= MAX_RANK or not isinstance(config.target_modules, str | set | list):
+        raise UserError(f"{folder / CONFIG}: r {config.r!r} and target_modules {config.target_modules!r:.40} are not valid")
     if not isinstance(config.lora_alpha, int | float) or not math.isfinite(config.lora_alpha):
         raise UserError(f"{folder / CONFIG}: lora_alpha is {config.lora_alpha!r:.40}, and must be a finite number")
     config.base_model_name_or_path, config.init_lora_weights = None, True
@@ -151,22 +158,22 @@ def _config(folder: Path) -> Any:
 
 
 def write(adapters: Any, folder: Path, tensors: Mapping[str, Tensor], base: str, dtype: torch.dtype | None) -> None:
-    """Write a folder that `read` and PEFT itself load.
+    """Write a folder that both `read` and PEFT load.
 
     Args:
-        adapters: PEFT's wrapper, or `Folded`.
-        tensors: the adapters', by their names in the model that PEFT wraps; of `Folded` there are none.
-        base: what the model without adapters is called.
-        dtype: store the tensors so; as they are by default.
+        adapters: PEFT's wrapper, or `Merged`.
+        tensors: the adapters' tensors by their names in the wrapped model; empty for `Merged`.
+        base: name of the model without adapters.
+        dtype: to store tensors in; their own by default.
     """
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(adapters, Folded):
+    if isinstance(adapters, Merged):
         config, state = adapters.config, adapters.state
     else:
         config = vars(adapters).get("own_config", adapters.peft_config["default"])
-        named = {f"{INNER}{name}": tensor for name, tensor in tensors.items()}
+        named = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
         state = get_peft_model_state_dict(adapters, state_dict=named, save_embedding_layers=False)
     config = copy.deepcopy(config)
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -175,12 +182,12 @@ def write(adapters: Any, folder: Path, tensors: Mapping[str, Tensor], base: str,
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Of tensors by name."""
+    """Shape of each tensor."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def save_plainly(model: nn.Module, folder: str | Path, **options: Any) -> None:
-    """transformers' `save_pretrained`, which alone would write PEFT's names of layers, and its `from_pretrained` would begin those anew.
+def save_merged(model: nn.Module, folder: str | Path, **options: Any) -> None:
+    """transformers' `save_pretrained` without PEFT's layer names, which its `from_pretrained` would not recognize.
 
     Raises:
         UserError: adapters that are not merged into the weights.
@@ -189,8 +196,8 @@ def save_plainly(model: nn.Module, folder: str | Path, **options: Any) -> None:
 
     if any(isinstance(module, BaseTunerLayer) and not module.merged for module in model.modules()):
         raise UserError(
-            "the model's adapters stand beside its weights, and transformers' save_pretrained would lose them; load it for use with "
-            "VLM.from_pretrained(FOLDER), which merges them, or keep them apart with VLM.save_pretrained"
+            "the model's adapters are not merged, and transformers' save_pretrained would lose them; load it with "
+            "VLM.from_pretrained(FOLDER), which merges them, or save them with VLM.save_pretrained"
         )
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
     type(model).save_pretrained(model, folder, **{"state_dict": state, **options})

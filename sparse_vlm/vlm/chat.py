@@ -1,8 +1,7 @@
-"""A conversation about images: what was said so far, what was shown, and how long each answer took.
+"""A conversation about images: questions, answers, images and timings.
 
-Notable: an image belongs to the question it is first shown with and is never moved afterwards, so the messages only ever grow at
-their end, which is what lets a model keep what it has already read. A question that fails leaves the conversation as it was. An answer
-that is stopped halfway stays, marked as stopped: the person has read it.
+Notable: an image belongs to the question it is first shown with and is not moved afterwards, so messages are only appended and the
+model's prefix cache stays valid. A question that fails leaves the conversation unchanged. An answer that is stopped is kept and marked.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ SAVE_FORMAT = "sparse-vlm/chat/1"
 
 @dataclass(frozen=True)
 class ChatImage:
-    """A decoded image and where it came from.
+    """A decoded image and its path.
 
     Attributes:
-        image: no larger than the tower sees it, where it was read for one.
-        size: (width, height) in full; that of `image` unless given.
+        image: scaled down to the resolution that the tower uses, if read for one.
+        size: (width, height) of the file's image; None if it is that of `image`.
     """
 
     path: Path
@@ -44,7 +43,7 @@ class ChatImage:
 
     @classmethod
     def read(cls, path: Path, preprocessor: Preprocessor) -> ChatImage:
-        """Read a file, decoding no more of it than a tower of this preprocessing sees.
+        """Read a file, decoded at about the resolution that the tower uses.
 
         Raises:
             ImageError: as `images.decode.load_image`.
@@ -58,8 +57,8 @@ class ChatImage:
 class AnswerTimes:
     """Milliseconds of one answer.
 
-    `decode` is reading and decoding the files of its new images, `tower` those images to image tokens in the LLM's width, `prefill`
-    the LLM reading what it has not read before, `first_token` all that comes before the answer's first token.
+    `decode`: reading and decoding new images; `tower`: encoding them to tokens of the LLM's width; `prefill`: the LLM on new tokens;
+    `first_token`: everything before the answer's first token.
     """
 
     decode: float
@@ -70,7 +69,7 @@ class AnswerTimes:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and what it cost. `image_tokens` counts those of every image the model could see."""
+    """One answer with its cost. `image_tokens` counts the tokens of all images of the conversation."""
 
     answer: str
     image_tokens: int
@@ -93,10 +92,10 @@ class Conversation:
     """A multi-turn conversation with one model.
 
     Args:
-        vlm: whoever answers.
-        model_name: what the model is called in saved conversations.
+        vlm: the model.
+        model_name: its name in saved conversations.
         images: shown with the first question, and again after `reset`.
-        max_new_tokens: the longest answer.
+        max_new_tokens: maximum tokens of an answer.
     """
 
     def __init__(self, vlm: VLM, model_name: str, images: list[ChatImage] | None = None, max_new_tokens: int = 128) -> None:
@@ -105,21 +104,21 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
         self._opening = tuple(images or ())
-        self._waiting = list(self._opening)
+        self._pending = list(self._opening)
 
     @property
     def images(self) -> list[ChatImage]:
         """Every image of the conversation in the order shown, those of the next question last."""
-        return [image for turn in self.turns for image in turn.images] + self._waiting
+        return [image for turn in self.turns for image in turn.images] + self._pending
 
     def add_image(self, image: ChatImage) -> None:
         """Show an image with the next question."""
-        self._waiting.append(image)
+        self._pending.append(image)
 
     def reset(self) -> None:
-        """Back to the start: no question, no answer, and only the opening images."""
+        """Remove all questions and answers and all but the opening images."""
         self.turns.clear()
-        self._waiting = list(self._opening)
+        self._pending = list(self._opening)
 
     def messages(self) -> list[dict[str, Any]]:
         """The turns so far, in the form that `VLM.stream` takes."""
@@ -130,26 +129,26 @@ class Conversation:
         return messages
 
     def ask(self, question: str, show: Callable[[str], Any] = lambda _: None, stop: Callable[[], bool] = lambda: False) -> Answer:
-        """Answer a question about what was shown and said so far.
+        """Answer a question about the images and the conversation so far.
 
         Args:
-            show: called with each piece of the answer as soon as it exists.
-            stop: asked after each piece; true ends the answer there and keeps what was said.
+            show: called with each piece of the answer as it is generated.
+            stop: called after each piece; if it returns true, the answer ends there and is kept.
 
         Raises:
-            UserError: an empty question, or a conversation longer than the model can read; the conversation is then as it was before.
+            UserError: an empty question, or a conversation longer than the context; the conversation is then unchanged.
         """
         question = question.strip()
         if not question:
             raise UserError("the question is empty; ask something about the image")
-        images = tuple(self._waiting)
+        images = tuple(self._pending)
         stopped = False
-        said = ""
+        text = ""
         stream = self.vlm.stream([*self.messages(), _user_message(images, question)], max_new_tokens=self.max_new_tokens)
         try:
             for piece in stream:
-                piece = piece if said else piece.lstrip()
-                said += piece
+                piece = piece if text else piece.lstrip()
+                text += piece
                 show(piece)
                 if stop():
                     stopped = True
@@ -160,7 +159,7 @@ class Conversation:
         decode_ms = sum(image.decode_ms for image in images)
         milliseconds = (decode_ms, timings.tower_ms, timings.prefill_ms, decode_ms + timings.first_token_ms)
         answer = Answer(
-            answer=said.rstrip(),
+            answer=text.rstrip(),
             image_tokens=len(self.images) * self.vlm.tokens_per_image,
             answer_tokens=timings.answer_tokens,
             ms=AnswerTimes(*(round(number, 2) for number in milliseconds)),
@@ -168,14 +167,14 @@ class Conversation:
             stopped=stopped,
         )
         self.turns.append(Turn(images, question, answer))
-        self._waiting.clear()
+        self._pending.clear()
         return answer
 
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON or Markdown, by the suffix; images are named relative to the file's folder.
 
         Raises:
-            UserError: another suffix, nothing said yet, or a place that cannot be written to.
+            UserError: another suffix, an empty conversation, or the file cannot be written.
         """
         path = Path(path)
         if path.suffix.lower() not in WRITERS:

@@ -1,7 +1,7 @@
-"""A bound on what a program of somebody else's may take: chat templates are such, and come with a model's files.
+"""Limits on time and memory of chat templates, which are programs that come with a model's files.
 
-Notable: jinja's sandbox keeps a template from reading and calling what it should not, and has no bound on loops inside loops, nor on
-strings that double. The time is this thread's own, so that a busy machine ends nothing early; a template may end at any of its lines.
+Notable: jinja's sandbox restricts what a template can access, but neither nested loops nor growing strings. Time is CPU time of this
+thread, so that a busy machine stops nothing early.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-TEMPLATE = "<template>"  # what jinja calls the file of a template that comes as a string
-KIB = 1 << 20  # that a process may grow by, in the unit of ru_maxrss
+TEMPLATE = "<template>"  # jinja's file name of a template that comes as a string
+MAX_GROWTH = 1 << 20  # of the process, in KiB, the unit of ru_maxrss
 
 
-class TooMuch(Exception):
-    """A template took more than it may; the message says what."""
+class LimitExceeded(Exception):
+    """A template exceeded a limit; the message says which."""
 
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """Let jinja's templates compute in this thread for at most so long in all, and in no more than a gibibyte.
+    """Limit jinja templates in this thread to this CPU time in total and to one GiB of memory.
 
     Raises:
-        TooMuch: inside, at a template's next line.
+        LimitExceeded: inside, at a template's next line.
     """
     end = time.thread_time() + seconds
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + KIB
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MAX_GROWTH
     count = itertools.count(1)
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
@@ -40,9 +40,9 @@ def bounded(seconds: float) -> Iterator[None]:
     def line(frame: FrameType, event: str, argument: Any) -> Any:
         if next(count) % 16 == 0:
             if time.thread_time() > end:
-                raise TooMuch(f"{seconds:g} seconds were not enough")
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > most:
-                raise TooMuch("a gibibyte was not enough")
+                raise LimitExceeded(f"it needs more than {seconds:g} seconds")
+            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > limit:
+                raise LimitExceeded("it needs more than 1 GiB of memory")
         return line
 
     before = sys.gettrace()

@@ -1,8 +1,7 @@
-"""Language models: a zoo name or a folder becomes a causal LM with its tokenizer and chat template.
+"""Load a causal LM with its tokenizer and chat template, by zoo name or from a folder.
 
-Notable: a GGUF file (how a small LLM travels inside a wheel) is unpacked once into an ordinary transformers folder, because reading it anew
-takes 18 seconds instead of half of one. The folder is tied to the file's sha256, and written aside and renamed, so half of one is
-never used. An unpacked model is an ordinary model: its quantisation mark is gone and it can be trained and saved.
+Notable: a GGUF file is converted once to a transformers folder, because loading it takes 18 seconds, and the folder half a second. The
+folder's name holds the file's sha256, and it is written atomically. The converted model is not quantized; it can be trained and saved.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from sparse_vlm.hub.weights import refuse_lfs_pointers
 from sparse_vlm.utils.devices import native_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-CONVERSION = 1  # raise it when `_unpack_gguf` writes something else, and older folders are not used any more
+CONVERSION = 1  # version of `_convert_gguf`; increase it to ignore folders that older code wrote
 
 
 @dataclass(frozen=True)
 class LLMSpec:
-    """What we know of a language model beyond its files.
+    """Settings of a language model that its files do not hold.
 
     Attributes:
         system: the system message of conversations that bring none; None leaves that to the model's chat template.
@@ -42,7 +41,7 @@ class LLMSpec:
 
 
 LLMS: dict[str, LLMSpec] = {
-    # its template would open every conversation with 20 tokens about its name and its maker
+    # its template's default system message costs 20 tokens
     "smollm2-135m-instruct": LLMSpec(system=""),
 }
 
@@ -63,11 +62,11 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
     Args:
         name_or_path: a name of the zoo, or a folder that holds a transformers model or a single GGUF file.
         dtype: `native_dtype()` by default.
-        options: passed on to transformers' `from_pretrained`, such as how to quantise it.
+        options: passed on to transformers' `from_pretrained`, such as `quantization_config`.
 
     Raises:
-        UserError: unknown name, no source that delivers it, not a language model, one with code of its own, without a chat template, or
-            with weights that are not whole.
+        UserError: unknown name, not available from any source, not a language model, custom code, no chat template, or missing or
+            unexpected weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -77,18 +76,36 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
         model = load_complete(AutoModelForCausalLM, folder, dtype=dtype or native_dtype(), **options)
     ends = model.generation_config.eos_token_id
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
-        raise UserError(f"{name_or_path}: generation_config.json says eos_token_id {str(ends)[:40]}; it must be a token's number or a list")
+        raise UserError(
+            f"{name_or_path}: eos_token_id in generation_config.json is {str(ends)[:40]}; it must be a token id or a list of them"
+        )
     return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
 
 
+def greedy_generation(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, end_id: int, unused_ids: list[int]) -> GenerationConfig:
+    """An LLM's generation configuration, changed in place: greedy, so that answers are reproducible, and ending at the template's token.
+
+    Args:
+        end_id: the token that ends an assistant's turn.
+        unused_ids: tokens that must never be generated.
+    """
+    ends = {end_id, tokenizer.eos_token_id}
+    ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    config.eos_token_id = sorted(end for end in ends if end is not None)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.suppress_tokens = unused_ids
+    config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+    return config
+
+
 def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, LLMSpec]:
-    """A language model's tokenizer, configuration and what else we know of it, without its weights.
+    """A language model's tokenizer, configuration and settings, without its weights.
 
     Args:
         name_or_path: as in `load_llm`.
 
     Raises:
-        UserError: as `load_llm` does.
+        UserError: as `load_llm`.
     """
     from transformers import AutoConfig
 
@@ -100,7 +117,7 @@ def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, P
 
 
 def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer with a chat template."""
+    """Load the tokenizer; it must have a chat template."""
     from transformers import AutoTokenizer
 
     plain = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
@@ -108,9 +125,9 @@ def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBas
         raise UserError(f"{name_or_path}: reading tokenizer.model needs the package sentencepiece; pip install 'sparse-vlm[sentencepiece]'")
     with model_errors(name_or_path), quiet():
         tokenizer = from_pretrained(AutoTokenizer, folder)
-        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of another type are met when they are first used
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type fail at first use
     if not isinstance(tokenizer.chat_template, str | dict | None):
-        raise UserError(f"{name_or_path}: its chat template is no text but a {type(tokenizer.chat_template).__name__}")
+        raise UserError(f"{name_or_path}: its chat template must be text, not {type(tokenizer.chat_template).__name__}")
     if not tokenizer.chat_template:
         raise UserError(
             f"{name_or_path}: its tokenizer has no chat template; take an instruction-tuned model, or write the template that this one was "
@@ -120,7 +137,7 @@ def _tokenizer(name_or_path: str | Path, folder: Path) -> PreTrainedTokenizerBas
 
 
 def _folder(name_or_path: str | Path) -> Path:
-    """A folder that transformers reads."""
+    """A folder in transformers' format."""
     folder = store.locate(name_or_path, kind="llm")
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) > 1:
@@ -129,16 +146,16 @@ def _folder(name_or_path: str | Path) -> Path:
         return folder
     refuse_lfs_pointers(folder)
     with model_errors(name_or_path):
-        return _unpacked(packed[0])
+        return _converted(packed[0])
 
 
-def _unpacked(gguf: Path) -> Path:
+def _converted(gguf: Path) -> Path:
     folder = store.home() / "unpacked" / f"{gguf.stem}-{store.sha256(gguf)[:16]}-{CONVERSION}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as aside:
             staging = Path(aside) / "model"
-            _unpack_gguf(gguf, staging)
+            _convert_gguf(gguf, staging)
             try:
                 os.replace(staging, folder)
             except OSError:  # another process was faster
@@ -148,13 +165,13 @@ def _unpacked(gguf: Path) -> Path:
     return folder
 
 
-def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write weights (bfloat16, the dtype such models are published in), tokenizer and chat template as transformers files."""
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write weights (bfloat16), tokenizer and chat template as transformers files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet():
         tokenizer = from_pretrained(AutoTokenizer, gguf.parent, gguf_file=gguf.name)
-        model = load_complete(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_plain_weights(gguf))
+        model = load_complete(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantize_option(gguf))
         for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
             if hasattr(model, attribute):
                 delattr(model, attribute)
@@ -162,14 +179,14 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    # the name of whoever quantised it is not where it lies
+    # it names the repository of the quantized model
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _plain_weights(gguf: Path) -> dict[str, object]:
-    """transformers from 5.20 or so keeps GGUF weights packed unless told otherwise; before, it always unpacked them."""
+def _dequantize_option(gguf: Path) -> dict[str, object]:
+    """The option that dequantizes GGUF weights; transformers before about 5.20 has none and always does."""
     try:
         from transformers import GgufConfig
     except ImportError:

@@ -1,9 +1,9 @@
-"""Projectors: from the tokens of a tower to what an LLM is given, as many or fewer. A new kind is one more entry in `PROJECTORS`.
+"""Projectors from a tower's tokens to an LLM's embeddings, with or without token reduction. A new kind is one entry in `PROJECTORS`.
 
 Shape legend: B images, M = G x G tokens of the tower, N tokens for the LLM, d width of the tower, D width of the LLM.
 
-Notable: `mlp` is LLaVA's own and the default. The others make N tokens of a ViT's many, the way our rivals do: after the whole ViT has been
-paid for. They end in the same MLP, so that what differs is how the tokens become few.
+Notable: `mlp` is LLaVA's own and the default. The others are baselines that reduce the tokens of a complete ViT. All end in the same MLP,
+so that they differ in the reduction alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEAD_SIZE = 64
 
 
 class Projector(nn.Module):
-    """N tokens for an LLM out of the M of a tower: some reduction, then LLaVA's MLP (arXiv 2310.03744, section 3.3).
+    """A token reduction from M to N, then LLaVA's MLP (arXiv 2310.03744, section 3.3).
 
     Args:
         width, llm_width: d and D.
@@ -30,10 +30,10 @@ class Projector(nn.Module):
         tokens: N, a square number.
 
     Raises:
-        UserError: numbers of tokens that are no squares, or more tokens than the tower has.
+        UserError: M or N is not a square number, or N > M.
     """
 
-    factor: ClassVar[int] = 1  # width of a reduced token in widths of the tower
+    factor: ClassVar[int] = 1  # width of a reduced token, in multiples of d
 
     def __init__(self, width: int, llm_width: int, tokens_in: int, tokens: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Stride(Projector):
 
 
 class RandomChoice(Projector):
-    """Tokens chosen once by lot, the same of every image."""
+    """Tokens at random positions, the same for every image."""
 
     def __init__(self, width: int, llm_width: int, tokens_in: int, tokens: int) -> None:
         super().__init__(width, llm_width, tokens_in, tokens)
@@ -89,7 +89,7 @@ class RandomChoice(Projector):
 
 
 class PixelShuffle(Projector):
-    """Each 2 x 2 tokens side by side in one (InternVL 1.5, arXiv 2404.16821, section 3.1), of a grid scaled to twice N's side."""
+    """Each 2 x 2 tokens concatenated (InternVL 1.5, arXiv 2404.16821, section 3.1), after interpolation to a grid of twice N's side."""
 
     factor = 4
 
@@ -97,14 +97,14 @@ class PixelShuffle(Projector):
         """(B, M, d) to (B, N, 4 * d)."""
         grid = self.as_map(tokens)
         if self.grid != 2 * self.side:
-            # in float32: torch has no such kernel for bfloat16 on a CPU
+            # torch has no bfloat16 kernel for this on CPUs
             scaled = F.interpolate(grid.float(), size=(2 * self.side, 2 * self.side), mode="bilinear", antialias=True)
             grid = scaled.to(tokens.dtype)
         return F.pixel_unshuffle(grid, 2).flatten(2).mT
 
 
 class Resampler(Projector):
-    """N learned queries that attend to all tokens and their positions, once (Qwen-VL, arXiv 2308.12966, section 2.1)."""
+    """One cross-attention layer of N learned queries with 2-D positions (Qwen-VL, arXiv 2308.12966, section 2.1)."""
 
     def __init__(self, width: int, llm_width: int, tokens_in: int, tokens: int) -> None:
         super().__init__(width, llm_width, tokens_in, tokens)
@@ -113,16 +113,16 @@ class Resampler(Projector):
         nn.init.trunc_normal_(self.queries, std=0.02)
         self.norm_tokens, self.norm_queries, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.register_buffer("places_in", _sines(self.grid, width), persistent=False)
-        self.register_buffer("places", _sines(self.side, width), persistent=False)
+        self.register_buffer("positions_in", _sines(self.grid, width), persistent=False)
+        self.register_buffer("positions", _sines(self.side, width), persistent=False)
 
     def reduce(self, tokens: Tensor) -> Tensor:
         """(B, M, d) to (B, N, d)."""
-        seen = self.norm_tokens(tokens)
-        asked = (self.norm_queries(self.queries) + self.places.to(tokens.dtype)).expand(len(tokens), -1, -1)
-        key, value = self.kv(seen).chunk(2, dim=-1)
-        key = key + self.places_in.to(tokens.dtype)
-        q, k, v = (side.unflatten(-1, (self.heads, -1)).transpose(1, 2) for side in (self.q(asked), key, value))
+        tokens = self.norm_tokens(tokens)
+        queries = (self.norm_queries(self.queries) + self.positions.to(tokens.dtype)).expand(len(tokens), -1, -1)
+        key, value = self.kv(tokens).chunk(2, dim=-1)
+        key = key + self.positions_in.to(tokens.dtype)
+        q, k, v = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in (self.q(queries), key, value))
         return self.norm(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)))
 
 
@@ -147,7 +147,7 @@ class Abstractor(Projector):
 
 
 def _sines(side: int, width: int) -> Tensor:
-    """Sines and cosines of rows and columns, (side * side, width): half of the width for each (as of ViTs, arXiv 2104.02057, section 4)."""
+    """2-D sine-cosine positions, (side * side, width): half of the width for rows, half for columns (arXiv 2104.02057, section 4)."""
     quarter = width // 4
     rates = 1 / 10000 ** (torch.arange(quarter) / quarter)
     angles = torch.arange(side)[:, None] * rates  # (side, quarter)
@@ -164,15 +164,15 @@ PROJECTORS: dict[str, Callable[[int, int, int, int], Projector]] = {
     "resampler": Resampler,
     "abstractor": Abstractor,
 }
-MLP = "mlp"  # LLaVA's own, a token for a token
-DEFAULT_TOKENS = 49  # that the others make of a tower's
+MLP = "mlp"  # LLaVA's own, without token reduction
+DEFAULT_TOKENS = 49  # N of the others
 
 
 def make_projector(kind: str, width: int, llm_width: int, tokens_in: int, tokens: int) -> Projector:
-    """A projector that reduces, with new weights.
+    """A new token-reducing projector.
 
     Raises:
-        UserError: no such kind, or numbers of tokens that it cannot serve.
+        UserError: no such kind, or unsupported numbers of tokens.
     """
     if kind not in PROJECTORS:
         raise UserError(f"projector {kind}: no such kind; known are {', '.join([MLP, *PROJECTORS])}")

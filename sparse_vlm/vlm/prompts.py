@@ -1,16 +1,16 @@
-"""Conversations to text and tokens: the LLM's own chat template, taught about images, and which tokens carry loss.
+"""Render conversations with the LLM's chat template, extended to images, and derive which tokens carry loss.
 
 A conversation is a list of `{"role": ..., "content": [{"type": "image"} | {"type": "text", "text": ...}]}`; content may be a plain string.
 
-Notable: what a message says is text, whatever it says. Where it spells a control token (`<|im_end|>`, `<image>`), the spelling is broken
-before the template sees it and tokenised as the characters that it is of, so that nobody's words begin or end a turn; all other text is
-tokenised as ever. To learn from such text would be to learn from a mistake in the data, so that `render` refuses it unless told otherwise.
+Notable: the content of a message is always text. If it spells a control token (`<|im_end|>`, `<image>`), a separator is inserted before
+the template sees it, and the token is encoded as its characters, so that content cannot begin or end a turn. In training data such text
+is taken for a mistake, and `render` refuses it by default.
 
-Nothing here knows any model's markup. The template is wrapped, never rewritten: a preamble turns lists into strings and hands
-them to the LLM's own template. The label mask is derived by rendering prefixes of the conversation and is checked for every one: exactly
-what the assistant must say after a prompt as it is given later, up to the token that ends its turn, carries loss, and a template for which
-that cannot be shown is an error. It is shown on tokens, the prompt's against the conversation's, because not every tokenizer can say which
-characters its tokens came from, and because a prompt whose last tokens would merge with the answer's is not what the model will be given.
+No model's markup is hard-coded. A preamble flattens content lists into strings and passes them to the LLM's own template. The label mask
+is derived by rendering prefixes of the conversation and is verified for every conversation: exactly the assistant's tokens after the
+prompt, up to the token that ends the turn, carry loss; otherwise `render` raises. It compares token ids rather than character offsets,
+because slow tokenizers have no offsets, and because a prompt whose last tokens merge with the answer's differs from the prompt that the
+model is given at inference.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from sparse_vlm.errors import UserError
-from sparse_vlm.vlm.limits import TooMuch, bounded
+from sparse_vlm.errors import UserError, first_line
+from sparse_vlm.vlm.limits import LimitExceeded, bounded
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
-BREAK = "\ue000"  # of Unicode's private use; stands in a control token that is spelt in a message, so that it is none
-TEMPLATE_SECONDS = 5.0  # of computing; a conversation of a thousand turns takes less than a tenth of one
+BREAK = "\ue000"  # a private-use character; it is inserted into control tokens that a message spells
+TEMPLATE_SECONDS = 5.0  # of CPU time; a conversation of a thousand turns takes less than 0.1
 Message = dict[str, Any]
 
 # Jinja: `messages` become strings (an image is the image token on a line of its own), with the default system message in front. Families
-# that can reason before they answer (Qwen3, SmolLM3) are asked not to, because nobody wrote down the reasoning behind a caption.
+# that can reason before they answer (Qwen3, SmolLM3) are told not to, because training data have no reasoning.
 _PREAMBLE = """\
 {%- set enable_thinking = false -%}
 {%- set turns = namespace(all=[]) -%}
@@ -66,7 +66,7 @@ def extend_template(template: str, system: str | None) -> str:
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have a tokenizer take `<image>` as one special token; those that it knows stay."""
+    """Add `<image>` to a tokenizer's special tokens."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
 
 
@@ -80,8 +80,8 @@ class Rendered:
     """A conversation as tokens.
 
     Attributes:
-        ids: token ids, every image already N placeholders.
-        supervised: for each of them, whether it carries loss.
+        ids: token ids, with N placeholders per image.
+        supervised: whether each of them carries loss.
     """
 
     ids: tuple[int, ...]
@@ -92,28 +92,28 @@ class Renderer:
     """Turns conversations into tokens with one tokenizer.
 
     Args:
-        tokenizer: knows the image token; fast or slow.
+        tokenizer: fast or slow, with the image token.
         template: a chat template from `extend_template`.
-        tokens_per_image: placeholders an image (N).
+        tokens_per_image: placeholders per image (N).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, tokens_per_image: int) -> None:
         self.tokenizer, self.template, self.tokens_per_image = tokenizer, template, tokens_per_image
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        # Gemma's vocabulary has line breaks among its added tokens, and they end no turn
+        # without the line breaks that Gemma has among its added tokens
         special = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token.strip()}
         self._special = sorted(special, key=len, reverse=True)
 
     def text(self, conversation: Sequence[Message], answer_next: bool = False, sample: str | None = None) -> str:
-        """The conversation as the template renders it, one image token an image; with the head of an answer if `answer_next`.
+        """Render the conversation, with one image token per image, and with the generation prompt if `answer_next`.
 
-        Control tokens that a message spells stand in it with `BREAK` after their first character; `tokens` knows them.
+        Control tokens that a message spells have `BREAK` after their first character; `tokens` resolves them.
 
         Args:
-            sample: what to call it in errors, if anything.
+            sample: its name in errors, if it has one.
 
         Raises:
-            UserError: a message that is no text, or a conversation that the template refuses or does not come to an end with.
+            UserError: content that is not text, or the template refuses the conversation, fails, or exceeds its limits.
         """
         where = "" if sample is None else f"{sample}: "
         return self._apply([self._escaped(message, where) for message in conversation], answer_next, where)
@@ -127,13 +127,13 @@ class Renderer:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in conversation)
             raise UserError(f"{where}the LLM's chat template refuses a conversation of {roles}: {error}") from error
-        except TooMuch as error:
-            raise UserError(f"{where}the LLM's chat template does not come to an end: {error}; take another LLM, or mend it") from None
-        except Exception as error:  # a template is a program, and may fail in any way
+        except LimitExceeded as error:
+            raise UserError(f"{where}the LLM's chat template does not finish: {error}; take another LLM, or correct the template") from None
+        except Exception as error:  # a template is a program that can raise anything
             raise UserError(f"{where}the LLM's chat template fails: {type(error).__name__}: {first_line(error)}") from error
 
     def _escaped(self, message: Message, where: str) -> Message:
-        """A message in which no control token is spelt: adjacent texts are one, because two could spell one together."""
+        """Insert `BREAK` into control tokens of a message. Adjacent texts are joined first, because two could spell one together."""
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         escaped: list[dict[str, Any]] = []
@@ -155,15 +155,15 @@ class Renderer:
 
     @cached_property
     def _control(self) -> tuple[str, ...]:
-        """Control tokens, longest first: those that the tokenizer calls special, and any other of its added tokens that marks turns."""
+        """Control tokens, longest first: special tokens, and other added tokens that the template uses."""
         tokenizer = self.tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
         try:
             marks = self._apply([user("a"), assistant("b"), user("c")], False, "")
-        except UserError:  # which whoever renders something will be told
+        except UserError:  # raised again when a conversation is rendered
             marks = ""
         special |= {token for token in tokenizer.get_added_vocab() if token in marks}
-        # Gemma has line breaks among its added tokens
+        # without Gemma's line breaks
         return tuple(sorted((token for token in special if token.strip()), key=len, reverse=True))
 
     @cached_property
@@ -172,17 +172,17 @@ class Renderer:
 
     @cached_property
     def _as_text(self) -> re.Pattern[str]:
-        """What `_escape` makes of them."""
+        """Control tokens after `_escape`."""
         return re.compile("|".join(re.escape(_broken(token)) for token in self._control) or r"(?!)")
 
     @cached_property
     def _speller(self) -> tuple[PreTrainedTokenizerBase, dict[int, list[int]]]:
-        """A tokenizer that learns broken spellings as tokens, where they separate what stands around them as the control tokens do; and
-        the characters' own ids of each."""
+        """A copy of the tokenizer to which escaped control tokens are added as tokens, so that they split text as control tokens do; and
+        the ids of their characters."""
         return copy.deepcopy(self.tokenizer), {}
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of rendered text with every image token repeated N times."""
+        """Token ids of rendered text, with N placeholders per image."""
         return self._encode(self.expand(text))
 
     def _encode(self, text: str) -> list[int]:
@@ -199,26 +199,26 @@ class Renderer:
         return [each for token in ids for each in characters.get(token, (token,))]
 
     def _spell(self, token: str) -> list[int]:
-        """The ids of a control token's characters, as ordinary text inside a line."""
+        """The ids of a control token's characters as ordinary text."""
         control = set(self.tokenizer.convert_tokens_to_ids(list(self._control)))
         plain = partial(self.tokenizer, add_special_tokens=False, split_special_tokens=True)
-        before = plain("\n")["input_ids"]  # SentencePiece puts a blank in front of a text
-        for pieces in ((token,), (token[0], token[1:]), tuple(token)):  # tokens that are not special are never split
+        before = plain("\n")["input_ids"]  # SentencePiece prepends a space to a text
+        for pieces in ((token,), (token[0], token[1:]), tuple(token)):  # split_special_tokens does not split other added tokens
             spelt = [plain(f"\n{piece}")["input_ids"] for piece in pieces]
             ids = [each for found in spelt for each in found[len(before) :]]
             if all(found[: len(before)] == before for found in spelt) and not control & set(ids):
                 return ids
-        raise UserError(f"the LLM's tokenizer has no way to spell {token!r} as text; leave it out")
+        raise UserError(f"the LLM's tokenizer cannot encode {token!r} as text; leave it out")
 
     def expand(self, text: str) -> str:
-        """Every image token N times."""
+        """Repeat every image token N times."""
         return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.tokens_per_image)
 
     def check_count(self, ids: Sequence[int], images: int, sample: str) -> None:
-        """Make sure that a sample has N placeholders an image.
+        """Check that a sample has N placeholders per image.
 
         Raises:
-            UserError: naming the sample and both counts.
+            UserError: another number; names the sample and both numbers.
         """
         found = sum(token == self.image_id for token in ids)
         expected = images * self.tokens_per_image
@@ -227,8 +227,8 @@ class Renderer:
 
     @cached_property
     def keeps_history(self) -> bool:
-        """Whether a turn of the assistant stands in later turns' prompts as it stood after its own; not so where the template has an answer
-        begin with an empty thought and leaves the thought out of the history, as Qwen3's does."""
+        """Whether later prompts repeat an assistant's turn unchanged. Qwen3's template does not: it removes the empty
+        thought that answers begin with."""
         conversation = [user("a"), assistant("b"), user("c"), assistant("d")]
         return self.text(conversation).startswith(self.text(conversation[:1], answer_next=True))
 
@@ -238,14 +238,14 @@ class Renderer:
         """Tokens and label mask of a conversation.
 
         Args:
-            sample: what to call it in errors.
-            last_only: of the assistant's turns only the last carries loss.
-            to_learn: refuse messages that spell control tokens; else these are text.
+            sample: its name in errors.
+            last_only: only the assistant's last turn carries loss.
+            to_learn: refuse messages that spell control tokens instead of encoding them as text.
 
         Raises:
-            UserError: the mask cannot be shown to be right: an empty answer, a template that changes the answer or what stands before it,
-                ends the assistant's turn with no special token or refuses the conversation, or a tokenizer that joins prompt and answer;
-                or a control token that is spelt.
+            UserError: the mask cannot be verified (an empty answer; a template that changes the answer or the text before it, ends the turn
+                without a special token, or refuses the conversation; a tokenizer that merges prompt and answer), or a message spells
+                a control token.
         """
         turns = [turn for turn, message in enumerate(conversation) if message["role"] == "assistant"]
         whole = self.expand(self.text(conversation, sample=sample))
@@ -261,8 +261,8 @@ class Renderer:
             start = len(head)
             if ids[:start] != head:
                 raise UserError(
-                    f"{sample}: the LLM's tokenizer joins the end of the prompt, {prompt[-20:]!r}, with the answer after it, so that no "
-                    "token begins the answer; a chat template whose prompts end before the space or line break would do"
+                    f"{sample}: the LLM's tokenizer merges the end of the prompt, {prompt[-20:]!r}, with the start of the answer; use a "
+                    "chat template whose generation prompt ends before the space or line break"
                 )
             if end not in ids[start + 1 :] or ids[start] == end:
                 raise UserError(f"{sample}: no tokens between the prompt's end, {prompt[-20:]!r}, and the end of the assistant's turn")
@@ -274,7 +274,7 @@ class Renderer:
         return Rendered(tuple(ids), tuple(supervised))
 
     def _refuse_control(self, conversation: Sequence[Message], ends: set[str], sample: str) -> None:
-        """A mark of an image, or of a turn, in words is taken for a mistake of the data."""
+        """Raise if a message spells a control token."""
         for turn, message in enumerate(conversation):
             found = self._as_control.search(text_of(message))
             if found is None:
@@ -284,9 +284,9 @@ class Renderer:
             raise UserError(f"{sample}: {whose} contains the text {found[0]!r}, which {why}; leave it out")
 
     def renderings(self, conversation: Sequence[Message], sample: str = "conversation") -> list[Rendered]:
-        """The conversation such that each of the assistant's turns carries loss in exactly one, after the prompt that it will be given.
+        """Renderings in which each assistant's turn carries loss exactly once, after the prompt that it has at inference.
 
-        One rendering, or one for every turn of the assistant where the template does not keep the history.
+        One rendering, or one per assistant's turn if the template does not keep the history.
 
         Raises:
             UserError: as `render`.
@@ -297,26 +297,28 @@ class Renderer:
         return [self.render(conversation[: turn + 1], sample, last_only=True) for turn in turns]
 
     def _end_of_answer(self, whole: str, prompt: str, answer: str, turn: int, sample: str) -> int:
-        """The token that ends a turn which stands in the whole after its prompt, with nothing but blanks around the answer.
+        """The token that ends an assistant's turn; checks that the text after the prompt is the answer, apart from white space.
 
-        A blank before the answer is the model's to say if the prompt does not end with it (Llama 2: `[/INST]` and ` A cat. </s>`).
+        A space before the answer carries loss if the prompt does not end with it (Llama 2: `[/INST]` and ` A cat. </s>`).
         """
         if not answer.strip():
             raise UserError(f"{sample}: the assistant's turn {turn} is empty")
         if not whole.startswith(prompt):
             raise UserError(
-                f"{sample}: the chat template changes what stands before the assistant's turn {turn}, whose prompt ends {prompt[-40:]!r}"
+                f"{sample}: the chat template changes the text before the assistant's turn {turn}, whose prompt ends with {prompt[-40:]!r}"
             )
         rest = whole[len(prompt) :].lstrip()
         if not rest.startswith(answer.strip()):
             raise UserError(
                 f"{sample}: the chat template changes the assistant's turn {turn}: after the prompt, which ends with {prompt[-20:]!r}, "
-                f"stands {rest[:40]!r}"
+                f"comes {rest[:40]!r}"
             )
         rest = rest[len(answer.strip()) :]
         end = next((token for token in self._special if rest.lstrip().startswith(token)), None)
         if end is None:
-            raise UserError(f"{sample}: the chat template ends the assistant's turn {turn} with {rest[:12]!r}, no special token")
+            raise UserError(
+                f"{sample}: the chat template ends the assistant's turn {turn} with {rest[:12]!r}, which is not a special token"
+            )
         return self.tokenizer.convert_tokens_to_ids(end)
 
     def end_id(self) -> int:
@@ -329,7 +331,7 @@ class Renderer:
         return [token for token, carries in zip(rendered.ids, rendered.supervised, strict=True) if carries][-1]
 
     def describe(self, rendered: Rendered) -> str:
-        """A sample for people: what carries loss in [[double brackets]], images as one mark each."""
+        """A sample as readable text: tokens with loss in [[double brackets]], each image as one mark."""
         parts, i = [], 0
         while i < len(rendered.ids):
             j = i
@@ -342,26 +344,21 @@ class Renderer:
         return re.sub(run, f"<{self.tokens_per_image} image tokens>\n", "".join(parts))
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-
-
 def _broken(token: str) -> str:
     return token[0] + BREAK + token[1:]
 
 
 def _check_text(text: Any, whose: str) -> None:
     if not isinstance(text, str):
-        raise UserError(f"{whose} is no text but a {type(text).__name__}")
+        raise UserError(f"{whose} must be text, not {type(text).__name__}")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # a byte that is no UTF-8 arrives from the command line as half a character
-        raise UserError(f"{whose} is no text at its character {error.start + 1} ({text[error.start]!a}); write it in UTF-8") from None
+    except UnicodeEncodeError as error:  # invalid UTF-8 on the command line becomes lone surrogates
+        raise UserError(f"{whose} is not valid text at character {error.start + 1} ({text[error.start]!a}); write it in UTF-8") from None
 
 
 def text_of(message: Message) -> str:
-    """A message's words, without its images."""
+    """The text of a message, without its images."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
@@ -373,7 +370,7 @@ def images_of(conversation: Sequence[Message]) -> list[Image.Image]:
 
 
 def user(text: str, images: int = 0) -> Message:
-    """A user's message with so many images before the text."""
+    """A user's message with this number of images before the text."""
     return {"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
 
 

@@ -1,6 +1,6 @@
-"""LLMs in 4 or 8 bits: the weights of their linear layers, by bitsandbytes; adapters, embeddings and norms stay as they are.
+"""LLMs in 4 or 8 bits: bitsandbytes quantizes the weights of linear layers; adapters, embeddings and norms are not quantized.
 
-Sources: QLoRA (arXiv 2305.14314) for 4 bits, as NF4 with its constants quantised again; LLM.int8() (arXiv 2208.07339) for 8.
+Sources: QLoRA (arXiv 2305.14314), NF4 with double quantization, for 4 bits; LLM.int8() (arXiv 2208.07339) for 8.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from sparse_vlm.errors import UserError
 
-# it tells everyone who imports it of kernels that it would rather have, and of every cast
+# at import it warns of missing kernels, and later of every cast
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -32,12 +32,12 @@ def _int8(compute: torch.dtype) -> dict[str, Any]:
     return {"load_in_8bit": True}
 
 
-# what transformers' BitsAndBytesConfig is told, for a model that computes in the given dtype
+# arguments of transformers' BitsAndBytesConfig, by compute dtype
 FORMATS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {"4bit": _nf4, "8bit": _int8}
 
 
 def quantization(name: str, compute: torch.dtype) -> Any:
-    """transformers' configuration of a format in `FORMATS`.
+    """transformers' quantization configuration for a format in `FORMATS`.
 
     Raises:
         UserError: no such format, or no bitsandbytes.
@@ -52,7 +52,7 @@ def quantization(name: str, compute: torch.dtype) -> Any:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first answer on a CPU: nothing learns through what it packs so."""
+    """Stop bitsandbytes from repacking 4-bit weights at the first forward pass on a CPU: repacked weights have no gradient."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -1,7 +1,7 @@
-"""How likely a VLM finds candidate answers.
+"""Log-likelihoods of candidate answers.
 
-Notable: conversations about the same images, and the candidates of each, are merged into token trees, so that what eighteen questions
-about a photo have in common is computed once.
+Notable: conversations about the same images, and their candidates, are merged into token trees (`vlm.tree`), so that common prefixes are
+computed once.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from sparse_vlm.vlm.tree import TokenTree, collate, merge, target_log_probs
 if TYPE_CHECKING:
     from sparse_vlm.vlm.model import VLM
 
-TREE_TOKENS = 640  # a tree does not grow beyond it, because attention grows with its square
+TREE_TOKENS = 640  # maximum of a tree, because attention costs its square
 
 
 class Score(NamedTuple):
     """Log-likelihood of an answer, its end-of-turn token included."""
 
     total: float
-    mean: float  # a token
+    mean: float  # per token
 
 
 @dataclass(frozen=True)
-class _Grown:
+class _ImageTree:
     """A tree, the (conversation, candidate) of each of its sequences, and its images."""
 
     tree: TokenTree
@@ -48,21 +48,21 @@ def score(vlm: VLM, conversations: Sequence[Sequence[Message]], answers: Sequenc
     grown = [tree for group in groups.values() for tree in _grow(vlm, group, conversations, answers)]
     grown.sort(key=lambda one: len(one.tree))
     features: dict[int, Tensor] = {}
-    found: dict[tuple[int, int], list[float]] = {}
+    log_probs: dict[tuple[int, int], list[float]] = {}
     for start in range(0, len(grown), batch_size):
         chosen = grown[start : start + batch_size]
         batch = collate([one.tree for one in chosen], vlm.tokenizer.pad_token_id).to(vlm.model.device)
         values = target_log_probs(vlm.model, batch, _encode(vlm, [image for one in chosen for image in one.images], features))
         for value, (tree, sequence) in zip(values.tolist(), batch.target_owners.tolist(), strict=True):
-            found.setdefault(chosen[tree].owners[sequence], []).append(value)
+            log_probs.setdefault(chosen[tree].owners[sequence], []).append(value)
     return [
-        [Score(sum(found[i, k]), sum(found[i, k]) / len(found[i, k])) for k in range(len(candidates))]
+        [Score(sum(log_probs[i, k]), sum(log_probs[i, k]) / len(log_probs[i, k])) for k in range(len(candidates))]
         for i, candidates in enumerate(answers)
     ]
 
 
 def _encode(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -> Tensor | None:
-    """Features of images, each looked at once."""
+    """Features of images, each encoded once."""
     if not images:
         return None
     new = {id(image): image for image in images if id(image) not in known}
@@ -71,7 +71,9 @@ def _encode(vlm: VLM, images: Sequence[Image.Image], known: dict[int, Tensor]) -
     return torch.stack([known[id(image)] for image in images])
 
 
-def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[str]]) -> Iterator[_Grown]:
+def _grow(
+    vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[str]]
+) -> Iterator[_ImageTree]:
     """Trees of conversations about the same images."""
     images = tuple(images_of(conversations[group[0]]))
     expected = len(images) * vlm.tokens_per_image
@@ -83,18 +85,18 @@ def _grow(vlm: VLM, group: Sequence[int], conversations: Sequence[Sequence[Messa
             continue
         new = [_candidate(vlm, conversations[i], answer, f"conversation {i}") for answer in answers[i]]
         grown = merge([*sequences, *new])
-        # images that stand behind different words are not shared, and would be in the tree twice
+        # an image behind different prefixes is not shared and would be in the tree twice
         apart = sum(token == vlm.renderer.image_id for token in grown.ids) != expected
         if tree is not None and (apart or len(grown) > TREE_TOKENS):
-            yield _Grown(tree, tuple(owners), images)
+            yield _ImageTree(tree, tuple(owners), images)
             sequences, owners, grown = [], [], merge(new)
         sequences += new
         owners += [(i, k) for k in range(len(new))]
         tree = grown
     if tree is not None:
-        yield _Grown(tree, tuple(owners), images)
+        yield _ImageTree(tree, tuple(owners), images)
 
 
 def _candidate(vlm: VLM, conversation: Sequence[Message], answer: str, name: str) -> Rendered:
-    """The conversation with an answer, which alone counts, not what the assistant said earlier."""
+    """The conversation with an answer, whose tokens alone are scored."""
     return vlm.renderer.render([*conversation, assistant(answer)], name, last_only=True, to_learn=False)

@@ -1,13 +1,13 @@
-"""Many conversations about the same images in one forward pass: what they share is computed once.
+"""Token trees: conversations about the same images in one forward pass, with common prefixes computed once.
 
 Shape legend: B trees in a batch, L tokens of the longest tree, S tokens of all trees, T targets.
 Five captions and six questions about a photo begin with the same tokens, the photo's among them. Their token sequences are merged
-into a prefix tree: a token sees its ancestors alone, stands at the position that is its depth, and so computes exactly what it would
-compute in its own conversation (a test compares the two).
+into a prefix tree. A token attends to its ancestors, and its position is its depth, so the result equals separate forward passes
+(`tests/unit/vlm/test_tree.py`).
 
-Notable: the tree needs nothing but an attention mask and position ids, which the stock models take. Trees of a batch are padded to the
-longest (`collate`); conversations that are no trees may lie one after the other in a single row (`pack`), for flash-attention, which knows
-how to keep them apart. The LLM's head, a fifth of a small model's work, runs at the positions that have a target and nowhere else.
+Notable: a tree is an attention mask and position ids, which stock models take. Trees of a batch are padded to the longest (`collate`).
+Single conversations can be packed into one row (`pack`) for flash-attention with variable lengths. The LLM's head runs only at positions
+with a target.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A token that must be predicted, from where, and the sequence it belongs to."""
+    """A token to predict, the position that predicts it, and its sequence."""
 
     position: int
     token: int
@@ -49,12 +49,12 @@ class TokenTree:
 
 
 def merge(sequences: Sequence[Rendered]) -> TokenTree:
-    """Merge sequences by their common prefixes; what follows a sequence's last supervised token is left out.
+    """Merge sequences by their common prefixes; tokens after a sequence's last supervised token are left out.
 
-    A token that several sequences must predict at the same place is that many targets, as it would be in separate passes.
+    A token that several sequences predict at the same place is one target per sequence, as in separate passes.
 
     Raises:
-        ValueError: the sequences do not begin with the same, unsupervised token.
+        ValueError: the sequences do not begin with the same unsupervised token.
     """
     ids: list[int] = []
     parents: list[int] = []
@@ -74,14 +74,14 @@ def merge(sequences: Sequence[Rendered]) -> TokenTree:
             parent = node
     if not ids or parents.count(-1) != 1 or any(target.position < 0 for target in targets):
         raise ValueError("the sequences of a tree must begin with the same token, and it must carry no loss")
-    # a leaf is only ever predicted, never read
+    # leaves are predicted, but nothing attends to them
     has_child = set(parents)
     kept = [i for i in range(len(ids)) if i in has_child]
-    place = {old: new for new, old in enumerate(kept)}
+    index = {old: new for new, old in enumerate(kept)}
     return TokenTree(
         ids=tuple(ids[i] for i in kept),
-        parents=tuple(place.get(parents[i], -1) for i in kept),
-        targets=tuple(Target(place[t.position], t.token, t.sequence) for t in targets),
+        parents=tuple(index.get(parents[i], -1) for i in kept),
+        targets=tuple(Target(index[t.position], t.token, t.sequence) for t in targets),
     )
 
 
@@ -97,7 +97,7 @@ class TreeBatch:
     Attributes:
         input_ids: (B, L), packed (1, S).
         position_ids: of the same shape, depth in the tree.
-        attention_mask: (B, 1, L, L) bool, true where a token sees another; None of a packed batch.
+        attention_mask: (B, 1, L, L) bool, true where a token attends to another; None for a packed batch.
         target_positions: (T,) into the flattened input_ids.
         target_ids: (T,).
         target_owners: (T, 2): tree in the batch, sequence in the tree.
@@ -118,18 +118,18 @@ class TreeBatch:
 
 
 def collate(trees: Sequence[TokenTree], pad_id: int) -> TreeBatch:
-    """Pad trees to one batch; padding sees itself alone."""
+    """Pad trees to one batch; padding attends to itself alone."""
     length = max(map(len, trees))
     input_ids = torch.full((len(trees), length), pad_id)
     position_ids = torch.zeros(len(trees), length, dtype=torch.long)
     mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
     for b, tree in enumerate(trees):
         input_ids[b, : len(tree)] = torch.tensor(tree.ids)
-        sees, depth = mask[b], []
+        attends, depth = mask[b], []
         for i, parent in enumerate(tree.parents):
             depth.append(depth[parent] + 1 if parent >= 0 else 0)
             if parent >= 0:
-                sees[i] |= sees[parent]
+                attends[i] |= attends[parent]
         position_ids[b, : len(tree)] = torch.tensor(depth)
     return TreeBatch(input_ids, position_ids, mask.unsqueeze(1), *_targets(trees, [b * length for b in range(len(trees))]))
 
@@ -163,37 +163,39 @@ def target_log_probs(
     """Log-probability of every target.
 
     Args:
-        model: its LLM sees the trees; PEFT's layers may be inside.
+        model: may contain PEFT's layers.
         batch: packed only where `plain_causal` and the LLM's attention is flash-attention.
         image_features: (images, N, width of the LLM), projected, in the order of the placeholders; None without images.
-        plain_causal: every tree is one conversation (`is_chain`), so that the LLM's own causal mask will do, which flash-attention needs.
+        plain_causal: every tree is one conversation (`is_chain`), so that the LLM's own causal mask is used, as flash-attention requires.
 
     Returns:
         (T,) float32.
     """
     embeds = model.get_input_embeddings()(batch.input_ids)
     if image_features is not None:
-        here = batch.input_ids == model.config.image_token_id
-        if int(here.sum()) != image_features.shape[0] * image_features.shape[1]:
-            raise ValueError(f"{int(here.sum())} image placeholders for {image_features.shape[0]} x {image_features.shape[1]} image tokens")
-        embeds = embeds.masked_scatter(here.unsqueeze(-1), image_features.to(embeds.dtype))
-    positions, mask, told = batch.position_ids, None, {}
+        placeholders = batch.input_ids == model.config.image_token_id
+        if int(placeholders.sum()) != image_features.shape[0] * image_features.shape[1]:
+            raise ValueError(
+                f"{int(placeholders.sum())} image placeholders for {image_features.shape[0]} x {image_features.shape[1]} image tokens"
+            )
+        embeds = embeds.masked_scatter(placeholders.unsqueeze(-1), image_features.to(embeds.dtype))
+    positions, mask, lengths = batch.position_ids, None, {}
     if not plain_causal:
-        # added to the scores rather than boolean, which plain and fused attention both take
+        # additive rather than boolean: both plain and fused attention take it
         mask = embeds.new_full(batch.attention_mask.shape, torch.finfo(embeds.dtype).min).masked_fill(batch.attention_mask, 0)
     elif batch.lengths:
-        told = _bounds(batch.lengths, embeds.device)
+        lengths = _sequence_lengths(batch.lengths, embeds.device)
     else:
-        # padding stands last, where a causal mask hides it from all that is read; counted on, so that nothing looks like a new sequence
+        # padding is last, where the causal mask hides it; positions go on, because a reset would be taken for a new packed sequence
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
-    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **told)
+    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **lengths)
     states = out.last_hidden_state.flatten(0, 1)
     positions, index = batch.target_positions.unique(return_inverse=True)
     logits = model.lm_head(states[positions]).float()
     return F.log_softmax(logits, dim=-1)[index, batch.target_ids]
 
 
-def _bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What flash-attention must be told of a packed row, as transformers passes it on: where conversations begin and how long they are."""
+def _sequence_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """transformers' arguments for flash-attention on a packed row: cumulative and maximal lengths."""
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)}

@@ -207,7 +207,7 @@ def test_questions_of_another_form_are_named(tmp_path, monkeypatch, task, change
     rows = [(key, tint, info | asked(i) | (changes if i == 1 else {})) for i, (key, tint, info) in enumerate(photos_of(4))]
     write_tar(tmp_path / "eval/coco_vqa.tar", rows)
     monkeypatch.setattr("sparse_vlm.vlm.VLM.from_pretrained", lambda name, device, num_tokens: FakeVLM())
-    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
+    monkeypatch.setattr("sparse_vlm.vlm.config.parts_of", lambda name: None)
     with pytest.raises(UserError, match=f"coco_vqa.tar: .*{what}"):
         evaluate(["m"], [task], tmp_path, controls=["none"])
 

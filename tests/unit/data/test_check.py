@@ -16,7 +16,8 @@ from sparse_vlm.data import check
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.decode import formats
 from sparse_vlm.vlm import VLM
-from sparse_vlm.vlm.reader import parts_of, renderer_of
+from sparse_vlm.vlm.config import parts_of
+from sparse_vlm.vlm.tokenization import load_renderer
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_clean_set_is_counted(run, parts, tmp_path):
     # every byte of an answer is a token, and the end of the turn is one
     assert tokens["with loss"]["sum"] == 2 * (len("A wall 0.") + 1) + len("Both.") + 1 + len("A wall.") + 1
     assert sum(bar["samples"] for bar in found["histogram"]) == 4
-    renderer, _ = renderer_of(**parts)
+    renderer, _ = load_renderer(**parts)
     text = renderer.text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A wall."}])
     assert tokens["all"]["min"] == len(renderer.tokens(text)) - 2  # the last of the answer is only predicted, the line break not even that
 
@@ -175,7 +176,7 @@ def test_what_is_read_is_what_the_model_reads(tmp_path):
     """The renderer without weights says what the VLM's own says, and a VLM's folder names its parts."""
     tower, llm = save_tower(tmp_path / "tower"), save_llm(tmp_path / "llm")
     vlm = VLM.build(tower, llm, dtype=torch.float32)
-    renderer, context = renderer_of(tower, llm)
+    renderer, context = load_renderer(tower, llm)
     assert context == vlm.model.config.text_config.max_position_embeddings == 512
     conversation = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
@@ -185,11 +186,11 @@ def test_what_is_read_is_what_the_model_reads(tmp_path):
     vlm.save_pretrained(tmp_path / "vlm")
     assert parts_of(tmp_path / "vlm") == (tower, llm, None, "mlp")
     with pytest.raises(UserError, match="4 tokens only"):
-        renderer_of(tower, llm, num_tokens=9)
+        load_renderer(tower, llm, num_tokens=9)
     shutil.rmtree(tmp_path / "vlm")
     with pytest.raises(UserError, match="vlm: not a tower folder"):
         (tmp_path / "vlm").mkdir()
-        renderer_of(str(tmp_path / "vlm"), llm)
+        load_renderer(str(tmp_path / "vlm"), llm)
 
 
 def test_parts_are_found_from_any_folder_and_after_a_move(tmp_path, monkeypatch):

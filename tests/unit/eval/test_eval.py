@@ -27,7 +27,7 @@ from sparse_vlm.eval.tasks import TASKS
 from sparse_vlm.eval.vqa import SHORT_ANSWER, first_number
 from sparse_vlm.images.photos import PhotoSet
 from sparse_vlm.images.preprocess import preprocess
-from sparse_vlm.vlm.reader import parts_of
+from sparse_vlm.vlm.config import parts_of
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> FakeVLM:
             return made
 
     monkeypatch.setattr("sparse_vlm.vlm.VLM", Loader)
-    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
+    monkeypatch.setattr("sparse_vlm.vlm.config.parts_of", lambda name: None)
     return made
 
 
@@ -346,7 +346,7 @@ def test_mistakes(arguments: dict[str, Any], line: str, data: Path, fakes: dict[
 
 
 def test_a_wrong_name_is_said_before_the_first_model_answers(data: Path, vlm: FakeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", parts_of)
+    monkeypatch.setattr("sparse_vlm.vlm.config.parts_of", parts_of)
     with pytest.raises(UserError, match="tiny-chart: no such folder and no such model; the zoo has .*did you mean tiny-chat"):
         evaluate(["tiny-chat", "tiny-chart"], ["pope"], data)
     assert not vlm.asked

@@ -43,7 +43,7 @@ def measure(monkeypatch: pytest.MonkeyPatch, models: dict[str, FakeVLM], task: s
             return models[name]
 
     monkeypatch.setattr("sparse_vlm.vlm.VLM", Loader)
-    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
+    monkeypatch.setattr("sparse_vlm.vlm.config.parts_of", lambda name: None)
     return evaluate(list(models), [task], data, **{"controls": ["none"], **options})
 
 
@@ -397,7 +397,7 @@ def test_what_is_finished_outlives_an_error(vqav2: Path, monkeypatch: pytest.Mon
 
     model = Says(lambda text, seen: "A")
     monkeypatch.setattr("sparse_vlm.vlm.VLM.from_pretrained", lambda name, device, num_tokens: model)
-    monkeypatch.setattr("sparse_vlm.vlm.reader.parts_of", lambda name: None)
+    monkeypatch.setattr("sparse_vlm.vlm.config.parts_of", lambda name: None)
     with pytest.raises(UserError, match="COCO_val2014_000000000008.jpg: not an image"):
         evaluate(["m"], ["mmbench", "vqav2"], vqav2, controls=["none"], on_result=keep)
     (row,) = json.loads((folder / "report.json").read_text())["results"]

@@ -286,7 +286,7 @@ def test_untrained_projector_is_not_exported(talker, tmp_path):
     shutil.copytree(talker, tmp_path / "blank")
     described = json.loads((talker / "vlm.json").read_text())
     (tmp_path / "blank" / "vlm.json").write_text(json.dumps({**described, "new_projector": True}))
-    with pytest.raises(UserError, match="its projector has learnt nothing yet"):
+    with pytest.raises(UserError, match="its projector is untrained"):
         export(str(tmp_path / "blank"), "transformers", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -178,7 +178,7 @@ def test_file_that_is_spoilt_is_one_line(llm, file, content):
     (llm / file).write_bytes(content)
     if file == "tokenizer_config.json":
         (llm / "chat_template.jinja").unlink(missing_ok=True)
-    refused(llm, "not a language model that transformers can load|no chat template|its weights|chat template is no text|nested too deep")
+    refused(llm, "not a language model that transformers can load|no chat template|its weights|chat template must be text|nested too deep")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_gguf_that_is_none_is_one_line(tmp_path, monkeypatch, content):
 def test_template_that_fails_is_one_line_when_a_vlm_is_built(llm, tmp_path, monkeypatch, template):
     monkeypatch.setattr("sparse_vlm.vlm.prompts.TEMPLATE_SECONDS", 0.2)
     (llm / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match="the LLM's chat template (fails|does not come to an end)"):
+    with pytest.raises(UserError, match="the LLM's chat template (fails|does not finish)"):
         VLM.build(save_tower(tmp_path / "tower"), llm)
 
 
@@ -289,7 +289,7 @@ def test_teacher_with_a_weight_that_is_no_number_is_refused(tmp_path):
 
 
 def test_a_tokenizer_with_numbers_beyond_all_rows_is_refused() -> None:
-    from sparse_vlm.vlm.vocabulary import give_rows
+    from sparse_vlm.vlm.vocabulary import add_image_row
 
     class Tokenizer:
         name_or_path = "odd-tokenizer"
@@ -308,4 +308,4 @@ def test_a_tokenizer_with_numbers_beyond_all_rows_is_refused() -> None:
             return torch.nn.Embedding(8, 4)
 
     with pytest.raises(UserError, match="odd-tokenizer.*2,147,483,648"):
-        give_rows(Tokenizer(), Model())
+        add_image_row(Tokenizer(), Model())

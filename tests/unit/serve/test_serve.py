@@ -255,7 +255,7 @@ def test_answer_fits_the_context(running: Running):
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "no text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid text"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "role assistant"),
         ({"messages": [{"role": "system", "content": [image()]}]}, "role system"),

@@ -143,7 +143,7 @@ def test_a_stage_on_pictures_of_words_teaches_the_llm_alone(tmp_path):
     assert last_loss(["w"] * 120) - last_loss(letters) > 0.3, "a letter is told from the image alone"
     after = {name.replace(".base_layer", ""): t for name, t in vlm.model.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    with pytest.raises(UserError, match="its projector has learnt nothing yet"):
+    with pytest.raises(UserError, match="its projector is untrained"):
         VLM.from_pretrained(tmp_path / "xyz")
     again = VLM.from_pretrained(tmp_path / "xyz", dtype=torch.float32, fold=False)
     assert again.new_projector and again.peft is not None

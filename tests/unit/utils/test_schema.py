@@ -14,7 +14,8 @@ from tiny_vlm import save_llm, save_tower, tower_config
 from sparse_vlm.errors import UserError
 from sparse_vlm.tower import SparseFormer, SparseFormerConfig
 from sparse_vlm.vlm import VLM
-from sparse_vlm.vlm.reader import parts_of, renderer_of
+from sparse_vlm.vlm.config import parts_of
+from sparse_vlm.vlm.tokenization import load_renderer
 
 GLANCE = {"patch_size": 8, "grid": 4, "points_per_side": 2, "norm_pre": False, "kind": "crop"}
 UNIT = {"width": 64, "ops": ["ATTN", "MLP"], "repeats": 1, "activation": "gelu"}
@@ -88,7 +89,7 @@ def test_tower_that_lacks_a_field_is_one_line(folder, gone):
 @pytest.mark.parametrize("text", ["[]", "5", "null", "", "{", "\udce9", "[" * 100_000, '{"a": ' * 100_000])
 def test_tower_whose_configuration_is_no_object_is_one_line(folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    for load in (SparseFormer.from_pretrained, lambda path: renderer_of(path, "nothing")):
+    for load in (SparseFormer.from_pretrained, lambda path: load_renderer(path, "nothing")):
         with pytest.raises(UserError, match="not a tower folder"):
             load(folder)
 

@@ -149,7 +149,7 @@ def test_a_second_adapter_is_saved_and_loaded_as_it_was(saved, tmp_path):
     again = VLM.from_pretrained(saved, dtype=torch.float32)
     peft.PeftModel.from_pretrained(again.model, tmp_path / "second")
     assert likely(again) == pytest.approx(learnt, abs=1e-5)
-    with pytest.raises(UserError, match="the LLM has adapters that are not this VLM's; save them by PEFT's own save_pretrained"):
+    with pytest.raises(UserError, match="the LLM has adapters that were not added by this VLM; save them with PEFT's save_pretrained"):
         again.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
 
@@ -158,7 +158,7 @@ def test_a_second_adapter_over_one_that_is_not_folded_is_refused(saved, tmp_path
     vlm = VLM.from_pretrained(saved, dtype=torch.float32, fold=False)
     before = likely(vlm)
     for name in ("default", "second"):
-        with pytest.raises(UserError, match=r"the model has adapters of its own, and PEFT would write a second one over them"):
+        with pytest.raises(UserError, match=r"the model already has adapters, and PEFT would overwrite them"):
             peft.get_peft_model(vlm.model, peft.LoraConfig(r=3, target_modules=["q_proj"]), adapter_name=name)
     assert likely(vlm) == before
     vlm.save_pretrained(tmp_path / "again")  # as if nothing had been tried
@@ -172,7 +172,7 @@ def test_adapters_that_are_folded_later_are_saved_as_they_were(saved, tmp_path):
     vlm.merge_adapter()
     vlm.merge_adapter()  # there is nothing more to fold
     assert likely(vlm) == pytest.approx(before, abs=1e-4)
-    assert vlm.peft is None and vlm.tower_peft is None and set(vlm.folded) == {"llm", "tower"}
+    assert vlm.peft is None and vlm.tower_peft is None and set(vlm.merged) == {"llm", "tower"}
     vlm.save_pretrained(tmp_path / "again")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         for folder in ("", "tower_adapter"):
@@ -186,7 +186,7 @@ def test_adapters_that_are_folded_later_are_saved_as_they_were(saved, tmp_path):
         ({"r": 0}, "r 0"),
         ({"r": 10**9}, "r 1000000000"),
         ({"r": "2"}, "r '2'"),
-        ({"r": 3}, "says rank 3, the tensors beside it are of 2"),
+        ({"r": 3}, "rank 3, but the tensors beside it have rank 2"),
         ({"target_modules": 5}, "target_modules"),
         ({"target_modules": ["nowhere"]}, "adapters of this model"),
         ({"peft_type": "EVIL"}, "adapter_config.json"),

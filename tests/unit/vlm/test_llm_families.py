@@ -136,7 +136,7 @@ def test_system_messages(renderer, request):
 def test_a_history_without_thoughts_is_learnt_turn_by_turn(renderer):
     """Qwen3 opens an answer with an empty thought and leaves it out of later turns' history, so no one text holds every turn's prompt."""
     assert not renderer.keeps_history
-    with pytest.raises(UserError, match="changes what stands before the assistant's turn 1, whose prompt ends .*</think>"):
+    with pytest.raises(UserError, match="changes the text before the assistant's turn 1, whose prompt ends with .*</think>"):
         renderer.render(TALK)
     first, second = renderer.renderings(TALK)
     assert renderer.tokenizer.decode(first.ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nA cat.<|im_end|>\n")
@@ -203,7 +203,7 @@ def test_stock_llava_on_every_family(name, tower, tmp_path):
 
 def test_llm_whose_logits_are_capped_is_refused(tower, tmp_path):
     llm = save_family(FAMILIES["gemma2"], tmp_path / "llm", final_logit_softcapping=1.0)
-    with pytest.raises(UserError, match="llm: its logits are scaled or capped .* LlavaForConditionalGeneration leaves out"):
+    with pytest.raises(UserError, match="llm: its logits are scaled or capped .* LlavaForConditionalGeneration does not do"):
         VLM.build(tower, llm, dtype=torch.float32)
 
 

@@ -64,7 +64,7 @@ def test_each_computes_in_bfloat16(kind: str, count: int, tokens: torch.Tensor) 
 def test_a_resampler_knows_where_a_token_stands(tokens: torch.Tensor) -> None:
     resampler = make_projector("resampler", WIDTH, LLM, 16, 4)
     assert not torch.allclose(resampler(tokens), resampler(tokens.flip(1)), atol=1e-4)
-    resampler.places_in.zero_()
+    resampler.positions_in.zero_()
     assert torch.allclose(resampler(tokens), resampler(tokens.flip(1)), atol=1e-5)
 
 

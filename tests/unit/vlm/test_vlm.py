@@ -140,7 +140,7 @@ def test_end_token_ends_the_answer(vlm):
 
 
 def test_what_cannot_be_answered_is_one_line(vlm):
-    with pytest.raises(UserError, match=r"a user message is no text at its character 4 \('.udce9'\); write it in UTF-8"):
+    with pytest.raises(UserError, match=r"a user message is not valid text at character 4 \('.udce9'\); write it in UTF-8"):
         vlm.generate([ask("caf\udce9?", picture("red"))])
     with pytest.raises(UserError, match="too long: .* the model reads 512"):
         vlm.stream(ask("word " * 200), 64)
@@ -236,7 +236,7 @@ def test_a_tower_of_the_same_teacher_is_heard_through_the_same_projector(vlm, tm
         assert torch.equal(own, kept)
     config = dataclasses.replace(tower_config(), units=(UnitConfig(128, ("ATTN", "MLP")),) * 2)
     SparseFormer(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match="made for .*, but tower .*wide"):
+    with pytest.raises(UserError, match="projector .*, but tower .*wide"):
         VLM.from_pretrained(tmp_path / "vlm", dtype=torch.float32, new_tower=tmp_path / "wide", keep_projector=True)
 
 
@@ -270,7 +270,7 @@ def test_damaged_folders_are_one_line(vlm, parts, tmp_path):
     described = json.loads((tmp_path / "whole" / "vlm.json").read_text())
     described["tower"] = save_tower(tmp_path / "other-tower", tokens=7)
     (tmp_path / "tower" / "vlm.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"made for .*'tokens': 5.* are .*'tokens': 7"):
+    with pytest.raises(UserError, match=r"projector .*'tokens': 5.* need .*'tokens': 7"):
         VLM.from_pretrained(folder)
     with pytest.raises(UserError, match="not a VLM folder"):
         VLM.from_pretrained(parts[0])
