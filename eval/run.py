@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sparse_vlm.bench.timing import TimedCall, take_turns
+from sparse_vlm.bench.timing import TimedCall, time_interleaved
 from sparse_vlm.errors import UserError
 from sparse_vlm.eval.embedders import (
     Embedder,
@@ -250,7 +250,7 @@ def _milliseconds(embedders: list[Embedder], image: Image.Image) -> dict[str, di
     """Of each model, by name: median and quartiles of one image at a time, decoding and resizing left out."""
     inputs = {embedder.name: embedder.pixels([image]) for embedder in embedders}
     calls = [TimedCall("tower", [(lambda _, e=e: e.encode(inputs[e.name]), 1.0)], e.name) for e in embedders]
-    take_turns(calls, own_device(), TIMED_ROUNDS, limit_s=math.inf)
+    time_interleaved(calls, own_device(), TIMED_ROUNDS, limit_s=math.inf)
     return {call.model: call.quartiles() | {"threads": torch.get_num_threads()} for call in calls}
 
 

@@ -178,7 +178,7 @@ def captured(step: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def take_turns(ways: dict[str, Callable[[], Any]], rounds: int = 11, window: float = 0.02) -> dict[str, float]:
+def time_interleaved(ways: dict[str, Callable[[], Any]], rounds: int = 11, window: float = 0.02) -> dict[str, float]:
     """Median milliseconds of each way, in rounds of `window` seconds each in turn, after a warm-up."""
 
     def timed(way: Callable[[], Any], count: int) -> float:
@@ -212,7 +212,7 @@ def time_mixing() -> list[dict[str, Any]]:
         shape = PUBLISHED[name]._replace(batch=batch)
         given = make(shape, torch.bfloat16, "cuda")
         ways = {"plain": lambda g=given, s=shape, mix=compiled: mix(g, s), "kernels": lambda g=given, s=shape: kernel_mixing(g, s)}
-        rows.append(row(f"sampling and mixing, {name}", batch, take_turns({key: captured(way) for key, way in ways.items()})))
+        rows.append(row(f"sampling and mixing, {name}", batch, time_interleaved({key: captured(way) for key, way in ways.items()})))
     return rows
 
 
@@ -230,7 +230,7 @@ def time_sampling() -> list[dict[str, Any]]:
             key: lambda way=way, given=given, shape=shape: gradients(way, given, shape, torch.bfloat16)
             for key, way in {"plain": plainly, "kernels": by_kernel}.items()
         }
-        rows.append(row(f"sampling, {name}, with gradients", batch, take_turns(ways)))
+        rows.append(row(f"sampling, {name}, with gradients", batch, time_interleaved(ways)))
     return rows
 
 
@@ -247,7 +247,7 @@ def time_convolutions() -> list[dict[str, Any]]:
             "kernels": lambda pixels=pixels: kernels.convolve(pixels, weight, bias),
         }
         with torch.no_grad(), kernels.using("kernels"):
-            rows.append(row("early convolution", batch, take_turns({name: captured(way) for name, way in ways.items()})))
+            rows.append(row("early convolution", batch, time_interleaved({name: captured(way) for name, way in ways.items()})))
     return rows
 
 
@@ -263,7 +263,7 @@ def time_towers() -> list[dict[str, Any]]:
     )  # fmt: skip
     sparse, vit = (SparseFormer(config).eval().to("cuda", torch.bfloat16) for config in (base, blocks))
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192**3 / take_turns({"peak": lambda: square @ square})["peak"] * 1e3
+    peak = 2 * 8192**3 / time_interleaved({"peak": lambda: square @ square})["peak"] * 1e3
     # each way compiles once and for its path: what `using` says is fixed in what is compiled
     models = {"plain": sparse, "kernels": sparse, "ViT-B/32": vit}
     compiled = {
@@ -278,7 +278,7 @@ def time_towers() -> list[dict[str, Any]]:
     for batch in (1, 256):
         pixels = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
         ways = {name: lambda name=name, pixels=pixels: run(name, pixels) for name in models}
-        times = take_turns({**ways, **{f"{name}, captured": captured(way) for name, way in ways.items()}})
+        times = time_interleaved({**ways, **{f"{name}, captured": captured(way) for name, way in ways.items()}})
         share = {
             name: 2 * count_macs(model.config).total * batch / times[f"{name}, captured"] * 1e3 / peak for name, model in models.items()
         }

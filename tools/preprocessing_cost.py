@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sparse_vlm.bench.machine import describe, versions
-from sparse_vlm.bench.run import made_image
-from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, take_turns
+from sparse_vlm.bench.run import synthetic_image
+from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, time_interleaved
 from sparse_vlm.bench.vision import load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.decode import formats
@@ -169,7 +169,7 @@ def time_all(photos: dict[float, list[Photo]], how: dict[str, Way], rounds: int,
                 add(lambda v=vision, p=pixels: v.encode(p), threads, threads, what=vision.name, megapixels=None, batch=batch)
     before = torch.get_num_threads()
     try:
-        take_turns([piece for piece, _ in pieces], torch.device("cpu"), rounds, limit_s)
+        time_interleaved([piece for piece, _ in pieces], torch.device("cpu"), rounds, limit_s)
     finally:
         torch.set_num_threads(before)
     return [Time(**of, ms=ms.pop("median"), **ms, rounds=len(piece.seconds)) for piece, of in pieces if (ms := piece.quartiles())]
@@ -252,7 +252,7 @@ def main(
         count = min(limit, len(found))
         images: Iterable[Image.Image] = (found[i * len(found) // count].load() for i in range(count))
     else:
-        images = [made_image()[2]]
+        images = [synthetic_image()[2]]
     with tempfile.TemporaryDirectory() as folder:
         photos = write_photos(images, Path(folder))
         times, agreements = time_all(photos, how, rounds) if rounds else [], agree(photos, how, teacher)

@@ -18,7 +18,7 @@ import typer
 from experiments import as_program
 
 from sparse_vlm.bench.machine import describe, versions
-from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, take_turns
+from sparse_vlm.bench.timing import MIN_REPEATS, TimedCall, time_interleaved
 from sparse_vlm.bench.vision import Vision, load_visions
 from sparse_vlm.errors import UserError
 from sparse_vlm.utils.files import write_json
@@ -113,7 +113,7 @@ def ratios(
         visions = {(form, vision.model): _in_form(vision, form, DTYPES[dtype]) for form in forms for vision in load_visions(names)}
         for batch in batches:
             pieces = {key: _piece(vision, batch, DTYPES[dtype]) for key, vision in visions.items()}
-            take_turns(list(pieces.values()), torch.device("cpu"), rounds, limit_s)
+            time_interleaved(list(pieces.values()), torch.device("cpu"), rounds, limit_s)
             found += [_ratio(comparison, pieces, form, dtype, batch) for form in forms for comparison in comparisons]
     return found
 

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_vlm.bench.run import BenchConfig, measure
+    from sparse_vlm.bench.config import BenchConfig
+    from sparse_vlm.bench.run import measure
 
 __all__ = ["BenchConfig", "measure"]
 

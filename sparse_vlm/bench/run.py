@@ -1,14 +1,14 @@
-"""A benchmark from its config to its document: what is measured, in which order, and what is kept when it ends early.
+"""Run a benchmark: from a `BenchConfig` to the JSON document.
 
     from sparse_vlm.bench import BenchConfig, measure
 
     document = measure(BenchConfig(models=["tiny", "clip-l14-336"], llms=["135m"]))
 
-Shape legend: B images or requests, M tokens of a tower, N tokens an image in the LLM, P tokens of text beside it, D width of the LLM.
+Shape legend: B images or requests, M tokens of a tower, N tokens per image in the LLM, P tokens of text beside it, D width of the LLM.
 
-Notable: the document is written after each group of pieces, so that whatever ends a run leaves what was finished. Everything that a user
-may have got wrong is asked before the first measurement. All towers take turns with each other, and so do all numbers of tokens before
-an LLM; LLMs follow one another, because two large ones rarely fit side by side.
+Notable: the document is written after each group of timed calls, so an interrupted run keeps what is finished. Settings are checked
+before the first measurement. Timings of all towers are interleaved, and so are those of all numbers of tokens of an LLM; LLMs are
+measured one after the other, because two large ones rarely fit in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparse_vlm.bench.config import DTYPES, BenchConfig
 from sparse_vlm.bench.llms import Language, LLMPlan, layers_that_fit, plan_llm
-from sparse_vlm.bench.machine import COPIED_BYTES, describe, higher, peak_bytes, peaks, versions
+from sparse_vlm.bench.machine import describe, higher, peak_bytes, peaks, versions
 from sparse_vlm.bench.serving import serving
 from sparse_vlm.bench.summary import requests, saturation
-from sparse_vlm.bench.timing import MIN_REPEATS, WARM_UP, TimedCall, take_turns
+from sparse_vlm.bench.timing import WARM_UP, TimedCall, time_interleaved
 from sparse_vlm.bench.vision import Vision, count_weights, load_visions, projector_work
 from sparse_vlm.errors import UserError
 from sparse_vlm.images.decode import decode_image, load_image
@@ -39,69 +40,8 @@ from sparse_vlm.tower.cost import Work
 from sparse_vlm.utils.devices import compiling
 
 FORMAT = "sparse-vlm/bench/1"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEITHER = 1 / 3  # share of both peaks below which neither of them binds
-IMAGE_SIZE = (640, 480)  # pixels of the image that is made where none is given
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What to measure.
-
-    Attributes:
-        models: towers, as `load_visions` takes them.
-        llms: as `plan_llm` takes them.
-        tokens: numbers of tokens an image, where they can be chosen.
-        images: files of images; one is made where there are none.
-        compile: measure towers compiled as well.
-        optimized: measure towers after `optimize_for_inference`, ours and ViTs alike.
-        prompt_tokens: of text beside an image (P).
-        rounds: turns of each piece, after the warm-up.
-        limit_s: a piece that took so many seconds takes no more turns than it must.
-        copied_bytes: what the memory's peak is measured on.
-        memory_bytes: of the machine that serving is estimated for, and what an LLM must fit into here if that is less; the device's own
-            unless given.
-        answers: lengths of answers in tokens that serving is estimated for.
-    """
-
-    models: Sequence[str]
-    llms: Sequence[str]
-    tokens: Sequence[int] = ()
-    images: Sequence[str] = ()
-    batches: Sequence[int] = (1, 16)
-    dtypes: Sequence[str] = ("bfloat16",)
-    device: str = "cpu"
-    compile: bool = False
-    optimized: bool = False
-    prompt_tokens: int = 32
-    rounds: int = 10
-    limit_s: float = 20.0
-    copied_bytes: int = COPIED_BYTES
-    memory_bytes: int | None = None
-    answers: Sequence[int] = ()
-
-    def check(self) -> None:
-        """Refuse numbers that make no sense.
-
-        Raises:
-            UserError: with the one to change.
-        """
-        for dtype in self.dtypes:
-            if dtype not in DTYPES:
-                raise UserError(f"--dtype {dtype}: known are {', '.join(DTYPES)}")
-        if self.rounds < MIN_REPEATS:
-            raise UserError(f"--rounds is {self.rounds}; a median needs {MIN_REPEATS} at least")
-        kind = self.device.partition(":")[0]
-        if self.optimized and self.compile:
-            raise UserError("--optimized and --compile: an optimized tower cannot be compiled; measure them in two runs")
-        if self.optimized and len(self.dtypes) > 1:
-            raise UserError("--optimized: weights are laid out for one --dtype; measure each in a run of its own")
-        if self.optimized and kind != "cpu":
-            raise UserError(f"--optimized: folds towers for a CPU, not for {self.device}; on a GPU take --compile")
-        if kind not in ("cpu", "cuda"):
-            raise UserError(f"--device {self.device}: known are cpu and cuda")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device {self.device}: torch sees no GPU here; leave it out for the CPU")
+NEITHER = 1 / 3  # share of both peaks below which a call is bound by neither
+IMAGE_SIZE = (640, 480)  # pixels of the synthetic image
 
 
 def measure(
@@ -109,14 +49,14 @@ def measure(
     on_progress: Callable[[int], None] = lambda thousandths: None,
     on_document: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
-    """Measure everything; the document (docs/bench-schema.json).
+    """Measure everything and return the document (docs/bench-schema.json).
 
     Args:
-        on_progress: called with how many more thousandths of the expected time are done.
-        on_document: called with the document whenever there is more in it, also when the run ends early.
+        on_progress: called with progress since the last call, in thousandths of the expected time.
+        on_document: called with the document after each group, also when the run ends early.
 
     Raises:
-        UserError: an unknown model, an image that cannot be read, a setting that makes no sense, or too little memory.
+        UserError: an unknown model, an unreadable image, an invalid setting, or too little memory.
     """
     return _Bench(config, on_progress, on_document).run()
 
@@ -126,14 +66,14 @@ class _Bench:
         config.check()
         self.config, self._progress, self._save = config, on_progress, on_document
         self.device = torch.device(config.device)
-        self.images = [_read(name) for name in config.images] or [made_image()]
+        self.images = [_read(name) for name in config.images] or [synthetic_image()]
         self.plans = [plan_llm(name) for name in dict.fromkeys(config.llms)]
         self.visions = load_visions(list(dict.fromkeys(config.models)), config.tokens)
         if config.optimized and (pruned := [vision.model for vision in self.visions if vision.prunes]):
-            raise UserError(f"--optimized: {pruned[0]} makes tokens fewer within its tower, which is measured plain; leave it out")
+            raise UserError(f"--optimized: {pruned[0]} prunes tokens within its tower and cannot be optimized; leave it out")
         self._began = time.monotonic()
         self._expected = self._done = 0.0
-        self._projecting: dict[str, Work] = {}
+        self._projector_work: dict[str, Work] = {}
         self.document: dict[str, Any] = {
             "format": FORMAT,
             "state": "running",
@@ -154,7 +94,7 @@ class _Bench:
         }
 
     def run(self) -> dict[str, Any]:
-        with self._records_how_it_ended():
+        with self._records_state():
             for name in self.config.dtypes:
                 self.document["peaks"].append(peaks(DTYPES[name], self.device, self.config.copied_bytes))
             self._expected = sum(self._expect(DTYPES[name]) for name in self.config.dtypes)
@@ -176,7 +116,7 @@ class _Bench:
         return self.document
 
     @contextmanager
-    def _records_how_it_ended(self) -> Iterator[None]:
+    def _records_state(self) -> Iterator[None]:
         try:
             yield
             self.document["state"] = "finished"
@@ -187,7 +127,7 @@ class _Bench:
             line = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
             self.document |= {"state": "failed", "problem": line}
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in line:
-                raise UserError(f"memory does not suffice ({line}); take a smaller --batch or fewer models") from error
+                raise UserError(f"out of memory ({line}); take a smaller --batch or fewer models") from error
             raise
         except BaseException as error:
             self.document |= {"state": "failed", "problem": str(error)}
@@ -205,10 +145,8 @@ class _Bench:
             self.document["serving"] = serving(self.document)
         self._save(self.document)
 
-    # ---- what is measured
-
     def _of_images(self) -> Iterator[TimedCall]:
-        """Decoding, and preprocessing for each size: per image, on the CPU, whatever the device."""
+        """Decoding, and preprocessing for each input size, per image and always on the CPU."""
 
         def decode(_: Any) -> None:
             for name, data, _image in self.images:
@@ -224,7 +162,7 @@ class _Bench:
             yield TimedCall("preprocess", [(prepare, 1 / len(self.images))], model=prepared)
 
     def _by_tower(self) -> list[Vision]:
-        """One of those that share a tower."""
+        """One model for each distinct tower."""
         return list({vision.tower: vision for vision in self.visions}.values())
 
     def _of_towers(self, dtype: torch.dtype, batch: int) -> Iterator[TimedCall]:
@@ -237,17 +175,17 @@ class _Bench:
                         return vision.encode(pixels, compiled)
 
                 tokens = vision.tokens if vision.prunes else vision.tokens_in
-                piece = TimedCall("tower", [(encode, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
-                piece.expected_s = self._seconds_at_peak(dtype, batch * vision.work.macs)
-                yield piece
+                call = TimedCall("tower", [(encode, 1.0)], vision.tower, None, batch, tokens, vision.work, compiled)
+                call.expected_s = self._seconds_at_peak(dtype, batch * vision.work.macs)
+                yield call
 
     def _measure_llm(self, plan: LLMPlan, dtype: torch.dtype) -> None:
-        """All that concerns one LLM; it is gone when this returns."""
+        """Measure everything that needs one LLM, which is released afterwards."""
         name = str(dtype).removeprefix("torch.")
-        language = Language(plan, dtype, self.device, self._taken(dtype), self.config.memory_bytes)
+        language = Language(plan, dtype, self.device, self._tower_bytes(dtype), self.config.memory_bytes)
         self.document["llms"].append(language.described())
         projectors = {vision.name: vision.projector(plan.width).to(self.device, dtype) for vision in self.visions}
-        self._projecting = {vision.name: _projecting(vision, projectors[vision.name]) for vision in self.visions}
+        self._projector_work = {vision.name: _projector_work(vision, projectors[vision.name]) for vision in self.visions}
         for batch in self.config.batches:
             self._group(list(self._of_projectors(language, projectors, batch)), name)
             self._group(list(self._of_prompts(language, batch)), name)
@@ -256,7 +194,7 @@ class _Bench:
 
     def _of_projectors(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[TimedCall]:
         for vision in self.visions:
-            projector, work = projectors[vision.name], self._projecting[vision.name]
+            projector, work = projectors[vision.name], self._projector_work[vision.name]
             rows = vision.tokens if vision.prunes else vision.tokens_in
             tokens = torch.randn(batch, rows, vision.width).to(self.device, language.dtype)
 
@@ -267,8 +205,8 @@ class _Bench:
             yield TimedCall("projector", [(project, 1.0)], vision.name, language.plan.name, batch, vision.tokens, work)
 
     def _of_prompts(self, language: Language, batch: int) -> Iterator[TimedCall]:
-        """Reading an image's tokens and the text beside them, and choosing the first token of the answer."""
-        for tokens in self._numbers():
+        """Prefill of image and text tokens, and the choice of the answer's first token."""
+        for tokens in self._token_counts():
             length = tokens + self.config.prompt_tokens
             yield TimedCall(
                 "prefill",
@@ -278,14 +216,14 @@ class _Bench:
                 tokens=tokens,
                 work=language.work(length),
                 prepare=lambda length=length: language.embeds(batch, length),
-                expected_s=self._reading(language.plan, language.dtype, batch, length),
+                expected_s=self._prefill_seconds(language.plan, language.dtype, batch, length),
                 beyond_bytes=language.missing_bytes(batch * length),
             )
 
     def _of_answers(self, language: Language, batch: int) -> Iterator[TimedCall]:
-        """One more token of each request's answer, with image and text in the cache."""
+        """One decoding step of each request, with image and text in the cache."""
         one = language.embeds(batch, 1)
-        for tokens in self._numbers():
+        for tokens in self._token_counts():
             length = tokens + self.config.prompt_tokens
             yield TimedCall(
                 "decode",
@@ -299,7 +237,7 @@ class _Bench:
             )
 
     def _of_first_tokens(self, language: Language, projectors: dict[str, torch.nn.Module], batch: int) -> Iterator[TimedCall]:
-        """From encoded images to the first token of an answer, in one go."""
+        """From encoded image files to the first token of an answer, in one call."""
         text = language.embeds(batch, self.config.prompt_tokens)
         for vision in self.visions:
 
@@ -311,48 +249,46 @@ class _Bench:
                 return torch.cat([seen, text], dim=1)
 
             length = vision.tokens + self.config.prompt_tokens
-            work = vision.work + self._projecting[vision.name] + language.work(length)
+            work = vision.work + self._projector_work[vision.name] + language.work(length)
             steps = [(read, 1.0), (language.decode, language.scale), (language.choose, 1.0)]
-            piece = TimedCall("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
-            piece.expected_s = self._reading(language.plan, language.dtype, batch, length)
-            yield piece
+            call = TimedCall("ttft", steps, vision.name, language.plan.name, batch, vision.tokens, work)
+            call.expected_s = self._prefill_seconds(language.plan, language.dtype, batch, length)
+            yield call
 
-    # ---- how
-
-    def _numbers(self) -> list[int]:
-        """Each number of tokens an image that some model has."""
+    def _token_counts(self) -> list[int]:
+        """Each number of tokens per image that some model has."""
         return sorted({vision.tokens for vision in self.visions})
 
-    def _group(self, pieces: Sequence[TimedCall], dtype: str) -> None:
-        """Time pieces in turn, and write down those that have a median, also when a turn is interrupted."""
+    def _group(self, calls: Sequence[TimedCall], dtype: str) -> None:
+        """Time calls interleaved, and record those that have a median, even if interrupted."""
         try:
-            take_turns(pieces, self.device, self.config.rounds, self.config.limit_s, self._advance)
-            for piece in pieces:
-                if piece.stage in ("tower", "prefill", "decode") and not piece.compiled:
-                    piece.peak_bytes = peak_bytes(piece.once, self.device) + piece.beyond_bytes
+            time_interleaved(calls, self.device, self.config.rounds, self.config.limit_s, self._advance)
+            for call in calls:
+                if call.stage in ("tower", "prefill", "decode") and not call.compiled:
+                    call.peak_bytes = peak_bytes(call.once, self.device) + call.beyond_bytes
         finally:
-            self.document["measurements"] += [self._measured(piece, dtype) for piece in pieces if piece.finished]
+            self.document["measurements"] += [self._measured(call, dtype) for call in calls if call.finished]
             self._write()
 
-    def _measured(self, piece: TimedCall, dtype: str) -> dict[str, Any]:
+    def _measured(self, call: TimedCall, dtype: str) -> dict[str, Any]:
         return {
-            "stage": piece.stage,
-            "model": piece.model,
-            "llm": piece.llm,
-            "dtype": dtype if piece.work is not None else None,
-            "compiled": piece.compiled,
-            "batch": piece.batch,
-            "tokens": piece.tokens,
-            "ms": {key: round(value, 4) for key, value in piece.quartiles().items()} | {"rounds": len(piece.seconds)},
-            "macs": None if piece.work is None else piece.work.macs * piece.batch,
-            "bytes": None if piece.work is None else piece.work.bytes(piece.batch, DTYPES[dtype].itemsize),
+            "stage": call.stage,
+            "model": call.model,
+            "llm": call.llm,
+            "dtype": dtype if call.work is not None else None,
+            "compiled": call.compiled,
+            "batch": call.batch,
+            "tokens": call.tokens,
+            "ms": {key: round(value, 4) for key, value in call.quartiles().items()} | {"rounds": len(call.seconds)},
+            "macs": None if call.work is None else call.work.macs * call.batch,
+            "bytes": None if call.work is None else call.work.bytes(call.batch, DTYPES[dtype].itemsize),
             "of_peak": None,
             "bound": None,
-            "peak_bytes": piece.peak_bytes,
+            "peak_bytes": call.peak_bytes,
         }
 
     def _compare_with_peaks(self, row: dict[str, Any]) -> None:
-        """Say which shares of the peaks a piece reached, and which peak it is bound by."""
+        """Add the shares of both peaks that a call reached, and the peak that bounds it."""
         if row["dtype"] is not None:
             peak, seconds = self._peak(row["dtype"]), row["ms"]["median"] / 1000
             compute = row["macs"] / seconds / peak["macs_per_second"]
@@ -367,51 +303,51 @@ class _Bench:
         peak = self._peak(str(dtype).removeprefix("torch."))
         return max(macs / peak["macs_per_second"], moved / peak["bytes_per_second"])
 
-    def _reading(self, plan: LLMPlan, dtype: torch.dtype, batch: int, length: int) -> float:
-        """A guess at a prefill's seconds, of the layers that are run."""
-        layers = layers_that_fit(plan, dtype, self.device, self._taken(dtype), self.config.memory_bytes)
+    def _prefill_seconds(self, plan: LLMPlan, dtype: torch.dtype, batch: int, length: int) -> float:
+        """Estimated seconds of a prefill, of the layers that are run."""
+        layers = layers_that_fit(plan, dtype, self.device, self._tower_bytes(dtype), self.config.memory_bytes)
         weights = plan.parameters * layers // plan.layers
         return self._seconds_at_peak(dtype, weights * batch * length, weights * dtype.itemsize)
 
-    def _taken(self, dtype: torch.dtype) -> int:
-        """Bytes that the towers' weights take."""
+    def _tower_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the towers' weights."""
         return dtype.itemsize * count_weights(vision.module for vision in self.visions)
 
     def _expect(self, dtype: torch.dtype) -> float:
-        """A guess at the seconds of a turn of all that takes long: towers, prefills and first tokens."""
+        """Estimated seconds of one round of the long calls: towers, prefills and first tokens."""
         first, text = self.config.batches[0], self.config.prompt_tokens
         towers = {vision.tower: vision for vision in self.visions}.values()
         times = 2 if self.config.compile else 1
         each = [times * self._seconds_at_peak(dtype, b * vision.work.macs) for vision in towers for b in self.config.batches]
         for plan in self.plans:
-            each += [self._reading(plan, dtype, b, n + text) for b in self.config.batches for n in self._numbers()]
-            each += [self._reading(plan, dtype, first, vision.tokens + text) for vision in self.visions]
+            each += [self._prefill_seconds(plan, dtype, b, n + text) for b in self.config.batches for n in self._token_counts()]
+            each += [self._prefill_seconds(plan, dtype, first, vision.tokens + text) for vision in self.visions]
         return sum(each)
 
-    def _advance(self, piece: TimedCall) -> None:
-        """Tell how far it is, in thousandths."""
+    def _advance(self, call: TimedCall) -> None:
+        """Report progress."""
         before = int(self._done)
-        self._done += 1000 * piece.expected_s / (self._expected * (WARM_UP + self.config.rounds))
+        self._done += 1000 * call.expected_s / (self._expected * (WARM_UP + self.config.rounds))
         if int(self._done) > before:
             self._progress(int(self._done) - before)
 
 
-def _projecting(vision: Vision, projector: torch.nn.Module) -> Work:
+def _projector_work(vision: Vision, projector: torch.nn.Module) -> Work:
     return projector_work(projector, vision.tokens if vision.prunes else vision.tokens_in, vision.width)
 
 
 def _read(name: str) -> tuple[str, bytes, Image.Image]:
-    """An image's name, its bytes, and itself."""
+    """Name, encoded bytes and decoded image of a file."""
     image = load_image(name)
     return name, Path(name).read_bytes(), image
 
 
-def made_image() -> tuple[str, bytes, Image.Image]:
-    """An image with the detail of a photo: smooth colours and some grain; (what it is, its JPEG, itself)."""
+def synthetic_image() -> tuple[str, bytes, Image.Image]:
+    """A synthetic image with about a photo's detail, smooth colours and grain; (description, JPEG bytes, image)."""
     generator = np.random.default_rng(0)
     smooth = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(IMAGE_SIZE, Image.Resampling.BICUBIC)
     grain = generator.normal(0, 6, (IMAGE_SIZE[1], IMAGE_SIZE[0], 3))
     stream = io.BytesIO()
     Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
-    name = f"made, {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels"
+    name = f"synthetic, {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels"
     return name, stream.getvalue(), decode_image(stream.getvalue(), name)

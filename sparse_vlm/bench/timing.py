@@ -14,23 +14,23 @@ from sparse_vlm.bench.machine import synchronize
 from sparse_vlm.tower.cost import Work
 
 WARM_UP = 2
-MIN_REPEATS = 3  # calls below which a median is none
+MIN_REPEATS = 3  # for a median
 
 
 @dataclass
 class TimedCall:
-    """A call to be timed.
+    """A call to time.
 
     Attributes:
-        stage, model, llm, batch, tokens: what it is of; `tokens` are those that the LLM is given of each image.
-        steps: (call, factor) in order: each is given what the one before returned, and its time counts so many times.
+        stage, model, llm, batch, tokens: what is timed; `tokens` is the number of tokens per image in the LLM.
+        steps: (function, factor) in order; each takes the result of the one before, and its time is multiplied by the factor.
         work: MACs and numbers moved, for one image or request.
-        compiled: whether the tower was.
-        prepare: called before each turn, out of its time; its result is given to the first step.
-        expected_s: a guess at a turn's seconds, to tell what remains.
-        beyond_bytes: what the layers that are not there would add to the peak of memory.
-        seconds: of each turn.
-        peak_bytes: most memory held at once in a turn, where it was measured.
+        compiled: whether the tower is compiled.
+        prepare: called before each repetition and not timed; its result goes to the first step.
+        expected_s: estimated seconds of a repetition, for progress.
+        beyond_bytes: peak memory that layers which are not loaded would add.
+        seconds: of each repetition.
+        peak_bytes: peak memory of a repetition, if measured.
     """
 
     stage: str
@@ -48,55 +48,55 @@ class TimedCall:
     peak_bytes: int | None = None
 
     def run(self, device: torch.device) -> float:
-        """One turn; its seconds."""
+        """Run once; the seconds that it took."""
         state, total = self.prepare(), 0.0
-        for call, factor in self.steps:
+        for step, factor in self.steps:
             synchronize(device)
             began = time.perf_counter()
-            state = call(state)
+            state = step(state)
             synchronize(device)
             total += factor * (time.perf_counter() - began)
         return total
 
     def once(self) -> None:
-        """One turn that is not timed."""
+        """Run once without timing."""
         state = self.prepare()
-        for call, _ in self.steps:
-            state = call(state)
+        for step, _ in self.steps:
+            state = step(state)
 
     @property
     def finished(self) -> bool:
-        """Whether there are enough turns for a median."""
+        """Whether there are enough repetitions for a median."""
         return len(self.seconds) >= MIN_REPEATS
 
     def quartiles(self) -> dict[str, float]:
-        """Median and quartiles of the turns, in milliseconds."""
+        """Median and quartiles in milliseconds."""
         low, median, high = (1000 * q for q in statistics.quantiles(self.seconds, n=4))
         return {"median": median, "low": low, "high": high}
 
 
-def take_turns(
-    pieces: Sequence[TimedCall],
+def time_interleaved(
+    calls: Sequence[TimedCall],
     device: torch.device,
     rounds: int,
     limit_s: float,
-    on_turn: Callable[[TimedCall], None] = lambda call: None,
+    on_call: Callable[[TimedCall], None] = lambda call: None,
 ) -> None:
-    """Time pieces in turn, after `WARM_UP` turns that do not count; each piece keeps its seconds.
+    """Time calls interleaved, after `WARM_UP` rounds; each keeps its seconds.
 
     Args:
-        rounds: turns of each piece, `MIN_REPEATS` at least.
-        limit_s: a piece that has taken so many seconds takes no more turns once it has `MIN_REPEATS`.
-        on_turn: told after each turn which piece had it, also where the piece was spared it.
+        rounds: repetitions of each call, at least `MIN_REPEATS`.
+        limit_s: a call that has taken this many seconds is not repeated beyond `MIN_REPEATS`.
+        on_call: called with each call in each round, also if it was skipped.
     """
-    spent = dict.fromkeys(map(id, pieces), 0.0)
-    for turn in range(WARM_UP + rounds):
-        for piece in pieces:
-            spared = spent[id(piece)] > limit_s and (piece.finished or 1 <= turn < WARM_UP)
-            if not spared:
+    spent = dict.fromkeys(map(id, calls), 0.0)
+    for repetition in range(WARM_UP + rounds):
+        for call in calls:
+            skipped = spent[id(call)] > limit_s and (call.finished or 1 <= repetition < WARM_UP)
+            if not skipped:
                 began = time.perf_counter()
-                seconds = piece.run(device)
-                spent[id(piece)] += time.perf_counter() - began
-                if turn >= WARM_UP:
-                    piece.seconds.append(seconds)
-            on_turn(piece)
+                seconds = call.run(device)
+                spent[id(call)] += time.perf_counter() - began
+                if repetition >= WARM_UP:
+                    call.seconds.append(seconds)
+            on_call(call)

@@ -77,7 +77,8 @@ def bench(
     with progress.status("starting") if progress.is_terminal else nullcontext():
         import torch
 
-        from sparse_vlm.bench.run import BenchConfig, measure
+        from sparse_vlm.bench.config import BenchConfig
+        from sparse_vlm.bench.run import measure
         from sparse_vlm.bench.vision import BOX
         from sparse_vlm.cli.progress import counting, for_people
         from sparse_vlm.report.tables import as_tables, notes, save

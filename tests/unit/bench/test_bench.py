@@ -20,7 +20,7 @@ from sparse_vlm.bench.llms import SHAPES, Language, Shape, plan_llm
 from sparse_vlm.bench.machine import higher, peak_bytes
 from sparse_vlm.bench.pruner import ClsPruner, cls_attention
 from sparse_vlm.bench.summary import saturation
-from sparse_vlm.bench.timing import WARM_UP, TimedCall, take_turns
+from sparse_vlm.bench.timing import WARM_UP, TimedCall, time_interleaved
 from sparse_vlm.bench.vision import BASELINES, BOX, REDUCTIONS, Baseline, count_weights, load_visions, projector_work
 from sparse_vlm.cli.bench import bench
 from sparse_vlm.distill.recipes import get_recipe
@@ -209,7 +209,7 @@ def test_towers_of_the_zoo_and_teachers_are_models_too(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_measured(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "take_turns", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(run, "time_interleaved", lambda *arguments: pytest.fail("measured"))
     with pytest.raises(UserError, match=message):
         measure(settings(**changes), on_document=lambda document: pytest.fail("saved"))
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_is_said_before_anything_is_measured(changes: dict[str, A
 # ---- timing
 
 
-def test_pieces_take_turns_and_factors_count() -> None:
+def test_pieces_time_interleaved_and_factors_count() -> None:
     order: list[str] = []
 
     def step(name: str, seconds: float) -> Any:
@@ -235,7 +235,7 @@ def test_pieces_take_turns_and_factors_count() -> None:
     told: list[TimedCall] = []
     one = TimedCall("one", [(step("a", 0.002), 10.0), (step("b", 0.001), 1.0)], prepare=prepare)
     two = TimedCall("two", [(step("c", 0.03), 1.0)])
-    take_turns([one, two], CPU, rounds=6, limit_s=0.05, on_turn=told.append)
+    time_interleaved([one, two], CPU, rounds=6, limit_s=0.05, on_call=told.append)
     assert order[:6] == ["a", "b", "c"] * 2
     assert (len(one.seconds), len(two.seconds)) == (3, 3), "each has taken its time, and is spared what it need not do"
     assert len(told) == 2 * (WARM_UP + 6), "progress goes on all the same"
@@ -418,7 +418,7 @@ def test_towers_are_measured_optimized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SparseFormer, "optimize_for_inference", lambda tower: asked.append("once") or optimize(tower))
     assert document_of(**given)["settings"]["optimized"] and asked == ["once"], "both share one tower"
     two, pruned = {"dtypes": ("float32", "bfloat16")}, {"models": ("vit+prune",)}
-    refused = {"and --compile": {"compile": True}, "one --dtype": two, "not for cuda": {"device": "cuda"}, r"vit\+prune makes": pruned}
+    refused = {"and --compile": {"compile": True}, "one --dtype": two, "not for cuda": {"device": "cuda"}, r"vit\+prune prunes": pruned}
     for said, changes in refused.items():
         with pytest.raises(UserError, match=said):
             document_of(**given | changes)
@@ -474,7 +474,6 @@ def test_ctrl_c_leaves_the_document_and_shows_the_tables(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "Language", interrupt)
-    monkeypatch.setattr(run, "COPIED_BYTES", 1 << 20)
     monkeypatch.setattr(BenchConfig, "copied_bytes", 1 << 20)
     file = tmp_path / "deeper" / "bench.json"
     with pytest.raises(KeyboardInterrupt):

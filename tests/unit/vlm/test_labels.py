@@ -87,7 +87,9 @@ def test_prompt_that_the_tokenizer_joins_with_the_answer_is_refused(tmp_path):
     model = r.tokenizer.backend_tokenizer.model
     vocabulary = r.tokenizer.get_vocab()
     r.tokenizer.backend_tokenizer.model = type(model)(vocab={**vocabulary, "ĠA": len(vocabulary)}, merges=[("Ġ", "A")])
-    with pytest.raises(UserError, match=r"photo 7: the LLM's tokenizer merges the end of the prompt, '.*assistant ', with the start of the answer"):
+    with pytest.raises(
+        UserError, match=r"photo 7: the LLM's tokenizer merges the end of the prompt, '.*assistant ', with the start of the answer"
+    ):
         r.render(TALK, "photo 7")
 
 
@@ -109,8 +111,14 @@ def test_conversation_that_the_template_refuses_is_one_line(tmp_path):
     [
         ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
         ("{{ messages[9].content.text }}", "refuses a conversation of user"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not finish: it needs more than 0.2 seconds"),
-        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "does not finish: it needs more than 0.2 sec"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "does not finish: it needs more than 0.2 seconds",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "does not finish: it needs more than 0.2 sec",
+        ),
         ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "fails: RecursionError"),
         ("{% for i in range(1000000) %}{% endfor %}", "(fails|refuses)"),
         ("{% if %}", "refuses a conversation of user"),
