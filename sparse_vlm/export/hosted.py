@@ -21,10 +21,26 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 from sparse_vlm.errors import UserError
 from sparse_vlm.export.exporter import TOLERANCE, Comparison, Exporter, TowerExporter, compare_tensors
 from sparse_vlm.hf.model import SparseFormerHostModel, SparseFormerImageProcessor
+from sparse_vlm.hub.host_format import CODE
 from sparse_vlm.utils.files import write_text
 from sparse_vlm.vlm import VLM
 from sparse_vlm.vlm.projectors import MLP
+from sparse_vlm.vlm.prompts import mark_answers
 
+REMOTE_CODE = '''\
+"""Loads sparse_vlm, which holds the code of this model: pip install sparse-vlm."""
+
+import sparse_vlm  # noqa: F401 - registers the classes
+from sparse_vlm.hub.host_format import CODE
+from sparse_vlm.hf.model import (  # noqa: F401
+    SparseFormerBackbone,
+    SparseFormerHostConfig,
+    SparseFormerHostModel,
+    SparseFormerImageProcessor,
+)
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor  # noqa: F401
+'''
+IMAGE_PROCESSOR = {"AutoImageProcessor": "SparseFormerImageProcessor"}
 QUESTION = "What is in this picture?"
 NEW_TOKENS = 24  # of a compared answer
 
@@ -39,6 +55,9 @@ class HostedTower(TowerExporter):
         SparseFormerHostModel.wrap(self.tower).save_pretrained(folder)
         SparseFormerImageProcessor.of(self.config).save_pretrained(folder)
         _write_dtype(folder, self.dtype)
+        classes = {"AutoConfig": "SparseFormerHostConfig", "AutoModel": "SparseFormerHostModel", "AutoBackbone": "SparseFormerBackbone"}
+        _write_auto_map(folder, "config.json", classes)
+        _write_auto_map(folder, "preprocessor_config.json", IMAGE_PROCESSOR)
 
     def load(self, folder: Path) -> Callable[..., Sequence[Tensor]]:
         model = _load(AutoModel, folder)
@@ -94,8 +113,14 @@ class HostedVLM(Exporter):
         vlm = self.vlm
         vlm.model.config.text_config._name_or_path = vlm.model.config._name_or_path = ""
         vlm.model.save_pretrained(folder)
+        template, vlm.processor.chat_template = vlm.processor.chat_template, mark_answers(vlm.processor.chat_template)
         vlm.processor.save_pretrained(folder)
+        vlm.processor.chat_template = template
         _write_dtype(folder, self.dtype)
+        classes = {"AutoConfig": "LlavaConfig", "AutoModelForImageTextToText": "LlavaForConditionalGeneration"}
+        _write_auto_map(folder, "config.json", classes)
+        _write_auto_map(folder, "processor_config.json", {"AutoProcessor": "LlavaProcessor"})
+        _write_auto_map(folder, "processor_config.json", IMAGE_PROCESSOR, "image_processor")
 
     @torch.inference_mode()
     def compare(self, folder: Path) -> list[Comparison]:
@@ -138,6 +163,21 @@ def _write_dtype(folder: Path, dtype: str) -> None:
     for part in (config, config.get("vision_config", {})):
         part["dtype"] = dtype
     write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def _write_auto_map(folder: Path, file: str, classes: dict[str, str], key: str | None = None) -> None:
+    """Let the Auto classes import sparse_vlm with `trust_remote_code=True`.
+
+    Args:
+        file: a configuration in the folder.
+        classes: class by Auto class.
+        key: of the nested configuration, if it is one.
+    """
+    write_text(folder / f"{CODE}.py", REMOTE_CODE)
+    document = json.loads((folder / file).read_text(encoding="utf-8"))
+    config = document if key is None else document[key]
+    config["auto_map"] = {auto: f"{CODE}.{name}" for auto, name in classes.items()}
+    write_text(folder / file, json.dumps(document, indent=2) + "\n")
 
 
 def _load(auto: Any, folder: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from sparse_vlm.errors import UserError
 from sparse_vlm.export.formats import KINDS
 from sparse_vlm.hub import store
+from sparse_vlm.hub.host_format import is_llava, tower_config
 from sparse_vlm.hub.store import Entry
 from sparse_vlm.hub.zoo import card
 
@@ -66,8 +67,9 @@ def find(model: str) -> Source:
             raise UserError(f"{model}: is {store.KINDS[kind]}; what can be exported is a tower or a VLM, as {' or '.join(fitting)}")
     folder = store.locate(model)
     described = _described(folder)
-    kind = "vlm" if "vlm.json" in described else "tower"
-    if kind == "tower" and not str(described.get("config.json", {}).get("format", "")).startswith(TOWER_FORMAT):
+    config = described.get("config.json", {})
+    kind = "vlm" if "vlm.json" in described or is_llava(config) else "tower"
+    if kind == "tower" and tower_config(config) is None and not str(config.get("format", "")).startswith(TOWER_FORMAT):
         raise UserError(
             f"{model}: holds neither a tower nor a VLM of sparse-vlm; give a folder that bootstrap or train wrote, or a name of the zoo"
         )

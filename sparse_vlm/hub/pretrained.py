@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparse_vlm.errors import UserError, first_line
+from sparse_vlm.hub.host_format import CODE
 from sparse_vlm.hub.weights import check_finite, refuse_lfs_pointers
 
 LAYERS = 1024  # more than any published model has
@@ -149,6 +150,8 @@ def _asks_for_code(said: Any) -> str | None:
         return None
     for key, value in said.items():
         named = isinstance(value, str) and key.endswith("attn_implementation") and "/" in value  # a kernel from the hub
+        if key == "auto_map" and isinstance(value, dict) and all(str(one).startswith(f"{CODE}.") for one in value.values()):
+            continue  # of our own exports; the classes are registered already, and the file is not run
         if value and (key in ("auto_map", "megatron_config") or named):
             return key
         if found := _asks_for_code(value):

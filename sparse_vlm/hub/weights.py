@@ -5,7 +5,8 @@ Notable: names and shapes are read from a file's header, so that they are compar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,57 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     check_finite(str(path), tensors.items())
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: one, or the shards that its index names.
+
+    Raises:
+        UserError: the index is damaged or names a file outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard is not a file name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: cannot be read ({first_line(error)})") from error
+    return [folder / name for name in names]
+
+
+def part_shapes(folder: Path, prefixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a part's tensors in a model's folder, without the prefix of their names.
+
+    Args:
+        prefixes: possible prefixes; the first that a tensor has is taken for all.
+    """
+    shapes = {name: shape for path in weight_files(folder) for name, shape in read_shapes(path).items()}
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in shapes)), "")
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def part_tensors(folder: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of `part_shapes`; no others are read.
+
+    Raises:
+        UserError: a file cannot be read, or a tensor is not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = part_shapes(folder, prefixes)
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                stored = {prefix + name: name for prefix in prefixes for name in names}
+                found = {stored[name]: file.get_tensor(name) for name in file.keys() if name in stored}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+            raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        check_finite(str(path), found.items())
+        tensors |= found
     return tensors
 
 

@@ -343,7 +343,7 @@ class SparseFormerConfig:
 
 
 def read_config(folder: Path, name: str) -> SparseFormerConfig:
-    """The configuration of a tower's folder.
+    """The configuration of a tower's folder, in our own format or in that of transformers, also of a LLaVA with a tower inside.
 
     Args:
         name: what to call the tower in errors.
@@ -351,8 +351,11 @@ def read_config(folder: Path, name: str) -> SparseFormerConfig:
     Raises:
         UserError: no configuration, or not one of a tower.
     """
+    from sparse_vlm.hub.host_format import tower_config
+
     try:
-        return SparseFormerConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return SparseFormerConfig.from_dict((tower_config(document) if isinstance(document, dict) else None) or document)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: not a tower folder ({error})") from error
 

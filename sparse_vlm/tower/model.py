@@ -336,27 +336,29 @@ class SparseFormer(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32, num_tokens: int | None = None) -> SparseFormer:
         """Load a tower from a folder, or from the zoo by name; in eval mode.
 
+        The folder may also be in transformers' format, or a LLaVA of transformers with such a tower inside.
+
         Args:
             num_tokens: the default token budget of the loaded tower, for one of several budgets.
 
         Raises:
             UserError: no such folder or name, not a tower, weights that do not fit, or an unsupported number of tokens.
         """
+        from sparse_vlm.hub.host_format import TOWER_PREFIXES
         from sparse_vlm.hub.store import locate
-        from sparse_vlm.hub.weights import read_shapes, read_tensors
+        from sparse_vlm.hub.weights import part_shapes, part_tensors
 
         folder = locate(name_or_path)
         config = read_config(folder, str(name_or_path))
-        path = folder / "model.safetensors"
         with torch.device("meta"):
             empty = cls(config)
         try:  # before the weights are allocated
-            check_names(empty, read_shapes(path), str(name_or_path))
+            check_names(empty, part_shapes(folder, TOWER_PREFIXES), str(name_or_path))
         except UserError as error:
             raise UserError(f"{name_or_path}: not a tower folder ({error})") from error
         except ValueError as error:
             raise UserError(str(error)) from error
-        state = read_tensors(path)
+        state = part_tensors(folder, TOWER_PREFIXES)
         if num_tokens is not None and num_tokens != config.num_latent_tokens:
             try:
                 config = config.at_budget(num_tokens)

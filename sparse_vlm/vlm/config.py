@@ -1,19 +1,28 @@
-"""`vlm.json`, the configuration in a VLM's folder: checked before any of its parts is loaded."""
+"""The configuration in a VLM's folder, checked before any of its parts is loaded.
+
+It is `vlm.json`. A LLaVA of transformers with our tower inside, and PEFT's adapters of one, are read as VLMs, too.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub import store
+from sparse_vlm.hub.host_format import is_llava
+from sparse_vlm.tower.config import read_config
 from sparse_vlm.utils.files import write_text
+from sparse_vlm.utils.schema import read_json
 from sparse_vlm.vlm.projectors import MLP, PROJECTORS
 
 FORMAT = "sparse-vlm/vlm/1"
 MAX_NUMBER = 1 << 20
+PEFT_CONFIG = "adapter_config.json"
+# Options of a LLaVA's configuration that the tower and our projector need.
+LLAVA_OPTIONS = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "projector_hidden_act": "gelu"}
 # What a folder holds of a part: nothing (it is loaded by its name), LoRA adapters, or all of its weights.
 AS_NAMED, ADAPTERS, TUNED = HOLDS = ("as named", "adapters", "tuned")
 VALUES = {"tower": HOLDS, "projector": ("new", "trained"), "llm": HOLDS}
@@ -29,6 +38,7 @@ class VLMConfig:
         num_tokens: tokens per image, if a number was chosen.
         holds: what the folder holds of each part; keys and values as in `VALUES`.
         new_projector: whether the projector is untrained.
+        projector_folder: the folder that holds it, if it is not the VLM's own.
     """
 
     tower: str
@@ -37,6 +47,7 @@ class VLMConfig:
     num_tokens: int | None
     holds: dict[str, str]
     new_projector: bool
+    projector_folder: Path | None = None
 
     @property
     def projector_kind(self) -> str:
@@ -69,6 +80,11 @@ def read(path_or_zoo_name: str | Path) -> tuple[Path, VLMConfig]:
         UserError: no such folder or name, or not a VLM.
     """
     folder = store.locate(path_or_zoo_name, kind="vlm")
+    if not (folder / "vlm.json").exists():
+        if (folder / "config.json").is_file():
+            return folder, _of_llava(folder)
+        if (folder / PEFT_CONFIG).is_file():
+            return folder, _of_adapters(folder)
     try:
         document = json.loads((folder / "vlm.json").read_text(encoding="utf-8"))
         if not isinstance(document, dict):
@@ -81,6 +97,33 @@ def read(path_or_zoo_name: str | Path) -> tuple[Path, VLMConfig]:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         reason = f"vlm.json lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path_or_zoo_name}: not a VLM folder ({reason})") from error
+
+
+def _of_llava(folder: Path) -> VLMConfig:
+    """The configuration of a LLaVA of transformers, whose folder is also its tower's and its LLM's."""
+    again = f"{folder}: not a VLM folder"
+    config = read_json(folder / "config.json", again)
+    if not isinstance(config, dict) or not is_llava(config):
+        raise UserError(f"{again}: it holds no vlm.json, and its config.json is not that of a LLaVA with a tower of sparse-vlm")
+    for name, value in LLAVA_OPTIONS.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{folder / 'config.json'}: {name} is {config[name]!r}; with this tower it must be {value!r}")
+    tower = read_config(folder, str(folder))
+    width = config.get("text_config", {}).get("hidden_size")
+    projector = {"tokens": tower.visual_tokens, "tower_width": tower.width, "llm_width": width}
+    return VLMConfig(str(folder), str(folder), projector, None, {"tower": AS_NAMED, "projector": "trained", "llm": AS_NAMED}, False)
+
+
+def _of_adapters(folder: Path) -> VLMConfig:
+    """The configuration of PEFT's adapters of a LLaVA."""
+    name = read_json(folder / PEFT_CONFIG, f"{folder}: not a VLM folder").get("base_model_name_or_path")
+    bases = [base for base in (Path(name), folder / name) if base.is_dir()] if isinstance(name, str) and name else []
+    if not bases:
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: its base_model_name_or_path, {name!r}, is not a folder; write that of the base model there"
+        )
+    config = _of_llava(bases[0])
+    return replace(config, holds=config.holds | {"llm": ADAPTERS}, projector_folder=bases[0])
 
 
 def parts_of(vlm: str | Path) -> tuple[str, str, int | None, str]:
@@ -121,7 +164,7 @@ def _checked(folder: Path, document: dict[str, Any]) -> VLMConfig:
 def _llm_of_files(folder: Path) -> str:
     if (folder / "llm.safetensors").is_file():
         return TUNED
-    return ADAPTERS if (folder / "adapter_config.json").is_file() else AS_NAMED
+    return ADAPTERS if (folder / PEFT_CONFIG).is_file() else AS_NAMED
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import torch
 
 from sparse_vlm.errors import UserError
 from sparse_vlm.hub import store
+from sparse_vlm.hub.host_format import is_llava
 from sparse_vlm.hub.pretrained import from_pretrained, load_complete, model_errors, quiet
 from sparse_vlm.hub.weights import refuse_lfs_pointers
 from sparse_vlm.utils.devices import native_dtype
@@ -60,7 +62,7 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
     """Load a language model.
 
     Args:
-        name_or_path: a name of the zoo, or a folder that holds a transformers model or a single GGUF file.
+        name_or_path: a name of the zoo, or a folder that holds a transformers model, a single GGUF file, or a LLaVA with our tower.
         dtype: `native_dtype()` by default.
         options: passed on to transformers' `from_pretrained`, such as `quantization_config`.
 
@@ -73,13 +75,37 @@ def load_llm(name_or_path: str | Path, dtype: torch.dtype | None = None, **optio
     folder = _folder(name_or_path)
     tokenizer = _tokenizer(name_or_path, folder)
     with model_errors(name_or_path), quiet():
-        model = load_complete(AutoModelForCausalLM, folder, dtype=dtype or native_dtype(), **options)
+        load = _load_from_llava if _is_llava(folder) else partial(load_complete, AutoModelForCausalLM)
+        model = load(folder, dtype=dtype or native_dtype(), **options)
     ends = model.generation_config.eos_token_id
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
         raise UserError(
             f"{name_or_path}: eos_token_id in generation_config.json is {str(ends)[:40]}; it must be a token id or a list of them"
         )
     return LLM(str(name_or_path), model.eval(), tokenizer, LLMS.get(str(name_or_path), LLMSpec()))
+
+
+def _is_llava(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # loading says what is wrong
+    return isinstance(config, dict) and is_llava(config)
+
+
+def _load_from_llava(folder: Path, **options: Any) -> PreTrainedModel:
+    """The LLM inside a LLaVA of transformers with our tower."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if "quantization_config" in options:
+        raise UserError(f"{folder}: a LLaVA of transformers is not quantized while it is loaded; quantize a VLM that names its LLM")
+    llava = load_complete(AutoModelForImageTextToText, folder, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llava.config.text_config, trust_remote_code=False)
+    setattr(model, model.base_model_prefix, llava.model.language_model)
+    model.set_output_embeddings(llava.lm_head)
+    model.generation_config = llava.generation_config
+    return model
 
 
 def greedy_generation(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, end_id: int, unused_ids: list[int]) -> GenerationConfig:

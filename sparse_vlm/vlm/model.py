@@ -24,7 +24,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from sparse_vlm.errors import UserError, naming
-from sparse_vlm.hub.weights import check_shapes, read_tensors, write_tensors
+from sparse_vlm.hub.host_format import PROJECTOR_PREFIXES
+from sparse_vlm.hub.weights import check_shapes, part_tensors, read_tensors, write_tensors
 from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.tower import SparseFormer
 from sparse_vlm.utils.devices import native_dtype
@@ -188,7 +189,7 @@ class VLM:
         quantize: str | None = None,
         projector: str = MLP,
     ) -> VLM:
-        """Load a VLM from a folder, or from the zoo by name.
+        """Load a VLM from a folder (also of a LLaVA of transformers with our tower, or of PEFT's adapters of one) or from the zoo by name.
 
         Args:
             fold: merge adapters into the weights, which is faster; set it to False to train them.
@@ -207,7 +208,7 @@ class VLM:
         if fold and (config.new_projector or not keeps_projector):
             raise UserError(f"{path_or_zoo_name}: its projector is untrained; `sparse-vlm train --stage align --init` trains it")
         if quantize is not None and holds["llm"] == TUNED:
-            raise UserError(f"{path_or_zoo_name}: its LLM was fully fine-tuned and cannot be loaded in {quantize}; adapters can")
+            raise UserError(f"{path_or_zoo_name}: its LLM was fully fine-tuned and cannot be loaded in {quantize}")
         kind = config.projector_kind if keeps_projector else projector
         budget = num_tokens or (None if new_tower else config.num_tokens)
         tower = new_tower or config.tower
@@ -220,7 +221,7 @@ class VLM:
             if config.projector != vlm._projector_shape() | ignored:
                 needed = vlm._projector_shape()
                 raise UserError(f"{path_or_zoo_name}: projector {config.projector}, but tower {tower} and LLM {config.llm} need {needed}")
-            vlm._load("projector", folder)
+            vlm._load("projector", config.projector_folder or folder)
         if holds["llm"] == TUNED:
             vlm.llm_changed = True
             vlm._load("llm", folder)
@@ -301,7 +302,7 @@ class VLM:
     @torch.no_grad()
     def _load(self, part: str, folder: Path) -> None:
         path = folder / f"{part}.safetensors"
-        state = read_tensors(path)
+        state = read_tensors(path) if path.exists() or part != "projector" else part_tensors(folder, PROJECTOR_PREFIXES)
         own = self._part(part, self.own_tensors())
         check_shapes(path, adapters.shapes(own), adapters.shapes(state))
         for name, tensor in own.items():

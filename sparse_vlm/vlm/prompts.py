@@ -60,9 +60,39 @@ _PREAMBLE = """\
 """
 
 
+_MARKED = """\
+{%- macro rendered(messages, add_generation_prompt) -%}
+TEMPLATE
+{%- endmacro -%}
+{%- set all = namespace(text=rendered(messages, add_generation_prompt), done=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set prompt = rendered(messages[:loop.index0], true) -%}
+{%- set turn = rendered(messages[:loop.index], false) -%}
+{%- if turn.startswith(prompt) and all.text.startswith(turn) and prompt|length >= all.done -%}
+{{- all.text[all.done:prompt|length] -}}
+{%- set answer = turn[prompt|length:].rstrip() -%}
+{%- generation -%}{{- answer -}}{%- endgeneration -%}
+{%- set all.done = prompt|length + answer|length -%}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{{- all.text[all.done:] -}}
+"""
+
+
 def extend_template(template: str, system: str | None) -> str:
     """The chat template of an LLM, extended to images and a default system message (None: the template's own)."""
     return _PREAMBLE.replace("SYSTEM", "none" if system is None else _jinja_string(system)) + template
+
+
+def mark_answers(template: str) -> str:
+    """A chat template with `{% generation %}` around what the assistant says, as trainers need it that mask other tokens.
+
+    The template becomes a macro, which renders the conversation's prefixes: an answer is what follows the prompt before it, up to the end
+    of the turn, as in `Renderer.render`. Where the template does not repeat the prompt (`Renderer.keeps_history`), nothing is marked.
+    """
+    return _MARKED.replace("TEMPLATE", template)
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:

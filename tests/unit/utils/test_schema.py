@@ -97,7 +97,7 @@ def test_tower_whose_configuration_is_no_object_is_one_line(folder, text):
 def test_configuration_that_does_not_fit_the_weights_is_refused_before_they_are_read(folder, monkeypatch):
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "embed_dim": 100_000}))
-    monkeypatch.setattr("sparse_vlm.hub.weights.read_tensors", lambda path: pytest.fail("the weights were read"))
+    monkeypatch.setattr("sparse_vlm.hub.weights.part_tensors", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(UserError, match=r"proj.weight has shape \(16, 64\), expected \(100000, 64\)"):
         SparseFormer.from_pretrained(folder)
 
