@@ -126,9 +126,14 @@ def extract(visual: nn.Module, tuned: int, photos: Sequence[Photo], count: int, 
 def text_features(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """(T, d): of each text, what the text projection is given."""
     projection, model.text.proj = model.text.proj, nn.Identity()
-    rows = [model.encode_text(tokenizer(list(texts[i : i + 128]))) for i in range(0, len(texts), 128)]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    rows = torch.empty(len(texts), projection.in_features)
+    for start in range(0, len(texts), 128):
+        chosen = order[start : start + 128]
+        ids = tokenizer([texts[i] for i in chosen])
+        rows[chosen] = model.encode_text(ids[:, (ids != tokenizer.tokenizer.pad_token_id).any(0)]).float()  # without padding common to all
     model.text.proj = projection
-    return torch.cat(rows).float()
+    return rows
 
 
 def captions_of(photo: Photo) -> list[str]:

@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import io
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -50,6 +52,21 @@ def test_the_vlm_in_transformers_answers_as_the_page_says(tmp_path, monkeypatch)
     assert len(blocks) == 2
     for code, said in blocks:
         check("transformers", code.replace("build/tiny-chat-hf", str(tmp_path / "hf")), said, monkeypatch)
+
+
+def test_trl_masks_what_the_page_says(tmp_path):
+    from sparse_vlm.export.run import export
+
+    pytest.importorskip("trl")
+    if store.find_local(store.entry("smollm2-135m-instruct")) is None:
+        pytest.skip("the language model has not been fetched; `make chat` does")
+    export("tiny-chat", "transformers", tmp_path / "hf", images=[ROOT / "examples" / "chelsea.jpg"])
+    body = PAGE.read_text(encoding="utf-8").partition("\n## TRL\n")[2]
+    code, said = re.search(r"```python\n(.*?)```\n```\n(.*?)```", body, re.DOTALL).groups()
+    assert sum(bool(line) for line in code.splitlines()) <= 13
+    code = code.replace("build/tiny-chat-hf", str(tmp_path / "hf")).replace("build/trl", str(tmp_path / "trl"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # datasets pickles globals
+    assert done.stdout.splitlines()[-1] == said.strip()
 
 
 def check(section: str, code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
