@@ -25,6 +25,7 @@ from sparse_vlm.errors import as_user_error, printable
 VERBS: dict[str, tuple[str, str]] = {
     # verb: (summary, example)
     "chat": ("Talk about images.", "sparse-vlm chat --image examples/coffee.jpg"),
+    "answer": ("Answer questions about many images.", "sparse-vlm answer --images 'photos/*.jpg' --out captions.jsonl"),
     "serve": ("Serve a vision-language model: an OpenAI-compatible API, and a page to chat.", "sparse-vlm serve tiny-chat --port 8000"),
     "look": ("Draw what the tokens look at.", "sparse-vlm look examples/coffee.jpg"),
     "bootstrap": (
