@@ -8,6 +8,7 @@ model and the conversation are never left halfway.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -20,21 +21,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.hub.store import locate
-from sparse_vlm.images.photos import photo_of
+from sparse_vlm.hub.store import entries, locate
+from sparse_vlm.images.photos import STDIN, photo_of
 
 if TYPE_CHECKING:
     from sparse_vlm.vlm.chat import Answer, ChatImage, Conversation
 
+HISTORY = 1000  # lines
+URLS = ("http://", "https://")
 LONGEST_WORD = 24  # characters held back until a word is whole; scripts without spaces must flow, too
 HELP = """\
-/image PATH  show one more image with the next question
+/image PATH  show one more image with the next question; or drop files here
+/tokens N    encode images with N tokens from now on
 /reset       forget what was said, keep the images given with --image
 /save FILE   write the conversation to FILE, .json or .md
 /quit        end (as Ctrl-D does)
@@ -43,7 +48,7 @@ Ctrl-C stops an answer. Everything else is a question."""
 
 
 def chat(
-    image: Annotated[list[Path] | None, typer.Option(help="An image to talk about; repeat it for several.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="An image to talk about, or - for stdin; repeat it for several.")] = None,
     question: Annotated[str | None, typer.Option(help="Answer this one question and exit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --question: print one JSON object with the answer and its cost.")] = False,
     model: Annotated[str, typer.Option(help="A VLM: a folder or a name of the model zoo.")] = "tiny-chat",
@@ -59,13 +64,17 @@ def chat(
     for option, number in (("--max-new-tokens", max_new_tokens), ("--threads", threads)):
         if number is not None and number < 1:
             raise UserError(f"{option} is {number}; it must be at least 1")
-    for path in image or ():  # said before the model is loaded
-        photo_of(path).draft(1)
+    paths = [_path(text) for text in image or ()]
+    if Path(STDIN) in paths and (question is None or paths.count(Path(STDIN)) > 1):
+        raise UserError('--image - reads one image from stdin; ask with --question "..."')
+    for path in paths:  # before the model is loaded
+        if path != Path(STDIN):
+            photo_of(path).draft(1)
     locate(model, kind="vlm")
 
     screen = Screen()
     with screen.busy(f"loading {model}"):
-        conversation = _load(model, image or [], tokens, max_new_tokens, threads)
+        conversation = _load(model, paths, tokens, max_new_tokens, threads)
     if question is None:
         raise typer.Exit(Session(conversation, screen).run())
     if as_json:
@@ -227,6 +236,7 @@ class Session:
         self.failed = False
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/tokens": self._tokens,
             "/reset": self._reset,
             "/save": self._save,
             "/help": self._help,
@@ -235,9 +245,8 @@ class Session:
     def run(self) -> int:
         """Talk until the end; the exit code: 2 when a line of a piped session failed, else 0."""
         if self.screen.interactive:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 - line editing and history for input()
-            self.screen.note(f"{self.conversation.model_name}. /help lists the commands, Ctrl-D ends.")
+            _keep_history()
+            self.screen.note(f"{_introduction(self.conversation.model_name)}. /help lists the commands, Ctrl-D ends.")
             self._describe_images(self.conversation.images)
         while (line := self._read()) is not None and line != "/quit":
             try:
@@ -270,6 +279,10 @@ class Session:
     def _do(self, line: str) -> None:
         if not line:
             return
+        if dropped := dropped_paths(line):
+            for path in dropped:
+                self._show(path)
+            return
         if not line.startswith("/"):
             with stop_on_interrupt() if self.screen.interactive else contextlib.nullcontext(lambda: False) as stop:
                 answer = self.screen.answer(self.conversation, line, stop)
@@ -281,14 +294,25 @@ class Session:
         self.commands[command](rest.strip())
 
     def _image(self, rest: str) -> None:
+        if not rest:
+            raise UserError("/image needs a path: /image photo.jpg")
+        self._show(_path(rest))
+
+    def _show(self, path: Path) -> None:
         from sparse_vlm.images.preprocess import Preprocessor
         from sparse_vlm.vlm.chat import ChatImage
 
-        if not rest:
-            raise UserError("/image needs a path: /image photo.jpg")
-        image = ChatImage.read(_path(rest), Preprocessor.of(self.conversation.vlm.tower.config))
+        image = ChatImage.read(path, Preprocessor.of(self.conversation.vlm.tower.config))
         self.conversation.add_image(image)
         self._describe_images([image])
+
+    def _tokens(self, rest: str) -> None:
+        from sparse_vlm.vlm import VLM
+
+        if not rest.isdecimal() or int(rest) < 1:
+            raise UserError("/tokens needs a number: /tokens 25")
+        self.conversation.vlm = VLM.from_pretrained(self.conversation.model_name, num_tokens=int(rest))
+        self.screen.note(f"{self.conversation.vlm.tokens_per_image} tokens an image")
 
     def _reset(self, rest: str) -> None:
         self.conversation.reset()
@@ -313,8 +337,68 @@ class Session:
             self.screen.note("no image yet; /image PATH shows one")
 
 
+def _introduction(model: str) -> str:
+    """The model's name, and what it is if it is in the zoo."""
+    return f"{model}: {entries()[model].summary}" if model in entries() else model
+
+
+def _keep_history() -> None:
+    """Line editing for `input`, with the questions of earlier sessions."""
+    try:
+        import readline
+    except ImportError:
+        return
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "sparse-vlm"
+    with contextlib.suppress(OSError):  # a home that cannot be written to has no history
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "chat-history"
+        if file.exists():
+            readline.read_history_file(file)
+        readline.set_history_length(HISTORY)
+        atexit.register(_write_history, file)
+
+
+def _write_history(file: Path) -> None:
+    import readline
+
+    with contextlib.suppress(OSError):
+        readline.write_history_file(file)
+
+
+def dropped_paths(line: str) -> list[Path]:
+    """The files that a line consists of, as a terminal writes files that are dropped on it; empty if it is anything else."""
+    with contextlib.suppress(UserError):
+        if _is_file(path := _path(line)):
+            return [path]
+    try:
+        words = shlex.split(line)
+    except ValueError:  # an apostrophe
+        return []
+    if any(word.startswith(URLS) for word in words) and len(words) == 1:
+        return [_path(words[0])]
+    paths = [_path(word) for word in words if not word.startswith(URLS)]
+    return paths if len(paths) == len(words) and all(map(_is_file, paths)) else []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a question is too long for a name
+        return False
+
+
 def _path(text: str) -> Path:
-    """A path as a person types, drops or pastes it: spaces as they are, or quoted or escaped as a shell would."""
+    """A path as a person types, drops or pastes it: spaces as they are, quoted or escaped as in a shell, or a file:// URL.
+
+    Raises:
+        UserError: a URL of another kind, which is not fetched.
+    """
+    if text.startswith(URLS):
+        raise UserError(
+            f"{text}: chat fetches nothing from the network; download it first, or: curl -sL URL | sparse-vlm chat --image - ..."
+        )
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
     path = Path(os.path.expanduser(text))
     with contextlib.suppress(OSError, ValueError):
         if not path.exists() and len(words := shlex.split(text)) == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import stat
 import warnings
@@ -23,7 +24,8 @@ from sparse_vlm.errors import UserError
 from sparse_vlm.utils.documents import LFS, NOT_FETCHED
 
 # Decoded whatever a file's suffix is, if this Pillow can; no other format of Pillow's: its EPS reader starts another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc")
 MAX_PIXELS = 89_478_485  # Pillow's own bomb limit: a quarter of a GiB of RGB
 _COPIES = {"WEBP": 2, "JPEG2000": 2}  # images that the decoder of a format holds at a time; `MAX_PIXELS` is divided by it
 _BAND = 1 << 22  # pixels that are composited on white at a time
@@ -91,8 +93,12 @@ def why_unreadable(error: OSError | ValueError) -> str:
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed Pillow can decode."""
+    """Those of `FORMATS` that the installed Pillow can decode; HEIF if pillow-heif is installed."""
     Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -131,6 +137,8 @@ def _decode(data: bytes, name: str, at_least: int | None, longest: bool = False)
         raise ImageError(f"{name}: {NOT_FETCHED}")
     if data[:2] in (b"P1", b"P2", b"P3"):  # Pillow's text reader takes minutes for a few megabytes of comments
         raise ImageError(f"{name}: a PPM in plain text; save it in binary (P4, P5, P6), or as PNG")
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in formats():
+        raise ImageError(f"{name}: a HEIC image; pip install 'sparse-vlm[heif]' to read it, or save it as JPEG")
     if data.count(b"Exif\0\0") > MAX_EXIF:
         raise ImageError(f"{name}: {data.count(b'Exif'):,} blocks of EXIF; save it anew without them")
     try:

@@ -19,6 +19,8 @@ from PIL import Image
 from sparse_vlm.images.decode import Draft, ImageError, decode_image, draft_image, image_suffixes, read_file, why_unreadable
 from sparse_vlm.images.tars import index_tar
 
+STDIN = "-"  # in the place of a path
+
 
 @dataclass(frozen=True)
 class Photo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sparse_vlm.errors import UserError
-from sparse_vlm.images.photos import photo_of
+from sparse_vlm.images.decode import draft_image
+from sparse_vlm.images.photos import STDIN, photo_of
 from sparse_vlm.images.preprocess import Preprocessor
 from sparse_vlm.utils.files import atomic_path
 
@@ -45,11 +47,17 @@ class ChatImage:
     def read(cls, path: Path, preprocessor: Preprocessor) -> ChatImage:
         """Read a file, decoded at about the resolution that the tower uses.
 
+        Args:
+            path: of a file, or `-` for stdin, which is read to its end.
+
         Raises:
             ImageError: as `images.decode.load_image`.
         """
         started = time.perf_counter()
-        draft = photo_of(path).draft(*preprocessor.at_least)
+        if str(path) == STDIN:
+            draft = draft_image(sys.stdin.buffer.read(), "stdin", *preprocessor.at_least)
+        else:
+            draft = photo_of(path).draft(*preprocessor.at_least)
         return cls(path, preprocessor.scale_draft(draft), (time.perf_counter() - started) * 1000, draft.size)
 
 

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sparse_vlm.cli import main
-from sparse_vlm.cli.chat import Flow, _path, stop_on_interrupt
+from sparse_vlm.cli.chat import Flow, _path, dropped_paths, stop_on_interrupt
 
 COMMAND = [sys.executable, "-c", "from sparse_vlm.cli import main; main()", "chat"]
 WAIT_S = 120  # far more than needed, for busy machines
@@ -222,11 +222,30 @@ def test_conversation_in_a_terminal(model, photo, terminal, tmp_path):
     person.type("\x03")
     assert "stopped; 9 image tokens" in person.until(r"tokens/s\s+> $")
 
-    for mistake in ("/image nowhere.png", f"/image {tmp_path}", "/image", "/image " + "x" * 300, "/save talk.txt", "/frobnicate"):
+    for mistake in (
+        "/image nowhere.png",
+        f"/image {tmp_path}",
+        "/image",
+        "/image " + "x" * 300,
+        "/save talk.txt",
+        "/frobnicate",
+        "/tokens",
+        "/tokens 16",
+        "https://example.com/cat.jpg",
+    ):
         person.type(mistake + "\n")
         complaint = person.until(r"> $").replace(mistake, "", 1).strip("\r\n> ")
         assert complaint and "\n" not in complaint and "Traceback" not in complaint
 
+    for dropped in (photo, f"'{photo}'", photo.replace(" ", "\\ "), "file://" + photo.replace(" ", "%20"), f"'{photo}' '{photo}'"):
+        person.type(dropped + "\n")
+        assert "a photo.png: 90 x 60, 9 tokens" in person.until(r"tokens\s+> $")
+    person.type("/reset\n")
+    person.until(r"> $")
+    person.type("What is it?\n")
+    person.until(r"What is it\?\r\n\S+")
+    person.type("\x03")
+    person.until(r"tokens/s\s+> $")
     person.type(f"/image {photo}\n")
     assert "a photo.png: 90 x 60, 9 tokens" in person.until(r"> $")
     person.interrupt_line("half a line")
@@ -258,6 +277,34 @@ def test_first_interrupt_stops_and_second_interrupts():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_image_is_read_from_a_pipe(model, photo):
+    command = [*COMMAND, "--model", model, "--image", "-", "--question", "What is it?", "--json", "--max-new-tokens", "2", "--threads", "1"]
+    done = subprocess.run(command, input=Path(photo).read_bytes(), capture_output=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["images"] == ["-"] and answer["image_tokens"] == 9
+
+
+@pytest.mark.parametrize("line", ["What's in the picture?", "a photo.png", "photo", "https://a.b is what?", "x" * 5000, "/help"])
+def test_questions_are_no_files(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert dropped_paths(line) == []
+
+
+def test_history_is_kept_between_sessions(model, photo, terminal, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    first = terminal("--model", model, "--max-new-tokens", "1")
+    first.until(r"> $")
+    first.type("Is it red?\n")
+    first.until(r"tokens/s\s+> $")
+    first.type("/quit\n")
+    assert first.exit_code() == 0
+    assert (tmp_path / "sparse-vlm" / "chat-history").read_text().splitlines() == ["Is it red?", "/quit"]
+    second = terminal("--model", model)
+    second.until(r"> $")
+    second.type("\x1b[A\x1b[A")
+    assert "Is it red?" in second.until(r"red\?$")
 
 
 @pytest.mark.parametrize("typed", ["{}", "'{}'", '"{}"', "  {}", "{escaped}"])
@@ -305,7 +352,13 @@ def _bomb() -> bytes:
 def bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: str) -> None:
     monkeypatch.chdir(tmp_path)
     whole = Path(photo).read_bytes()
-    for name, data in {"good.png": whole, "cut.png": whole[: len(whole) // 2], "notes.jpg": b"milk, eggs", "bomb.png": _bomb()}.items():
+    for name, data in {
+        "good.png": whole,
+        "cut.png": whole[: len(whole) // 2],
+        "notes.jpg": b"milk, eggs",
+        "phone.heic": b"\0\0\0\x18ftypheic" + bytes(99),
+        "bomb.png": _bomb(),
+    }.items():
         Path(name).write_bytes(data)
     Path("folder").mkdir()
 
@@ -319,6 +372,9 @@ MISTAKES = {
     "empty question": (["--image", "good.png", "--question", " "], "--question is empty"),
     "json without question": (["--image", "good.png", "--json"], "--json needs --question"),
     "no tokens": (["--image", "good.png", "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+    "stdin without a question": (["--image", "-"], "--image - reads one image from stdin"),
+    "a URL": (["--image", "https://example.com/cat.jpg"], "https://example.com/cat.jpg: chat fetches nothing from the network"),
+    "HEIC": (["--image", "phone.heic"], "phone.heic: a HEIC image; pip install 'sparse-vlm[heif]'"),
     "not a number": (["--threads", "many"], "invalid value for '--threads'"),
 }
 
@@ -326,7 +382,7 @@ MISTAKES = {
 @pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES)
 @pytest.mark.usefixtures("bad_files")
 def test_mistake_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capfd):
-    if "--question" not in arguments and "--json" not in arguments:
+    if arguments != ["--image", "-"] and "--question" not in arguments and "--json" not in arguments:
         arguments = [*arguments, "--question", "What is it?"]
     assert run(monkeypatch, *arguments) == 2
     captured = capfd.readouterr()
@@ -346,7 +402,7 @@ def test_mistakes_are_found_before_anything_heavy_is_imported():
     script = f"""
 import sys
 from sparse_vlm.cli import main
-from sparse_vlm.cli.chat import Flow, _path, stop_on_interrupt
+from sparse_vlm.cli.chat import Flow, _path, dropped_paths, stop_on_interrupt
 for arguments in {[arguments for arguments, _ in MISTAKES.values()]!r}:
     sys.argv[1:] = ["chat", *arguments]
     try:
