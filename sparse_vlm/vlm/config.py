@@ -63,8 +63,8 @@ class VLMConfig:
             "projector": self.projector,
             "holds": self.holds,
         }
-        paths = {part: store.relative_path_to(document[part], folder) for part in ("tower", "llm")}
-        if paths := {part: path for part, path in paths.items() if path is not None}:
+        paths = {name: store.relative_path_to(name, folder) for name in (document["tower"], document["llm"])}
+        if paths := {name: path for name, path in paths.items() if path is not None}:
             document["ways"] = paths  # the key's name is part of the format
         if self.num_tokens is not None:
             document["num_tokens"] = self.num_tokens

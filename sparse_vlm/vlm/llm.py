@@ -139,6 +139,8 @@ def load_tokenizer(name_or_path: str | Path) -> tuple[PreTrainedTokenizerBase, P
     tokenizer = _tokenizer(name_or_path, folder)
     with model_errors(name_or_path), quiet():
         config = from_pretrained(AutoConfig, folder)
+    if _is_llava(folder):
+        config = config.text_config
     return tokenizer, config, LLMS.get(str(name_or_path), LLMSpec())
 
 
