@@ -17,6 +17,7 @@ from sparse_vlm.errors import UserError
 
 GB = 1_000_000_000
 ANSWERS = (16, 128, 512)
+ENDPOINT_TOKENS = 64  # of an answer
 NARROWEST = 125  # columns that the widest table needs
 
 
@@ -60,6 +61,20 @@ def bench(
             min=0.1,
         ),
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Load an OpenAI-compatible endpoint, http://HOST:PORT/v1, with requests about each --image, instead of measuring here."
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(help="With --url: number of requests.", min=1)] = 32,
+    concurrency: Annotated[int | None, typer.Option(help="With --url: most requests at a time; no limit by default.", min=1)] = None,
+    rate: Annotated[float, typer.Option(help="With --url: mean requests a second, Poisson arrivals; all at once by default.")] = float(
+        "inf"
+    ),
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="With --url: a bound that good requests keep, ttft:MS, tpot:MS or e2el:MS; repeatable.")
+    ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the document as JSON; - is stdout.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the document, the tables in Markdown, and plots.")] = None,
 ) -> None:
@@ -68,6 +83,11 @@ def bench(
         raise UserError(f"--out {out}: is a file; name a folder")
     if json_file is not None and Path(json_file).is_dir():
         raise UserError(f"--json {json_file}: is a folder; name a file")
+    if url is not None:
+        if len(model or ()) > 1 or len(answer_tokens or ()) > 1:
+            raise UserError("--url takes one --model, the name at the endpoint, and one --answer-tokens")
+        _load_endpoint(url, model, image, requests, concurrency, rate, answer_tokens, goodput, json_file)
+        return
     if not model and not rivals:
         raise UserError("nothing to measure; name a --model, or give --rivals")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures memory, would talk of GPUs that are not there
@@ -129,3 +149,57 @@ def bench(
                     console.print(table)
                 lines = [*notes(document), *(document["serving"]["no_help"] if document["serving"] else [])]
                 console.print("\n".join(f"* {line}" for line in lines), soft_wrap=True)
+
+
+def _load_endpoint(
+    url: str,
+    model: list[str] | None,
+    images: list[Path] | None,
+    requests: int,
+    concurrency: int | None,
+    rate: float,
+    answer_tokens: list[int] | None,
+    goodput: list[str] | None,
+    json_file: str | None,
+) -> None:
+    """Load an endpoint and print the document or its table; the API key is read from `OPENAI_API_KEY`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparse_vlm.bench.endpoint import PERCENTILES, LoadConfig, load
+    from sparse_vlm.cli.progress import counting, for_people
+    from sparse_vlm.utils.files import write_json
+
+    goals = {}
+    for goal in goodput or ():
+        name, _, bound = goal.partition(":")
+        try:
+            goals[name] = float(bound)
+        except ValueError:
+            raise UserError(f"--goodput {goal}: write a bound in ms, such as ttft:500") from None
+    config = LoadConfig(
+        url=url.rstrip("/"),
+        images=[str(path) for path in images or ()],
+        model=model[0] if model else None,
+        requests=requests,
+        concurrency=concurrency,
+        rate=rate,
+        max_tokens=answer_tokens[0] if answer_tokens else ENDPOINT_TOKENS,
+        goals=goals,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+    )
+    with counting(Console(stderr=True), "requests", "requests", requests) as advance:
+        document = load(config, advance)
+    if json_file is not None:
+        write_json(json_file, document)
+    if json_file != "-":
+        table = Table("ms", "mean", *(f"p{percent}" for percent in PERCENTILES), box=None)
+        for name in ("ttft", "itl", "tpot", "e2el"):
+            table.add_row(name.upper(), *(f"{document[f'{column}_{name}_ms']:.1f}" for column in ("mean", *(f"p{p}" for p in PERCENTILES))))
+        console = for_people()
+        console.print(table)
+        good = "" if document["request_goodput"] is None else f", {document['request_goodput']:.2f} of them good"
+        console.print(
+            f"{document['model_id']} at {url}: {document['completed']} of {requests} requests in {document['duration']:.1f} s; "
+            f"{document['request_throughput']:.2f} requests/s{good}; {document['output_throughput']:.1f} output tokens/s"
+        )
