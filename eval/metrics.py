@@ -139,8 +139,8 @@ def yes_no(said_yes: Sequence[bool], is_yes: Sequence[bool], photo: Sequence[int
         is_yes: the truth.
         photo: the photo each question is about, as a number; questions are resampled a photo at a time.
     """
-    said, truth, photo = np.asarray(said_yes, bool), np.asarray(is_yes, bool), np.asarray(photo)
-    outcome = np.stack([said & truth, said & ~truth, ~said & truth, ~said & ~truth], axis=1).astype(np.float64)
+    predicted, truth, photo = np.asarray(said_yes, bool), np.asarray(is_yes, bool), np.asarray(photo)
+    outcome = np.stack([predicted & truth, predicted & ~truth, ~predicted & truth, ~predicted & ~truth], axis=1).astype(np.float64)
     _, unit = np.unique(photo, return_inverse=True)
     parts = np.zeros((int(unit.max()) + 1, 4))
     np.add.at(parts, unit, outcome)

@@ -65,8 +65,8 @@ class AOKVQA(RecordTask):
     def grade(self, item: Item, answer: list[float]) -> tuple[float, dict[str, Any]]:
         """1 for the right choice."""
         chosen = int(np.argmax(answer))
-        said = {"answer": item.choices[chosen], "mean_log_likelihoods": [round(value, 4) for value in answer]}
-        return float(chosen == item.truth), said
+        record = {"answer": item.choices[chosen], "mean_log_likelihoods": [round(value, 4) for value in answer]}
+        return float(chosen == item.truth), record
 
     def result(self, asked: Asked, answers: Sequence[Any]) -> Result:
         """Accuracy, and the probability of the right choice."""
@@ -193,8 +193,8 @@ def science_choice(answer: str, options: int) -> int | None:
     Args:
         options: how many there are.
     """
-    said = answer.replace("\n", ". ")
-    found = re.fullmatch(r"\s*([A-E])\s*", said) or re.match(r"([A-E])\. ", said) or re.search(r"The answer is ([A-E])", said)
+    text = answer.replace("\n", ". ")
+    found = re.fullmatch(r"\s*([A-E])\s*", text) or re.match(r"([A-E])\. ", text) or re.search(r"The answer is ([A-E])", text)
     number = LETTERS.index(found[1]) if found else options
     return number if number < options else None
 

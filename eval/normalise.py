@@ -69,6 +69,6 @@ def human_accuracy(answer: str, humans: Sequence[str], normalise: Callable[[str]
     Returns:
         With ten annotators 0, 0.3, 0.6 and 0.9 for none to three that agree, and 1 for more.
     """
-    said, given = normalise(answer), [normalise(human) for human in humans]
-    matches = sum(human == said for human in given)
-    return sum(min(1.0, (matches - (human == said)) / 3) for human in given) / len(given)
+    predicted, references = normalise(answer), [normalise(human) for human in humans]
+    matches = sum(human == predicted for human in references)
+    return sum(min(1.0, (matches - (human == predicted)) / 3) for human in references) / len(references)

@@ -4,7 +4,7 @@ Sources: SugarCrepe (Hsieh et al. 2023), VALSE (Parcalabescu et al. 2022, its pa
 sentence's embedding is nearer to the photo's; a tie counts against it. A language model has no such embedding: it is right where it would
 say the true sentence rather than the other as the photo's caption, by the mean log-likelihood a token (VisualGPTScore, Lin et al. 2023).
 
-Notable: the false sentences of both sets can often be told without the photo, which the controls `no-image` and `wrong-image` show.
+Notable: the false sentences of both sets can often be recognized without the photo, which the controls `no-image` and `wrong-image` show.
 """
 
 from __future__ import annotations

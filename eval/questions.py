@@ -145,7 +145,7 @@ class QuestionTask(VLMTask):
     def result(self, asked: Asked, answers: Sequence[Any]) -> Result:
         """What the answers are worth: accuracy, and that of each kind in the details."""
         grades = [self.grade(item, answer) for (_, item), answer in zip(asked, answers, strict=True)]
-        predictions = [{"photo": item.photo.key} | item.about | said for (_, item), (_, said) in zip(asked, grades, strict=True)]
+        predictions = [{"photo": item.photo.key} | item.about | record for (_, item), (_, record) in zip(asked, grades, strict=True)]
         credits, photos = [credit for credit, _ in grades], [number for number, _ in asked]
         details = by_kind("accuracy", credits, photos, [item.kind for _, item in asked])
         return Result({"accuracy": grouped_mean(credits, photos)}, predictions, details=details)
@@ -183,7 +183,7 @@ def own_layout(where: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:  # of a part, which has said where it is
+    except UserError:  # of a part; its message names it
         raise
     except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as error:
         raise UserError(f"{where}: not in the benchmark's own layout, which docs/evaluation.md shows ({error!r})") from None

@@ -133,7 +133,7 @@ def caption(report: Report) -> str:
     """What the numbers in the table mean, in a line."""
     parts = ["[95 % interval, bootstrap over photos]"]
     if times := [model["ms"] for model in report.models.values() if "ms" in model]:
-        parts.append(f"ms: one image at a time, models in turn, median [quarters], {report.dtype}, CPU threads: {times[0]['threads']}")
+        parts.append(f"ms: one image at a time, models interleaved, median [quarters], {report.dtype}, CPU threads: {times[0]['threads']}")
     if report.teacher is not None:
         parts.append("= share of the teacher's value")
     parts += [f"{control}: {meaning}" for control, meaning in report.controls.items()]
@@ -183,8 +183,8 @@ def _markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def save(report: Report, folder: Path) -> None:
-    """Write `report.json`, `table.md`, a file of predictions (a JSON object a line) for each task and column, beside it the answers as
-    whoever scores them takes them where that is not here, and `tokens.png` where a model was measured with several numbers of tokens."""
+    """Write `report.json`, `table.md`, a JSONL file of predictions for each task and column, the answers in the format of
+    benchmarks that are scored elsewhere, and `tokens.png` if a model was measured at several token budgets."""
     write_text(folder / "report.json", json.dumps(as_json(report), indent=1) + "\n")
     write_text(folder / "table.md", as_markdown(report))
     if has_budgets(report):

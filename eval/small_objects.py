@@ -21,7 +21,7 @@ from sparse_vlm.eval.zero_shot import normalized
 from sparse_vlm.images.preprocess import load_crop
 
 SIDE = 224  # of the image that a photo is pasted into
-CANDIDATES = 250  # photos that each is told from
+CANDIDATES = 250  # photos that each is retrieved from
 OBJECTS, BACKGROUNDS = "eval/imagenet1k_one_per_class.tar", "eval/flickr8k_retrieval.tar"
 
 

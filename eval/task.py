@@ -46,7 +46,7 @@ class Result:
         predictions: one record for each answer.
         notes: for readers of the metrics.
         details: further metrics, for the JSON.
-        submission: the answers in the form in which whoever scores them takes them; None where they are scored here.
+        submission: answers in the format of the benchmark's own scoring program; None if they are scored here.
     """
 
     metrics: dict[str, Metric]

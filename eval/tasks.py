@@ -57,7 +57,7 @@ def find_tasks(names: list[str]) -> dict[str, Task]:
     """The tasks of these names, in this order.
 
     Raises:
-        UserError: a name that is no task.
+        UserError: not the name of a task.
     """
     for name in names:
         if name not in TASKS:

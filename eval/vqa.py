@@ -119,8 +119,8 @@ class AOKVQADirect(RecordTask):
 
     def grade(self, item: Item, answer: str) -> tuple[float, dict[str, Any]]:
         """A third for each of ten people who gave the answer, at most 1."""
-        said = answer.strip().lower().removesuffix(".")
-        return credited(answer, min(1.0, sum(said == one.lower() for one in item.truth) / 3))
+        predicted = answer.strip().lower().removesuffix(".")
+        return credited(answer, min(1.0, sum(predicted == one.lower() for one in item.truth) / 3))
 
 
 class Counting(RecordTask):

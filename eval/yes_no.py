@@ -49,14 +49,14 @@ class YesNo(RecordTask):
     def result(self, asked: Asked, answers: Sequence[Any]) -> Result:
         """POPE's scores over all questions; those of each split in the details."""
         result = super().result(asked, answers)
-        said = np.array([prediction["answer"] == "Yes" for prediction in result.predictions])
+        predicted_yes = np.array([prediction["answer"] == "Yes" for prediction in result.predictions])
         truth, photos = np.array([item.truth for _, item in asked]), np.array([number for number, _ in asked])
         splits = np.array([prediction["split"] for prediction in result.predictions])
-        result.metrics = yes_no(said, truth, photos)
+        result.metrics = yes_no(predicted_yes, truth, photos)
         for split in dict.fromkeys(splits.tolist()) if self.has_splits else ():
             of = splits == split
             title = split.removeprefix("pope_").replace("_", " ")
-            result.details |= {f"{title} {name}": metric for name, metric in yes_no(said[of], truth[of], photos[of]).items()}
+            result.details |= {f"{title} {name}": metric for name, metric in yes_no(predicted_yes[of], truth[of], photos[of]).items()}
         return result
 
 

@@ -1,7 +1,7 @@
 """SparseFormer: a vision tower of 49 tokens for multimodal language models.
 
-Notable: the names below are imported when they are first used, so that `import sparse_vlm` costs next to nothing and the tower can be
-used where torch is all there is. Hosts such as transformers are told about the tower when they are imported, be it earlier or later.
+Notable: the names below are imported at first use, so that `import sparse_vlm` is cheap and the tower needs torch alone. The tower is
+registered with hosts such as transformers when they are imported, before or after this package.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ Padding = Literal["border", "zeros"]
 def grid_rois(num_tokens: int, aspect: float = 1.0) -> Tensor:
     """A grid of `num_tokens` distinct RoIs, near square in pixels, that tile the image without overlap.
 
-    49 gives 7 x 7 cells; a number that is no square gives rows of unequal length (48: 6 rows of 7 and one of 6), so no two RoIs are
+    49 gives 7 x 7 cells; a number that is not a square gives rows of unequal length (48: 6 rows of 7 and one of 6), so no two RoIs are
     equal.
 
     Args:

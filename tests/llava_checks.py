@@ -254,7 +254,7 @@ def check_tiles_of_a_large_picture_merge(tower: str) -> None:
     out = answer(model, pixels, image_sizes=[(600, 400)])
     assert out.logits.shape[1] == 4 + 3 * TOKENS
     said = refused(lambda: new_model(f"{tower}?tokens=5", mm_patch_merge_type="spatial_unpad"))
-    assert "are no square grid" in said and "--mm_patch_merge_type flat" in said
+    assert "are not a square grid" in said and "--mm_patch_merge_type flat" in said
 
 
 def tuned(tower: str, folder: Path) -> Any:

@@ -143,7 +143,7 @@ def bootstrap(config: BootstrapConfig, reporter: Reporter | None = None) -> Boot
     """Make a tower from a teacher and photos, without labels; continue or skip what an earlier call has done.
 
     Args:
-        reporter: told what is done; nothing is printed without one, except the training's progress on stderr. Under torchrun every process
+        reporter: called with messages and progress; without one, only training progress is printed, to stderr. Under torchrun every process
             calls this function; the first fills the cache and writes the student.
 
     Raises:

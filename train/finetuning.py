@@ -69,8 +69,8 @@ class SFTConfig:
         allow_outside: whether these may lie outside of it.
         on_bad_image: `raise`, `skip` (leave its samples out) or `blank` (show a grey image).
         epochs: visits to each photo, each with other captions and questions; passes over a LLaVA json.
-        samples: train on so many samples, drawn at random; all by default.
-        max_steps: stop after so many steps.
+        samples: number of samples, drawn at random; all by default.
+        max_steps: maximum number of steps.
         batch_size: samples a step, of all processes; the stage's by default.
         at_once: samples that a process computes at a time (micro batch); all by default, at most four on a CPU.
         lr, lr_llm, lr_tower: learning rates of the projector, the LLM and the tower; the stage's by default.
@@ -82,7 +82,7 @@ class SFTConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         deepspeed: name in `train.zero.CONFIGS` or a json file of DeepSpeed's; needs torchrun.
         report_to: names in `train.run.REPORTERS` that also log the run.
-        max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run.
+        max_bad_steps: number of consecutive steps with a non-finite loss or gradient that ends the run.
         cache: folder of cached image features, shared by all runs.
         seed: of data, order and new weights.
         threads: CPU threads; torch's number by default.
@@ -197,7 +197,7 @@ def sft(config: SFTConfig, reporter: Reporter | None = None) -> SFTResult:
     """Train a VLM on conversations; continue or skip what an earlier call has done.
 
     Args:
-        reporter: told what is done; nothing is printed without one, except the training's progress on stderr. Under torchrun every process
+        reporter: called with messages and progress; without one, only training progress is printed, to stderr. Under torchrun every process
             calls this function; the first fills the cache and writes the VLM.
 
     Raises:
@@ -300,7 +300,7 @@ def _read(config: SFTConfig, stage: Stage, reporter: Reporter) -> ConversationDa
         if not described:
             raise UserError(f"--stage {config.stage}: no word is said about any photo; give captions, or answers in words")
         if left := len(dataset) - len(described):
-            reporter.message(f"left out: {left:,} of {len(dataset):,} samples, because no word is said about their photo")
+            reporter.message(f"left out: {left:,} of {len(dataset):,} samples, because there are no words about their photo")
         dataset = dataset.select(described)
     if config.samples is not None and config.samples < len(dataset):
         dataset = dataset.select(random.Random(config.seed).sample(range(len(dataset)), config.samples))
@@ -395,6 +395,6 @@ def _pretrain_on_words(
         accuracy = pretrain_projector(vlm, words, features, stage.word_epochs, config.seed, advance)
     if accuracy:
         reporter.message(
-            f"the likeliest word of a held-out photo's tokens is said of it in {accuracy['first']:.0%} of the cases "
+            f"the likeliest word of a held-out photo is right in {accuracy['first']:.0%} of the cases "
             f"(the most common word in {accuracy['commonest']:.0%})"
         )

@@ -104,7 +104,7 @@ class FiniteSteps(TrainerCallback):
         if len(self.row) >= self.at_most:
             samples = "; ".join(f"step {state.global_step - len(self.row) + i + 1}: {_listed(each)}" for i, each in enumerate(self.row))
             raise UserError(
-                f"{len(self.row)} steps in a row were not finite; nothing was learnt from them, and the last checkpoint is as it was. "
+                f"{len(self.row)} steps in a row were not finite; they updated no weights, and the last checkpoint is unchanged. "
                 f"Look at their samples ({samples}), or lower the rates"
             )
 

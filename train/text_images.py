@@ -1,10 +1,9 @@
-"""Text-as-image pretraining: the LLM learns to answer from words in the place of an image.
+"""Text-as-image pretraining: train the LLM to answer from word embeddings in the place of image tokens.
 
 Shape legend: N tokens an image, D width of the LLM.
-An LLM of 135 M parameters cannot answer even from plain words: given a list of all that is in a photo, it is at chance on whether a thing
-is there, but learns it within a few hundred photos. With a new projector it had not learnt it in four times as many steps
-(lab/notebook.md), as both start from noise. So the LLM is trained first, on embeddings of words in the place of image tokens, without tower
-and projector.
+An LLM of 135 M parameters, given a list of all objects in a photo, answers at chance whether one of them is there, but learns it within a
+few hundred photos. Together with a new projector it did not learn it in four times as many steps (lab/notebook.md). So the LLM is trained
+first, on word embeddings in the place of image tokens, without tower and projector.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from sparse_vlm.vlm import VLM
 
 
 class WordImages:
-    """For each photo N embeddings of words that are said about it, (N, D): all words if they fit, in random order.
+    """For each photo N embeddings of words about it, (N, D): all words if they fit, in random order.
 
     Args:
-        examples: at least one word is said about each photo.
+        examples: has at least one word about each photo.
         seed: of the order.
     """
 
@@ -31,10 +30,10 @@ class WordImages:
         # on the CPU: data loader workers must not use the GPU
         self._embeddings = vlm.model.get_input_embeddings().weight.detach().cpu()
         self._tokens, self._seed = vlm.tokens_per_image, seed
-        said = {photo: set().union(*sentences) for photo, sentences in words_by_photo(examples).items()}
+        words_of_photo = {photo: set().union(*sentences) for photo, sentences in words_by_photo(examples).items()}
         # the first token stands for a word of several
-        first = {word: vlm.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for words in said.values() for word in words}
-        self._ids = {photo: sorted({first[word] for word in words}) for photo, words in said.items()}
+        first = {word: vlm.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for words in words_of_photo.values() for word in words}
+        self._ids = {photo: sorted({first[word] for word in words}) for photo, words in words_of_photo.items()}
 
     def __getitem__(self, photo: int) -> Tensor:
         """(N, D)."""

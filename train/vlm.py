@@ -90,7 +90,7 @@ class Engine:
         deepspeed: its configuration, from `zero.find_config`; torch's own data parallelism without.
         gradient_checkpointing: recompute activations in the backward pass.
         report_to: names in `run.REPORTERS`.
-        max_bad_steps: end the run after so many non-finite steps in a row.
+        max_bad_steps: number of consecutive non-finite steps that ends the run.
         at_once: samples that a process computes at a time (micro batch); by default all on a GPU and at most `AT_ONCE` on a CPU, which
             takes a third of the memory.
     """

@@ -93,7 +93,7 @@ class LLMPlan:
         return self.text.hidden_size
 
     def ghost(self, layers: int) -> nn.Module:
-        """The model with so many layers, without weights."""
+        """The model with this number of layers, without weights."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -171,7 +171,7 @@ class Language:
         return round(numbers * self.dtype.itemsize * self.scale)
 
     def missing_bytes(self, tokens: int) -> int:
-        """Keys and values of so many tokens in the layers that are not there."""
+        """Bytes of keys and values of this number of tokens in the layers that are not loaded."""
         return round(tokens * self.kv_bytes_per_token * (1 - 1 / self.scale))
 
     @torch.inference_mode()
@@ -194,7 +194,7 @@ class Language:
         return torch.randn(batch, tokens, self.plan.width, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
 
     def filled_cache(self, batch: int, tokens: int) -> Any:
-        """A cache of so many tokens of each request. It is written, so that memory of its own stands behind it."""
+        """A cache that holds this number of tokens of each request; it is written to, so that its memory is allocated."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)

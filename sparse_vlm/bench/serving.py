@@ -75,7 +75,7 @@ def _served(document: Row, request: Row, answer: int, decoding: Callable[[float]
 
 
 def _decoding(requests: list[Row], batch: int) -> Callable[[float], float]:
-    """Milliseconds of a token of each answer after so many of an image, by the line through what was measured at each number of them.
+    """Milliseconds of a decoding step at this number of image tokens, by a line through the measurements.
 
     A line, because keys and values are read one after the other, and because one disturbed measurement must not decide between two models.
     """
@@ -90,7 +90,7 @@ def _decoding(requests: list[Row], batch: int) -> Callable[[float], float]:
 
 def _no_help(rows: list[Row]) -> list[str]:
     """A sentence for each model that has fewer tokens than the one with most, and serves hardly more, or less; both fit."""
-    said = []
+    lines = []
     for llm, dtype, name in dict.fromkeys((row["llm"], row["dtype"], row["model"]) for row in rows):
         own = [row for row in rows if (row["llm"], row["dtype"], row["model"]) == (llm, dtype, name)]
         cases = []
@@ -103,8 +103,8 @@ def _no_help(rows: list[Row]) -> list[str]:
                 cases.append(f"{gain:+.0%} at answers of {row['answer_tokens']} tokens, where {TAKES[part]} {share:.0%} of the time")
                 against = most
         if cases:
-            said.append(f"{llm}, {dtype}: {_named(own[0])} against {_named(against)}, requests a second: {'; '.join(cases)}")
-    return said
+            lines.append(f"{llm}, {dtype}: {_named(own[0])} against {_named(against)}, requests a second: {'; '.join(cases)}")
+    return lines
 
 
 def _named(row: Row) -> str:

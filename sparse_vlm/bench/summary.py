@@ -85,7 +85,7 @@ class Measured:
 
 
 def prepared_as(size: int, fit: str) -> str:
-    """What the preprocessing of so many pixels is filed under."""
+    """Key of the preprocessing to this number of pixels."""
     return str(size) if fit == "crop" else f"{size}, {fit}"
 
 

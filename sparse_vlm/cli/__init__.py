@@ -108,17 +108,17 @@ def _options(
 def main() -> None:
     """Entry point of the `sparse-vlm` command; ends the process."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot encode are escaped
     try:
         code = typer.main.get_command(app).main(prog_name="sparse-vlm", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        code = 1  # whoever read our output has enough of it
+        code = 1  # the reader of the pipe has ended
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own errors: typer takes them from one package or another
             code = _complain_of_usage(error)

@@ -40,7 +40,7 @@ LONGEST_WORD = 24  # characters held back until a word is whole; scripts without
 HELP = """\
 /image PATH  show one more image with the next question; or drop files here
 /tokens N    encode images with N tokens from now on
-/reset       forget what was said, keep the images given with --image
+/reset       forget the conversation, keep the images given with --image
 /save FILE   write the conversation to FILE, .json or .md
 /quit        end (as Ctrl-D does)
 /help        this list
@@ -118,7 +118,7 @@ def _silence_libraries() -> None:
 
 
 class Screen:
-    """What the person sees. `interactive` is true when both ends are a terminal; otherwise stdout holds answers and nothing else."""
+    """Output of a session. `interactive`: stdin and stdout are terminals; otherwise stdout holds answers alone."""
 
     def __init__(self) -> None:
         self.interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
@@ -147,7 +147,7 @@ class Screen:
             yield
 
     def answer(self, conversation: Conversation, question: str, stop: Callable[[], bool] = lambda: False) -> Answer:
-        """Ask, and write the answer as it comes, until it ends or `stop` says so."""
+        """Ask, and write the answer as it is generated, until it ends or `stop` returns true."""
 
         text = Flow(shutil.get_terminal_size().columns if self.interactive else None)
         try:
@@ -168,7 +168,7 @@ class Screen:
 
 
 class Flow:
-    """Text as it comes to stdout, without control characters; with `width`, broken between words, each written when it is whole."""
+    """Write streamed text to stdout without control characters; with `width`, wrapped between words."""
 
     def __init__(self, width: int | None) -> None:
         self.begun = False
@@ -228,7 +228,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 class Session:
-    """The loop of questions and commands until the person ends it."""
+    """The loop of questions and commands of a session."""
 
     def __init__(self, conversation: Conversation, screen: Screen) -> None:
         self.conversation = conversation
@@ -254,7 +254,7 @@ class Session:
             except UserError as error:
                 self.screen.error(str(error))
                 self.failed = True
-            except KeyboardInterrupt:  # a second Ctrl-C, or one between answers: the person wants to stop, not to lose the conversation
+            except KeyboardInterrupt:  # a second Ctrl-C, or one between answers, keeps the conversation
                 if not self.screen.interactive:
                     raise
                 self.screen.note("stopped")

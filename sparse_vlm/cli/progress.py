@@ -20,7 +20,7 @@ UNBOUNDED = 240
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that shows texts as they are: a bracket in a path is no markup, and an escape sequence in a name is shown, not obeyed."""
+    """A console that prints text literally: without markup, and with escape sequences made visible."""
     from rich.console import Console
     from rich.text import Text
 
@@ -135,6 +135,6 @@ def counting(console: Console, label: str, unit: str, total: int, completed: int
 
 @contextmanager
 def fetching(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show what is fetched; the `with` block's callback is told (what, bytes or rows done, in total or 0)."""
+    """Show downloads; yields a callback for (name, bytes or rows done, total or 0)."""
     with showing(console) as tell:
         yield lambda what, done, total: tell(f"fetching {what}", done, total)

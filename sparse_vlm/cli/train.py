@@ -52,8 +52,8 @@ def train(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: print one JSON document.")] = False,
-    samples: Annotated[int | None, typer.Option(help="Learn from so many samples, drawn at random; all by default.", min=1)] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of samples, drawn at random; all by default.", min=1)] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Maximum number of steps.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos a step, instead of the stage's.", min=1)] = None,
     at_once: Annotated[
         int | None,
@@ -82,7 +82,7 @@ def train(
     ] = None,
     report_to: Annotated[list[str] | None, typer.Option(help="Tell tensorboard or wandb of the run's curve, too; repeatable.")] = None,
     max_bad_steps: Annotated[
-        int, typer.Option(help="End the run when so many steps in a row have a loss that is not finite; no step learns from one.", min=1)
+        int, typer.Option(help="Consecutive steps with a non-finite loss that end the run; such steps update nothing.", min=1)
     ] = 3,
     cache: Annotated[Path, typer.Option(help="Folder of the tower's cached tokens, shared by all runs.")] = Path("build/token-cache"),
     seed: Annotated[int, typer.Option(help="Seed of data, order and new weights.")] = 0,

@@ -169,7 +169,7 @@ class Checker:
             return
         try:
             content = hash(json.dumps(record.value, sort_keys=True))
-        except RecursionError:  # in what nobody reads
+        except RecursionError:  # in a field that is not used
             return
         first = self._contents.setdefault(content, name)
         if first is not name:

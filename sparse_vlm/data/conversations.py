@@ -69,12 +69,12 @@ class Mixture:
     """What a stage takes from a photo at each visit.
 
     Attributes:
-        captions: at most so many human captions.
+        captions: maximum number of human captions.
         web_captions: whether captions that no person wrote for the photo are used.
         labels: whether class names become a question.
-        questions: at most so many questions and statements.
+        questions: maximum number of questions and statements.
         existence_only: whether all of them ask for what is there.
-        caption_questions: of each kind at most so many questions that captions answer (`data.caption_questions`).
+        caption_questions: maximum of each kind of questions that captions answer (`data.caption_questions`).
     """
 
     captions: int

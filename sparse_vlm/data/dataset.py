@@ -173,7 +173,7 @@ def photos_of(
     """Photos of the other entries of `--data` by their weight.
 
     Args:
-        on_fetched: told what is fetched, as in `PhotoSet`.
+        on_fetched: called with downloads, as in `PhotoSet`.
 
     Raises:
         UserError: an entry that cannot be used.

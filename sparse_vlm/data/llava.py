@@ -94,7 +94,7 @@ def mistakes_of(sample: Any) -> list[Mistake]:
 
 
 def _order(speakers: Sequence[str]) -> list[Mistake]:
-    """Human and gpt in turn after an optional system turn, and gpt last."""
+    """Alternating human and gpt turns after an optional system turn, ending with gpt."""
     start = int(ROLES[speakers[0]] == "system")
     for number, speaker in enumerate(speakers[start:], start):
         if ROLES[speaker] != ("user", "assistant")[(number - start) % 2]:

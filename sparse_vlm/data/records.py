@@ -30,7 +30,7 @@ class Record:
     Attributes:
         number: its place in the list, from 0; of json lines its line, from 1.
         offset, size: where it stands, in bytes.
-        value: what it says; None where it cannot be read.
+        value: the parsed record; None if it cannot be parsed.
         error: why it cannot be read, else empty.
     """
 
@@ -131,7 +131,7 @@ class _Window:
         self.at = 0
 
     def next(self) -> str:
-        """The next character that is no space, which stays; empty at the end."""
+        """Peek at the next character that is not white space; empty at the end."""
         while True:
             while self.at < len(self.text):
                 if not self.text[self.at].isspace():

@@ -1,4 +1,4 @@
-"""What is said about a photo, as words: of its captions, of answers about it, and of questions about it that are answered with yes."""
+"""Words about a photo: from its captions, answers, and questions that are answered with yes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def words_by_photo(examples: ConversationDataset) -> dict[int, list[set[str]]]:
-    """The words of each sentence about each photo, by the photo's number; what is said about several photos counts for each of them."""
+    """The words of each sentence about each photo, by the photo's number; a sentence about several photos counts for each."""
     sentences: dict[int, list[set[str]]] = {}
     for index in range(len(examples)):
         if photos := examples.photo_numbers(index):
-            said = words_about(examples[index])
+            words = words_about(examples[index])
             for photo in photos:
-                sentences.setdefault(photo, []).extend(said)
+                sentences.setdefault(photo, []).extend(words)
     return sentences
 
 

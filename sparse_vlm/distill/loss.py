@@ -117,7 +117,7 @@ class Distillation(nn.Module):
             grid = math.isqrt(tokens.shape[1])
             if boxes is not None:
                 cells, inside = clip_to_boxes(cells, boxes)
-                counted = (inside > 0.5).float()  # there are no teacher outputs for what lies around a view
+                counted = (inside > 0.5).float()  # the teacher has no outputs outside of the view
             tokens = roi_average_weights(cells, grid, grid) @ tokens
         latents = out.last_hidden_state[:, -out.rois.shape[1] :]
         student, teacher = out.image_embeds.float() - self.embed_mean, embeds - self.embed_mean

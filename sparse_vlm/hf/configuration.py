@@ -62,7 +62,7 @@ class SparseFormerHostConfig(BackboneConfigMixin, PretrainedConfig):
         """Latent tokens a side of the initial square grid.
 
         Raises:
-            ValueError: their number is no square.
+            ValueError: their number is not a square.
         """
         tokens = self.unwrap().num_latent_tokens
         side = math.isqrt(tokens)

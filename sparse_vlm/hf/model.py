@@ -122,7 +122,7 @@ class SparseFormerBackbone(BackboneMixin, SparseFormerPreTrainedModel):
     the same initial grid, whatever their aspect and content.
 
     Raises:
-        ValueError: the number of tokens is no square.
+        ValueError: the number of tokens is not a square.
     """
 
     def __init__(self, config: SparseFormerHostConfig, tower: SparseFormer | None = None) -> None:

@@ -119,9 +119,11 @@ def check_size(folder: Path, config: Any, auto: Any) -> None:
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file())
     with torch.device("meta"):
         ghost = auto.from_config(config, trust_remote_code=False)
-    said = sum(tensor.numel() for tensor in (*ghost.parameters(), *ghost.buffers()))
-    if held and said > 8 * held:
-        raise UserError(f"{folder}: its configuration says {said:,} parameters, its weights are {held:,} bytes; they are of two models")
+    parameters = sum(tensor.numel() for tensor in (*ghost.parameters(), *ghost.buffers()))
+    if held and parameters > 8 * held:
+        raise UserError(
+            f"{folder}: its configuration says {parameters:,} parameters, its weights are {held:,} bytes; they are of two models"
+        )
 
 
 def refuse_code(folder: Path) -> None:
@@ -144,11 +146,11 @@ def refuse_code(folder: Path) -> None:
             )
 
 
-def _asks_for_code(said: Any) -> str | None:
+def _asks_for_code(document: Any) -> str | None:
     """The key of a (nested) configuration that asks for remote code."""
-    if not isinstance(said, dict):
+    if not isinstance(document, dict):
         return None
-    for key, value in said.items():
+    for key, value in document.items():
         named = isinstance(value, str) and key.endswith("attn_implementation") and "/" in value  # a kernel from the hub
         if key == "auto_map" and isinstance(value, dict) and all(str(one).startswith(f"{CODE}.") for one in value.values()):
             continue  # of our own exports; the classes are registered already, and the file is not run

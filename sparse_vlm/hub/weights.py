@@ -153,7 +153,7 @@ def refuse_lfs_pointer(path: Path) -> None:
     Raises:
         UserError: it is.
     """
-    if not path.is_file():  # whoever opens it raises
+    if not path.is_file():  # opening it raises
         return
     try:
         with open(path, "rb") as file:

@@ -82,7 +82,7 @@ class PhotoSet(Sequence[Photo]):
         on_progress: called with (what is being fetched, bytes or rows done, in total or 0).
 
     Raises:
-        ImageError: a pattern that matches nothing, or a file that is no tar.
+        ImageError: a pattern that matches nothing, or a file that is not a tar.
         UserError: something that cannot be fetched.
     """
 

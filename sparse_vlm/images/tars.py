@@ -62,7 +62,7 @@ def index_tar(path: Path, suffixes: Collection[str]) -> dict[str, Sample]:
 
 
 def _what_else(path: Path) -> str:
-    """What a file is that is no tar; empty if unknown."""
+    """What a file is if not a tar; empty if unknown."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(len(LFS))

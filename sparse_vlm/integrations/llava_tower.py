@@ -229,7 +229,7 @@ class SparseFormerVisionTower(nn.Module):
         side = math.isqrt(config.num_latent_tokens)
         if side**2 != config.num_latent_tokens or config.rois_init != "grid" or self.select_feature != "patch":
             raise UserError(
-                f"vision tower {self.vision_tower_name}: its {self.num_patches} tokens are no square grid, which spatial merging and "
+                f"vision tower {self.vision_tower_name}: its {self.num_patches} tokens are not a square grid, which spatial merging and "
                 "num_patches_per_side need; set --mm_patch_merge_type flat"
             )
         return side
@@ -355,7 +355,7 @@ class SparseFormerVisionTower(nn.Module):
         """Tokens a side of the initial grid.
 
         Raises:
-            UserError: the tokens are no square grid.
+            UserError: the tokens are not a square grid.
         """
         return self._check_grid()
 

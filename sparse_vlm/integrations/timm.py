@@ -40,7 +40,7 @@ default_cfgs: dict[str, Any] = {}
 
 
 def initial_grid(config: SparseFormerConfig) -> int | None:
-    """Tokens a side of the initial square grid; None where their number is no square."""
+    """Tokens a side of the initial square grid; None where their number is not a square."""
     side = math.isqrt(config.num_latent_tokens)
     return side if side**2 == config.num_latent_tokens else None
 
@@ -304,7 +304,7 @@ def _entrypoint(name: str, entry: Entry) -> Callable[..., nn.Module]:
 
         if kwargs.get("features_only") and initial_grid(entry.config) is None:
             raise UserError(
-                f"{name}: its {entry.config.num_latent_tokens} tokens are no square grid, so there are no feature maps; "
+                f"{name}: its {entry.config.num_latent_tokens} tokens are not a square grid, so there are no feature maps; "
                 "take tokens with create_model(...).forward_intermediates(..., output_fmt='NLC')"
             )
         given = kwargs.get("pretrained_cfg")

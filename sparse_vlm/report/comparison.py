@@ -99,7 +99,7 @@ def milliseconds(record: Record, *stages: str) -> float:
 
 
 def rate(record: Record, answer: int) -> float:
-    """Requests a second with answers of so many tokens."""
+    """Requests per second with answers of this length."""
     return record.served[answer]["requests_per_second"]
 
 

@@ -122,24 +122,24 @@ def notes(document: Row) -> list[str]:
         f"{peak['dtype']} {peak['macs_per_second'] / 1e9:,.1f} GMAC/s and {peak['bytes_per_second'] / 1e9:,.1f} GB/s"
         for peak in document["peaks"]
     )
-    said = [
+    lines = [
         f"{machine['processor']}, {machine['threads']} of {machine['cores']} threads{accelerator}",
         f"load average when it began: {machine['load_average']}",
         f"this machine's own peaks (matrix product and copy, same threads): {peaks}",
-        f"medians of up to {settings['rounds']} turns after {settings['warm_up']}, models in turn",
+        f"medians of up to {settings['rounds']} repetitions after {settings['warm_up']} warm-ups, models interleaved",
         f"tokens of text beside an image: {settings['prompt_tokens']}",
         "bound by: the peak that a piece comes nearer to, neither where both are below a third; above 100 % of bytes/s it runs from caches",
         "first token: from the encoded image on, in one go; with a star the sum of its pieces' medians",
     ]
     random = [model["name"] for model in document["models"] if model["weights"] == "random"]
     if random:
-        said.append(f"random weights, which take the same time: {', '.join(random)}")
+        lines.append(f"random weights, which take the same time: {', '.join(random)}")
     if settings.get("optimized"):
-        said.append("towers folded for inference on a CPU, ours and ViTs alike")
+        lines.append("towers folded for inference on a CPU, ours and ViTs alike")
     if document["state"] != "finished":
         problem = f": {document['problem']}" if document["problem"] else ""
-        said.append(f"this run is not whole: {document['state']}{problem}")
-    return said
+        lines.append(f"this run is not whole: {document['state']}{problem}")
+    return lines
 
 
 def as_tables(document: Row) -> list[Table]:

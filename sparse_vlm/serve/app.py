@@ -164,7 +164,7 @@ async def _chat(engine: Engine, request: Request) -> Response:
             return JSONResponse(_completion(engine, answer, text))
         except ClientDisconnect:
             engine.metrics.disconnects.inc()
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client is gone
         except Exception as error:
             known = _as_api_error(error)
             if known.status == 500:

@@ -181,7 +181,7 @@ class Engine:
 
     @property
     def budgets(self) -> tuple[int, int] | None:
-        """Fewest and most visual tokens an image that a request may ask for; None where there is no choice."""
+        """Minimum and maximum token budget that a request may ask for; None if it is fixed."""
         return self.vlm.tower.config.budgets if self.vlm.projector_kind == MLP else None
 
     @property

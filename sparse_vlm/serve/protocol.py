@@ -42,7 +42,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 class ApiError(UserError):
-    """An error that a client is told, in OpenAI's form.
+    """An error response in OpenAI's format.
 
     Attributes:
         status: of HTTP.

@@ -42,7 +42,7 @@ def url_of(sock: socket.socket) -> str:
 
 
 def is_loopback(sock: socket.socket) -> bool:
-    """Whether nobody outside of this machine reaches a socket."""
+    """Whether a socket is reachable from this machine only."""
     host = sock.getsockname()[0]
     return host == "::1" or host.startswith("127.")
 

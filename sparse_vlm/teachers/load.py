@@ -37,7 +37,7 @@ def load_teacher(name: str) -> Teacher:
 
     Args:
         name: of open_clip `local-dir:PATH`, `hf-hub:ORG/NAME`, or a model and the tag of its weights, such as
-            `ViT-B-16-quickgelu@openai`; of timm `timm:NAME`, or `timm:NAME@FILE` with a checkpoint of one's own; of transformers
+            `ViT-B-16-quickgelu@openai`; of timm `timm:NAME`, or `timm:NAME@FILE` with your checkpoint; of transformers
             `transformers:ORG/NAME`, `transformers:ORG/NAME@REVISION` or `transformers:PATH`.
 
     Raises:

@@ -34,7 +34,7 @@ def read_trunk(name: str, visual: nn.Module, preprocess: dict[str, Any], licence
     """An open_clip `TimmModel`: a trunk of timm, with a linear projection or none.
 
     Raises:
-        TeacherError: the trunk is no plain ViT, or a part of it is not supported.
+        TeacherError: the trunk is not a plain ViT, or a part of it is not supported.
     """
     trunk = visual.trunk
     if type(trunk).__name__ != "VisionTransformer":

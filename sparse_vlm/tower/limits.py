@@ -52,6 +52,6 @@ def product(name: str, most: int, *factors: int) -> None:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print integers of so many digits
+    except ValueError:  # Python does not print integers of this many digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:60]}..."

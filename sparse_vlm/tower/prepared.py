@@ -106,7 +106,7 @@ class PreparedRoIPatchEmbedding(RoIPatchEmbedding):
 
 
 def _grid(rois: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of a regular grid over the image in reading order; None where the RoIs are no such grid."""
+    """Rows and columns of a regular grid over the image in reading order; None if the RoIs are not such a grid."""
     rows = int((rois[:, 0].abs() < 1e-6).sum())
     if rows == 0 or len(rois) % rows:
         return None

@@ -64,8 +64,8 @@ def check(found: Any, wanted: Any, where: str, what: str = "make it again") -> N
         UserError: names the first part that does not match.
     """
     if (wrong := _problem(found, wanted, "")) is not None:
-        at, said = wrong
-        raise UserError(f"{where}: {at.lstrip('.') + ' ' if at else ''}{said}; {what}")
+        at, problem = wrong
+        raise UserError(f"{where}: {at.lstrip('.') + ' ' if at else ''}{problem}; {what}")
 
 
 def _problem(found: Any, wanted: Any, at: str) -> tuple[str, str] | None:

@@ -216,7 +216,7 @@ class VLM:
             vlm = cls.build(tower, config.llm, device, dtype, num_tokens=budget, quantize=quantize, projector=kind)
         if keeps_projector:
             vlm.new_projector = config.new_projector
-            # a projector serves any number of tokens; they must match only where nobody chose another number
+            # a projector serves any number of tokens; they must match unless another number was chosen
             ignored = {} if num_tokens is None and new_tower is None else {"tokens": config.projector["tokens"]}
             if config.projector != vlm._projector_shape() | ignored:
                 needed = vlm._projector_shape()

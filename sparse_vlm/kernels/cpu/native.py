@@ -236,7 +236,7 @@ class Attention(_Block):
         return self._compute("attention_block", x, 4 * x.shape[2], *layers, *_key_bias(bias), *x.shape[:2], self.heads, self.size)
 
     def is_supported(self, tokens: int) -> bool:
-        """Whether this is faster than torch for so many tokens."""
+        """Whether this is faster than torch at this number of tokens."""
         return _attention_is_supported(self.first.dtype, tokens, self.size)
 
 

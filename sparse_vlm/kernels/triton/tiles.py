@@ -43,5 +43,5 @@ def choose_mixing_tiles(tokens: int, points: int, channels: int, out_points: int
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is no less."""
+    """The smallest power of two that is at least this."""
     return 1 << max(0, number - 1).bit_length()

@@ -185,7 +185,7 @@ def test_names_are_read() -> None:
         ({"s2": True}, "does not support S2"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(336, 672)]"}, "multiples of 32 pixels"),
         ({"image_aspect_ratio": "anyres"}, "not None"),
-        ({"mm_patch_merge_type": "spatial", "mm_vision_select_feature": "cls_patch"}, "its 10 tokens are no square grid"),
+        ({"mm_patch_merge_type": "spatial", "mm_vision_select_feature": "cls_patch"}, "its 10 tokens are not a square grid"),
     ],
 )
 def test_settings_that_would_need_something_else_are_refused(name: str, changes: dict, said: str) -> None:
@@ -210,7 +210,7 @@ def test_a_tower_without_cls_gives_none(tmp_path: Path) -> None:
     assert (later.num_patches, later.hidden_size) == (49, 512)  # known where there are no weights at all
     with pytest.raises(RuntimeError, match=r"is not loaded; call load_model\(\) first"):
         later(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(UserError, match="its 49 tokens are no square grid"):  # they begin as the published models' do
+    with pytest.raises(UserError, match="its 49 tokens are not a square grid"):  # they begin as the published models' do
         _ = later.num_patches_per_side
     with pytest.raises(UserError, match=r"model\.safetensors"):
         later.load_model()

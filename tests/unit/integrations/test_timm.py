@@ -275,10 +275,10 @@ def test_pruned_model_has_the_same_features():
 def test_tokens_in_no_square_grid_are_a_list():
     _, model = both(tower_config(7))  # six latent tokens
     pixels = torch.randn(1, 3, 32, 32)
-    with pytest.raises(UserError, match="6 tokens of an image of 32 x 32 pixels are no square grid"):
+    with pytest.raises(UserError, match="6 tokens of an image of 32 x 32 pixels are not a square grid"):
         model.forward_intermediates(pixels)
     assert model.forward_intermediates(pixels, indices=1, output_fmt="NLC", intermediates_only=True)[0].shape == (1, 6, 64)
-    with pytest.raises(UserError, match="sparseformer_btsp_augreg_base: its 48 tokens are no square grid"):
+    with pytest.raises(UserError, match="sparseformer_btsp_augreg_base: its 48 tokens are not a square grid"):
         timm.create_model("sparseformer_btsp_augreg_base", features_only=True)
     # a tower of several budgets lays its cells over the image's own shape
     _, elastic = both(dataclasses.replace(tower_config(), budgets=(2, 9)))

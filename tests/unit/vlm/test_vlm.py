@@ -491,7 +491,7 @@ def test_read_then_align(parts, tmp_path, capsys):
     samples = [{"image": "red.png", "conversations": said} for said in (turns, wordless)] * 8
     (tmp_path / "data.json").write_text(json.dumps(samples))
     train_command(stage="read", tower=parts[0], llm=parts[1], out=tmp_path / "read", **shared)
-    assert "left out: 8 of 16 samples, because no word is said about their photo" in capsys.readouterr().out
+    assert "left out: 8 of 16 samples, because there are no words about their photo" in capsys.readouterr().out
     (tmp_path / "data.json").write_text(json.dumps([{"image": "red.png", "conversations": turns}] * 16))
     assert not (tmp_path / "cache").exists(), "no tower looked"
     train_command(stage="align", init=str(tmp_path / "read"), out=tmp_path / "align", **shared)
