@@ -184,7 +184,7 @@ class SparseFormerClassifier(nn.Module):
         cells = square_grid(self.tower, len(x)) if output_fmt == "NCHW" else None
         if output_fmt == "NCHW" and (self.grid is None or rectangular):
             what = f"{self.tower.config.num_latent_tokens} tokens of an image of {x.shape[-1]} x {x.shape[-2]} pixels"
-            raise UserError(f"{what} are no square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
+            raise UserError(f"{what} are not a square grid; take them as a list: forward_intermediates(..., output_fmt='NLC')")
         chosen = self._unit_indices(indices)
         intermediates: list[Any] = []
         for index, (tokens, _) in enumerate(self.tower.run_units(x, image_sizes=sizes_on(x, config.fit), cells=cells)):
