@@ -212,7 +212,7 @@ def tune(
         except ImageError as error:
             print(f"left out: {error}")
     learn = Tuned(model, blocks)
-    found = extract(open_clip.create_model(f"local-dir:{teacher}").eval().visual, blocks, readable, views, preprocess, features)
+    cached = extract(open_clip.create_model(f"local-dir:{teacher}").eval().visual, blocks, readable, views, preprocess, features)
 
     class_texts = [prompt.format(name.lower()) for name in open_clip.IMAGENET_CLASSNAMES for prompt in PROMPTS]
     class_features = text_features(model, tokenizer, class_texts).unflatten(0, (-1, len(PROMPTS)))
@@ -236,18 +236,18 @@ def tune(
 
     def losses(rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of classes, captions and patches, and how often the likeliest classes agree."""
-        embeds, patches = learn(bf16_rows(found.hidden, rows))
+        embeds, patches = learn(bf16_rows(cached.hidden, rows))
         scale = learn.log_scale.exp().clamp(max=100)
         logits = scale * embeds @ learn.class_embeddings(class_features).T
-        classes = torch.from_numpy(found.classes[rows].astype(np.int64))
-        probabilities = torch.from_numpy(found.probabilities[rows])
+        classes = torch.from_numpy(cached.classes[rows].astype(np.int64))
+        probabilities = torch.from_numpy(cached.probabilities[rows])
         of_classes = -(probabilities * logits.log_softmax(-1).gather(1, classes)).sum(-1).mean()
         with_caption = [i for i, row in enumerate(rows) if captions[row // views]]
         chosen = [generator.integers(ends[rows[i] // views], ends[rows[i] // views + 1]) for i in with_caption]
         pairs = scale * embeds[with_caption] @ learn.texts(caption_features[chosen]).T
         target = torch.arange(len(pairs))
         of_captions = (F.cross_entropy(pairs, target) + F.cross_entropy(pairs.T, target)) / 2
-        of_patches = 1 - F.cosine_similarity(patches.float(), bf16_rows(found.patches, rows).float(), dim=-1).mean()
+        of_patches = 1 - F.cosine_similarity(patches.float(), bf16_rows(cached.patches, rows).float(), dim=-1).mean()
         agreement = (logits.argmax(-1) == classes[:, 0]).float().mean()
         return of_classes, of_captions, of_patches, agreement
 
