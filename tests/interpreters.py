@@ -19,6 +19,7 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in {absent} else found(name, package)
 """
 IMPORT_NAMES = {
+    "pillow-heif": "pillow_heif",
     "pillow": "PIL",
     "open_clip_torch": "open_clip",
     "scikit-learn": "sklearn",

@@ -50,7 +50,7 @@ def test_numbers_that_no_model_computes_with_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "changes", "what"),
     [
-        ("generation_config.json", {"eos_token_id": {"a": None}}, "generation_config.json says eos_token_id"),
+        ("generation_config.json", {"eos_token_id": {"a": None}}, "eos_token_id in generation_config.json is"),
         ("tokenizer_config.json", {"model_max_length": "x"}, "not a language model"),
     ],
 )

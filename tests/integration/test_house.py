@@ -102,7 +102,7 @@ def required(extra: str | None) -> set[str]:
 
 def test_everything_imported_is_declared():
     core, extras = required(None), required("train") | required("eval")
-    asked_for = extras | required("hub") | required("deepspeed") | required("export") | required("lmms")
+    asked_for = extras | required("hub") | required("deepspeed") | required("export") | required("lmms") | required("heif")
     undeclared = set()
     for name, path in MODULES.items():
         allowed = core | extras if name.split(".")[1:2] in (["train"], ["eval"]) else core

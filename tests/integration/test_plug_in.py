@@ -48,7 +48,8 @@ def test_the_vlm_in_transformers_answers_as_the_page_says(tmp_path, monkeypatch)
     if store.find_local(store.entry("smollm2-135m-instruct")) is None:
         pytest.skip("the language model has not been fetched; `make chat` does")
     export("tiny-chat", "transformers", tmp_path / "hf", images=[ROOT / "examples" / "chelsea.jpg"])
-    blocks = re.findall(r"```python\n([^`]*\"build/tiny-chat-hf\"[^`]*)```\n```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    body = PAGE.read_text(encoding="utf-8").partition("\n## TRL\n")[0]
+    blocks = re.findall(r"```python\n([^`]*\"build/tiny-chat-hf\"[^`]*)```\n```\n(.*?)```", body, re.DOTALL)
     assert len(blocks) == 2
     for code, said in blocks:
         check("transformers", code.replace("build/tiny-chat-hf", str(tmp_path / "hf")), said, monkeypatch)

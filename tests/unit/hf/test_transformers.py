@@ -126,7 +126,7 @@ def test_merged_adapters_are_saved_as_plain_weights(tmp_path):
         for name, parameter in vlm.model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    with pytest.raises(UserError, match="adapters stand beside its weights, and transformers' save_pretrained would lose them"):
+    with pytest.raises(UserError, match="adapters are not merged, and transformers' save_pretrained would lose them"):
         vlm.model.save_pretrained(tmp_path / "stock")
     vlm.new_projector = False
     vlm.save_pretrained(tmp_path / "vlm")

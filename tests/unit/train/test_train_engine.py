@@ -412,7 +412,7 @@ def test_adapters_are_trained_on_a_quantised_llm(parts, photos, tmp_path, bits):
 
 def test_what_cannot_be_quantised_is_one_line(parts, photos, tmp_path, monkeypatch):
     learn(parts, photos, tmp_path / "run", rank=None, visits=1)
-    with pytest.raises(UserError, match="its LLM was trained in full"):
+    with pytest.raises(UserError, match="its LLM was fully fine-tuned"):
         VLM.from_pretrained(tmp_path / "run", quantize="4bit")
     with pytest.raises(UserError, match="quantize 2bit: no such format; known are 4bit, 8bit"):
         quantization("2bit", torch.bfloat16)
