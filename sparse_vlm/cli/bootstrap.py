@@ -12,8 +12,8 @@ def bootstrap(
     teacher: Annotated[
         str,
         typer.Option(
-            help="Teacher: local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip, such as ViT-B-16-quickgelu@openai; timm:NAME; "
-            "transformers:ORG/NAME or transformers:PATH."
+            help="Teacher: tiny-teacher of the zoo; local-dir:PATH, hf-hub:ORG/NAME or MODEL@TAG of open_clip, such as "
+            "ViT-B-16-quickgelu@openai; timm:NAME or timm:NAME@FILE; transformers:ORG/NAME or transformers:PATH."
         ),
     ],
     data: Annotated[

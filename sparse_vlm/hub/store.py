@@ -28,6 +28,7 @@ from sparse_vlm.utils.schema import COUNT, check, read_json
 INDEX_FORMAT = "sparse-vlm/zoo/1"
 KINDS = {
     "tower": "a SparseFormer",
+    "teacher": "a ViT to bootstrap towers from",
     "text": "the text side that goes with a tower",
     "text-tower": "a text encoder",
     "vlm": "projector and adapters of a vision-language model",

@@ -30,7 +30,7 @@ MAX_FILE_BYTES = 60_000_000
 MAX_ZOO_BYTES = 170_000_000
 WEIGHT_SUFFIXES = (".safetensors",)
 OTHER_SUFFIXES = (".json", ".txt", ".md")
-TRAINED_KINDS = ("tower", "text", "vlm")
+TRAINED_KINDS = ("tower", "teacher", "text", "vlm")
 # Required sections of a card: of models trained here (True) and of others' models that are only referred to.
 CARD_SECTIONS = {
     True: ("Data", "Recipe", "Command", "Results", "Licence", "Provenance"),

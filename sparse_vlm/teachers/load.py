@@ -19,6 +19,7 @@ from sparse_vlm.hub.pretrained import check_report, check_size, from_pretrained,
 from sparse_vlm.hub.weights import check_finite, refuse_lfs_pointer, refuse_lfs_pointers
 from sparse_vlm.teachers import open_clip_vit, sizes, timm_vit, transformers_vit
 from sparse_vlm.teachers.base import Teacher, TeacherError
+from sparse_vlm.teachers.zoo import is_zoo_teacher, load_zoo_teacher
 
 LOCATED = ("local-dir:", "hf-hub:")  # open_clip's names of models by location
 Reader = Callable[[str, nn.Module, dict[str, Any], str], Teacher]
@@ -36,7 +37,7 @@ def load_teacher(name: str) -> Teacher:
     """Load a teacher.
 
     Args:
-        name: of open_clip `local-dir:PATH`, `hf-hub:ORG/NAME`, or a model and the tag of its weights, such as
+        name: of the zoo, `tiny-teacher`; of open_clip `local-dir:PATH`, `hf-hub:ORG/NAME`, or a model and the tag of its weights, such as
             `ViT-B-16-quickgelu@openai`; of timm `timm:NAME`, or `timm:NAME@FILE` with your checkpoint; of transformers
             `transformers:ORG/NAME`, `transformers:ORG/NAME@REVISION` or `transformers:PATH`.
 
@@ -45,6 +46,8 @@ def load_teacher(name: str) -> Teacher:
         TeacherError: unknown name, no or incomplete weights, or an architecture without a reader.
     """
     check_teacher(name)
+    if is_zoo_teacher(name):
+        return load_zoo_teacher(name)
     model, tag = split_tag(name)
     library, _, rest = model.partition(":")
     return LIBRARIES[library](name, rest, tag) if rest and library in LIBRARIES else _from_open_clip(name, model, tag)
@@ -75,7 +78,7 @@ def split_tag(name: str) -> tuple[str, str | None]:
 
 def is_teacher(name: str) -> bool:
     """Whether a name is that of a teacher, not of a tower."""
-    return name.startswith((*LOCATED, *(f"{library}:" for library in LIBRARIES))) or "@" in name
+    return name.startswith((*LOCATED, *(f"{library}:" for library in LIBRARIES))) or "@" in name or is_zoo_teacher(name)
 
 
 def _from_open_clip(name: str, model_name: str, tag: str | None) -> Teacher:
