@@ -35,6 +35,8 @@ from sparse_vlm.eval.zero_shot import PROMPTS
 from sparse_vlm.images.decode import ImageError
 from sparse_vlm.images.photos import Photo, PhotoSet
 from sparse_vlm.images.preprocess import normalize, to_uint8
+from sparse_vlm.teachers.text import TextEncoder
+from sparse_vlm.teachers.zoo import save_zoo_teacher
 from sparse_vlm.utils.devices import set_cpu_threads
 
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of EfficientNet-Lite's inputs
@@ -183,7 +185,7 @@ def bf16_rows(array: np.ndarray, rows: np.ndarray) -> Tensor:
 def tune(
     teacher: Annotated[Path, typer.Option(help="Folder of the open_clip teacher.")],
     data: Annotated[list[str], typer.Option(help="Photos, as of sparse-vlm bootstrap.")],
-    out: Annotated[Path, typer.Option(help="Folder of the tuned teacher, in the same form.")],
+    out: Annotated[Path, typer.Option(help="Folder of the tuned teacher; zoo/ and zoo-text/ in it are what the zoo takes.")],
     features: Annotated[Path, typer.Option(help="Folder of features; continued there.")] = Path("build/teacher-features"),
     blocks: Annotated[int, typer.Option(help="Blocks to tune, from the last.")] = 4,
     views: Annotated[int, typer.Option(help="Views a photo.")] = 2,
@@ -279,6 +281,9 @@ def tune(
         state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("visual.", "text.proj."))}
         state["visual.proj"], state["logit_scale"] = learn.image_projection.detach(), learn.log_scale.detach()
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, out / "open_clip_model.safetensors")
+    tuned = open_clip.create_model(f"local-dir:{out}").visual
+    save_zoo_teacher(tuned, json.loads((out / "open_clip_config.json").read_text()), out / "zoo")
+    TextEncoder.from_teacher(f"local-dir:{out}").save_pretrained(out / "zoo-text")
 
 
 if __name__ == "__main__":
