@@ -93,7 +93,7 @@ def export(
             "dtype": dtype,
             "tokens": exporter.config.visual_tokens,
             "image_size": exporter.config.image_size,
-            "compared_on": "photos" if images else "made-up pictures",
+            "compared_on": "photos" if images else "synthetic images",
             "compared": [asdict(one) for one in comparisons],
             "versions": {"sparse-vlm": __version__, **{each: version(each) for each in ("torch", "transformers")}},
             "files": {
